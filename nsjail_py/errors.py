@@ -1,0 +1,54 @@
+"""Errors: *we* failed. When the program inside failed, that is a `Result`.
+
+    JailError                     everything below
+    ├── PolicyError               a policy, a limit or an argument makes no sense; `problems` lists all of them
+    ├── SetupError                the jail could not be made on this host: step, errno, advice
+    │   └── Unavailable           the host lacks a protection that the policy requires
+    ├── LauncherDied              the launcher ended in the middle of a run; the next run starts a new one
+    └── RunFailed                 raised by Result.check() only: the verdict was not `ok`
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .result import Result
+
+
+class JailError(Exception):
+    """Base class of everything nsjail_py raises on its own account."""
+
+
+class PolicyError(JailError, ValueError):
+    """A policy, a limit or an argument makes no sense. `problems` holds one line for each fault found."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class SetupError(JailError):
+    """The jail could not be made. `step` names what failed, `errno` is the kernel's answer, `advice` what to do."""
+
+    def __init__(self, step: str, errno: int = 0, detail: str = "", advice: str = "") -> None:
+        said = f"{step}: {os.strerror(errno)}" if errno else step
+        super().__init__("; ".join(part for part in (f"{said}{f' ({detail})' if detail else ''}", advice) if part))
+        self.step, self.errno, self.detail, self.advice = step, errno, detail, advice
+
+
+class Unavailable(SetupError):
+    """This host cannot give a protection that the policy requires."""
+
+
+class LauncherDied(JailError):
+    """The launcher ended in the middle of a run. The jail is gone with it; the next run starts a new launcher."""
+
+
+class RunFailed(JailError):
+    """`Result.check()` found another verdict than `ok`; the whole record is in `result`."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.summary)
+        self.result = result

@@ -1,0 +1,130 @@
+"""What a jail allows: the frozen `Policy`, written by people, compiled into a plan for one host.
+
+A policy is plain data: comparing, hashing and printing it mean what they say. It can be written as a TOML file
+(`policyfile.load`) or built here; both are checked by the same rules. Sizes are bytes, times are seconds, `None` is no limit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Namespace = Literal["user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time"]
+BestEffort = Literal["own_uid", "groups", "cgroup", "swap", "landlock_net", "landlock_scope", "nested_userns"]
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A frozen record whose unknown fields are errors."""
+
+
+class Limits(Struct):
+    """How much of each resource one run may use. Reaching one ends the run, and the verdict names it."""
+
+    wall_time: float | None = 60.0
+    """Seconds from the start of the program to its end, whatever it does meanwhile."""
+    cpu_time: float | None = 30.0
+    """Seconds of processor time, user and system, of all its processes and threads together."""
+    idle_time: float | None = None
+    """Seconds that the run may go on without using the processor at all."""
+    memory: int | None = 512 * 1024**2
+    """Bytes of memory of all processes together, files in /work, /tmp and /dev/shm included; swap counts as memory.
+    Where the host gives no cgroup: bytes of private memory (RLIMIT_DATA) of each process, and the result says so."""
+    processes: int | None = 64
+    """Processes and threads alive at one time."""
+    open_files: int | None = 256
+    """File descriptors open in one process (RLIMIT_NOFILE)."""
+    file_size: int | None = None
+    """Bytes in one written file (RLIMIT_FSIZE)."""
+    disk: int | None = 64 * 1024**2
+    """Bytes in /work, /tmp and /dev/shm together (one tmpfs; it is memory, and counts there too)."""
+    files: int | None = 65536
+    """Files and directories in /work, /tmp and /dev/shm together (inodes of that tmpfs)."""
+    output: int | None = 16 * 1024**2
+    """Bytes written to standard output and standard error together, when the caller reads them."""
+    stack: int | None = 8 * 1024**2
+    """Bytes of the main thread's stack (RLIMIT_STACK)."""
+
+
+class Mount(Struct):
+    """One file or directory of the host that is visible inside."""
+
+    source: str
+    """Absolute path on the host."""
+    target: str
+    """Absolute path inside; it must not collide with another target."""
+    writable: bool = False
+    """Whether the program may change it. Permission bits still count: inside it runs as its own user."""
+    executable: bool = True
+    """Whether programs in it may be executed and its libraries mapped (mount option noexec when false)."""
+
+
+class Syscalls(Struct):
+    """Which system calls the program may make: an allow-list of named sets from syscalls.toml."""
+
+    allow: tuple[str, ...] = ()
+    """Names of sets (`@files`) or of single system calls (`getcpu`)."""
+    deny: tuple[str, ...] = ()
+    """Names taken out again."""
+    on_denied: Literal["errno", "kill"] = "errno"
+    """`errno`: the call fails with EPERM, is counted, and the program goes on. `kill`: the first one ends the run."""
+    exec: bool = True
+    """Whether the program may execute further programs once it runs."""
+
+
+class Python(Struct):
+    """How Python scripts are run."""
+
+    interpreter: str | None = None
+    """Absolute path of the interpreter; by default the one that runs nsjail_py."""
+    imports: tuple[str, ...] = ()
+    """Installed distributions visible inside, with what they depend on. The standard library always is."""
+    project: str | None = None
+    """Directory of the host shown read-only at /project and put on sys.path."""
+
+
+class Policy(Struct):
+    """What a jail allows. `nsjail_py.policy("untrusted")` gives a shipped one; `msgspec.structs.replace` changes a copy."""
+
+    name: str = "custom"
+    """The name that reports show."""
+    description: str = ""
+    """One sentence for `policy list`."""
+    root: str = "minimal"
+    """The file system inside. `minimal`: only the program, its shared libraries, for Python its standard library and the listed
+    distributions; no shell. `system`: the host's /usr, read-only, with an /etc of a few harmless files. `host`: every directory of the host,
+    read-only. Or the absolute path of a directory that holds a root file system."""
+    mounts: tuple[Mount, ...] = ()
+    """What else of the host is visible."""
+    proc: Literal["pid", "masked", "none"] = "pid"
+    """/proc inside. `pid`: its own processes only. `masked`: the whole, with the dangerous files hidden. `none`: no /proc."""
+    workdir: str | None = None
+    """Directory of the host that is /work inside, writable and kept. By default /work is new, empty and thrown away."""
+    exec_in_writable: bool = False
+    """Whether files that the program wrote itself (in /work, /tmp) may be executed."""
+    namespaces: tuple[Namespace, ...] = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup")
+    """What is its own. `user`, `mount` and `pid` are always made: without them nothing could be cleaned up for certain."""
+    loopback: bool = False
+    """Whether the loopback interface of its own network is up."""
+    own_uid: bool = True
+    """Whether each run gets a user id that nothing else on the host has."""
+    syscalls: Syscalls | None = None
+    """The system call filter; none when absent."""
+    landlock: bool = True
+    """Whether Landlock repeats the file system view, and refuses TCP and abstract sockets, in a second layer that no mount can undo."""
+    env: dict[str, str] = {}
+    """Environment variables set inside, besides PATH, HOME, LANG, USER and TMPDIR."""
+    env_pass: tuple[str, ...] = ()
+    """Names of the caller's variables that are passed on when they are set. Nothing else of his environment crosses."""
+    hostname: str = "jail"
+    """Host name inside."""
+    limits: Limits = Limits()
+    """How much it may use."""
+    python: Python = Python()
+    """How Python scripts are run."""
+    best_effort: tuple[BestEffort, ...] = ()
+    """Protections that may be missing where the host cannot give them. The result lists each as unavailable, with the reason; every other
+    protection that cannot be had is an error."""
+
+    def __hash__(self) -> int:
+        return hash(msgspec.msgpack.encode(self, order="deterministic"))
