@@ -1,0 +1,12 @@
+/* Reading a checked block. */
+#ifndef NSJAIL_BLOCKS_H
+#define NSJAIL_BLOCKS_H
+#include "plan.h"
+
+#include <stddef.h>
+
+static inline const void *at(const void *block, uint32_t offset) { return (const char *)block + offset; }
+
+int plan_check(const void *block, size_t size);  /* 1 if every reference in it is good */
+int order_check(const void *block, size_t size);
+#endif

@@ -1,0 +1,86 @@
+/* The rungs of the ladder, one kernel facility per file. Each returns 0, or -1 with errno; none of them allocates. */
+#ifndef NSJAIL_LADDER_H
+#define NSJAIL_LADDER_H
+#include "blocks.h"
+
+#include <signal.h>
+#include <sys/types.h>
+
+/* What a cell knows of itself. Its processes are copies of the launcher, so this is set before the clone and passed along. */
+struct cell {
+	const struct plan *plan;
+	int launcher;           /* socket to the launcher */
+	int failures;           /* where a failed step is written: the launcher's socket in init, the status pipe in the program */
+	int status[2];          /* the program's records for init */
+	int groups[GROUPS];     /* v1: each group's `tasks`; v2: the group's directory; -1: none */
+	uint32_t cgroup_kind;
+	uint32_t uid, gid;      /* on the host */
+	int rootless;
+	int root;               /* the new root */
+	int scratch, app;       /* the writable tmpfs, and its part for the order's files */
+	int sysctl;             /* /proc/sys/user of the host's proc */
+	uint32_t flags;         /* enum report_flag */
+	uint32_t detail;        /* element of the plan in hand, for the message */
+};
+
+/* What travels from a cell to the launcher. */
+enum cell_message_kind { CELL_NEED_MAP = 1, CELL_LISTENER, CELL_READY, CELL_EXECED, CELL_FAILED, CELL_ENDED };
+struct cell_message {
+	uint32_t kind, flags;
+	uint32_t step, error, detail;
+	int32_t exit_code, signal, listener;
+	uint64_t time_ns, user_ns, system_ns, peak_memory;
+};
+
+/* What travels from the launcher to a cell. */
+enum cell_order_kind { CELL_MAPPED = 1, CELL_RUN, CELL_SIGNAL };
+struct cell_order {
+	uint32_t kind, value;
+};
+
+/* session.c */
+int signals_reset(void);
+int session_new(void);
+int keyring_new(void);
+
+/* user.c */
+int user_namespace_enter(struct cell *cell);
+int nested_refuse(struct cell *cell);
+int securebits_lock(void);
+int groups_clear(const struct cell *cell);
+int identity_take(const struct plan *plan);
+int capabilities_drop(void);
+int no_new_privs(void);
+
+/* mounts.c */
+enum step root_build(struct cell *cell); /* STEP_NONE, or the step that failed, with errno */
+int root_pivot(const struct cell *cell);
+
+/* network.c */
+int loopback_up(void);
+
+/* descriptors.c */
+int order_receive(int socket, struct cell_order *order, int *descriptors, int *count);
+int message_send(int socket, const void *message, size_t size, const int *descriptors, int count);
+int descriptors_place(const struct order *order, const int *descriptors);
+int descriptors_seal(void);
+
+/* app.c */
+int app_write(const struct cell *cell, const struct order *order);
+
+/* limits.c */
+int limits_apply(const struct plan *plan);
+
+/* landlock.c */
+int landlock_apply(struct cell *cell);
+
+/* filter.c */
+int filter_install(const struct plan *plan, int *listener);
+
+/* inside.c, reaper.c */
+_Noreturn void cell_main(struct cell *cell);
+_Noreturn void program_main(struct cell *cell);
+_Noreturn void reap(struct cell *cell, pid_t program, int program_fd);
+_Noreturn void fail(const struct cell *cell, enum step step, int error);
+uint64_t now_ns(void);
+#endif

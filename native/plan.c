@@ -1,0 +1,105 @@
+/* Is this block safe to read? Every offset, count and string is checked here, once, before any privileged step looks at it. */
+#include "blocks.h"
+
+#include <linux/filter.h>
+#include <string.h>
+
+static int inside(uint64_t size, uint64_t offset, uint64_t length) {
+	return offset <= size && length <= size - offset;
+}
+
+static int string_ok(const void *block, uint32_t size, uint32_t offset) {
+	return offset && offset < size && memchr((const char *)block + offset, 0, size - offset) != NULL;
+}
+
+static int span_ok(uint32_t size, struct span span, size_t element, uint32_t most) {
+	if (span.count == 0)
+		return 1;
+	return span.count <= most && span.offset % 8 == 0 && inside(size, span.offset, (uint64_t)span.count * element);
+}
+
+static int strings_ok(const void *block, uint32_t size, struct span span, uint32_t most) {
+	if (!span_ok(size, span, sizeof(uint32_t), most))
+		return 0;
+	const uint32_t *offsets = at(block, span.offset);
+	for (uint32_t i = 0; i < span.count; i++)
+		if (!string_ok(block, size, offsets[i]))
+			return 0;
+	return 1;
+}
+
+static int mounts_ok(const struct plan *plan) {
+	const struct mount_step *steps = at(plan, plan->mounts.offset);
+	for (uint32_t i = 0; i < plan->mounts.count; i++) {
+		const struct mount_step *step = &steps[i];
+		int needs_source = step->kind == MOUNT_SYMLINK || step->kind == MOUNT_BIND || step->kind == MOUNT_PART;
+		if (step->kind > MOUNT_READONLY || !string_ok(plan, plan->size, step->target))
+			return 0;
+		if (needs_source && !string_ok(plan, plan->size, step->source))
+			return 0;
+		if (step->kind == MOUNT_PART && strchr(at(plan, step->source), '/'))
+			return 0;
+	}
+	return 1;
+}
+
+static int cgroup_ok(const struct plan *plan) {
+	const struct cgroup_write *writes = at(plan, plan->cgroup.offset);
+	for (uint32_t i = 0; i < plan->cgroup.count; i++)
+		if (writes[i].group >= GROUPS || !string_ok(plan, plan->size, writes[i].file) ||
+		    !string_ok(plan, plan->size, writes[i].value) || strchr(at(plan, writes[i].file), '/'))
+			return 0;
+	return 1;
+}
+
+static int paths_ok(const struct plan *plan) {
+	const struct path_rule *rules = at(plan, plan->paths.offset);
+	for (uint32_t i = 0; i < plan->paths.count; i++)
+		if (!string_ok(plan, plan->size, rules[i].path))
+			return 0;
+	return 1;
+}
+
+int plan_check(const void *block, size_t size) {
+	const struct plan *plan = block;
+	if (size < sizeof *plan || size > MAX_BLOCK || plan->magic != PLAN_MAGIC || plan->version != FORMAT_VERSION ||
+	    plan->size != size)
+		return 0;
+	if (!span_ok(plan->size, plan->mounts, sizeof(struct mount_step), 65536) ||
+	    !span_ok(plan->size, plan->paths, sizeof(struct path_rule), 65536) ||
+	    !span_ok(plan->size, plan->limits, sizeof(struct resource_limit), 64) ||
+	    !span_ok(plan->size, plan->cgroup, sizeof(struct cgroup_write), 64) ||
+	    !span_ok(plan->size, plan->filter, sizeof(struct sock_filter), BPF_MAXINSNS))
+		return 0;
+	if (!string_ok(plan, plan->size, plan->hostname) || !string_ok(plan, plan->size, plan->directory))
+		return 0;
+	if ((plan->flags & PLAN_FILTER) && plan->filter.count == 0)
+		return 0;
+	return mounts_ok(plan) && paths_ok(plan) && cgroup_ok(plan);
+}
+
+int order_check(const void *block, size_t size) {
+	const struct order *order = block;
+	if (size < sizeof *order || size > MAX_BLOCK || order->magic != ORDER_MAGIC || order->version != FORMAT_VERSION ||
+	    order->size != size)
+		return 0;
+	if (!string_ok(order, order->size, order->program) || order->argv.count == 0 ||
+	    !strings_ok(order, order->size, order->argv, MAX_BLOCK / 8) ||
+	    !strings_ok(order, order->size, order->environment, MAX_BLOCK / 8) ||
+	    !span_ok(order->size, order->files, sizeof(struct order_file), 1024) ||
+	    !span_ok(order->size, order->descriptors, sizeof(uint32_t), MAX_FDS) || order->descriptors.count < 3)
+		return 0;
+	const struct order_file *files = at(order, order->files.offset);
+	for (uint32_t i = 0; i < order->files.count; i++) {
+		if (!string_ok(order, order->size, files[i].name) || !inside(order->size, files[i].offset, files[i].size))
+			return 0;
+		const char *name = at(order, files[i].name);
+		if (strchr(name, '/') || !strcmp(name, "..") || !strcmp(name, ".") || !*name)
+			return 0;
+	}
+	const uint32_t *numbers = at(order, order->descriptors.offset);
+	for (uint32_t i = 0; i < order->descriptors.count; i++)
+		if (i < 3 ? numbers[i] != i : numbers[i] < 3 || numbers[i] >= MAX_FD_NUMBER)
+			return 0;
+	return 1;
+}

@@ -1,0 +1,231 @@
+/* READ FIRST. The blocks of bytes that cross between Python and C, and nothing else.
+ *
+ * Plan     a policy compiled for this host. Written by plan.py, read here, never changed. In a sealed memfd.
+ * Order    one run: program, arguments, environment, small files. In a sealed memfd, too.
+ * Hello    who the launcher works for and what it may use: the first message on its socket.
+ * Report   what happened: launcher to caller, on the channel of that run.
+ * Command  kill or signal: caller to launcher, on the same channel. Its end of file is the order to kill.
+ *
+ * Inside a block a reference is an offset from its start; 0 means absent. Strings end in NUL. plan.c checks every one of them
+ * before anything else looks. cffi parses this file as it stands (lines that begin with # left out), so a field that differs is
+ * an error when the module is built, and not a surprise at run time. */
+#ifndef NSJAIL_PLAN_H
+#define NSJAIL_PLAN_H
+#include <stdint.h>
+
+enum block {
+	PLAN_MAGIC = 0x4e414c50,  /* "PLAN" */
+	ORDER_MAGIC = 0x4452524f, /* "ORRD" */
+	FORMAT_VERSION = 1,
+	MAX_BLOCK = 67108864,
+	MAX_FDS = 64,      /* descriptors that one run may be given, the three standard ones included */
+	MAX_FD_NUMBER = 1000, /* the launcher's own descriptors live above */
+	MAX_DENIED = 48,   /* distinct system calls that one report names */
+};
+
+/* Everything that can fail while a cell is made, in the order in which it happens. advice.py has a row for each. */
+enum step {
+	STEP_NONE,
+	STEP_REQUEST,
+	STEP_PLAN,
+	STEP_UID_POOL,
+	STEP_CGROUP,
+	STEP_CLONE,
+	STEP_SIGNALS,
+	STEP_SESSION,
+	STEP_KEYRING,
+	STEP_USER_NAMESPACE,
+	STEP_ID_MAP,
+	STEP_MOUNT_PRIVATE,
+	STEP_MOUNT_ROOT,
+	STEP_MOUNT_TARGET,
+	STEP_MOUNT_SOURCE,
+	STEP_MOUNT_BIND,
+	STEP_MOUNT_IDMAP,
+	STEP_MOUNT_SCRATCH,
+	STEP_MOUNT_PROC,
+	STEP_MOUNT_DEVPTS,
+	STEP_MOUNT_MASK,
+	STEP_PIVOT_ROOT,
+	STEP_HOSTNAME,
+	STEP_LOOPBACK,
+	STEP_NESTED_USERNS,
+	STEP_TIME_NAMESPACE,
+	STEP_PROGRAM_PROCESS,
+	STEP_CGROUP_JOIN,
+	STEP_CGROUP_NAMESPACE,
+	STEP_SECUREBITS,
+	STEP_GROUPS,
+	STEP_IDENTITY,
+	STEP_CAPABILITIES,
+	STEP_NO_NEW_PRIVS,
+	STEP_ORDER,
+	STEP_APP_FILES,
+	STEP_DESCRIPTORS,
+	STEP_WORK_DIRECTORY,
+	STEP_RESOURCE_LIMITS,
+	STEP_LANDLOCK,
+	STEP_SECCOMP,
+	STEP_EXEC,
+	STEP_SETUP_TIME,
+	STEP_LOST,
+};
+
+struct span {
+	uint32_t offset; /* of the first element */
+	uint32_t count;
+};
+
+enum mount_kind {
+	MOUNT_DIRECTORY, /* make target with mode */
+	MOUNT_FILE,      /* make target, empty: something will be mounted on it */
+	MOUNT_SYMLINK,   /* make target pointing to source */
+	MOUNT_BIND,      /* host's source, with all below it, on target */
+	MOUNT_SCRATCH,   /* the writable tmpfs, of size bytes and inodes files, parked on target until its parts are placed */
+	MOUNT_PART,      /* directory source of the scratch on target */
+	MOUNT_PROC,
+	MOUNT_DEVPTS,
+	MOUNT_MASK,     /* hide target, file or directory, if there is one */
+	MOUNT_READONLY, /* what is at target already, again, read-only */
+};
+
+enum mount_flag {
+	MOUNT_WRITABLE = 1,
+	MOUNT_NOEXEC = 2,
+	MOUNT_DEVICES = 4,     /* leave device nodes usable: our own /dev only */
+	MOUNT_OWNED = 8,       /* belongs to the jail's user */
+	MOUNT_IDMAP = 16,      /* the source's owner appears as the jail's user */
+	MOUNT_PIDS_ONLY = 32,  /* proc without anything but processes */
+	MOUNT_APP = 64,        /* part into which the order's files are written */
+};
+
+struct mount_step {
+	uint32_t kind;
+	uint32_t flags;
+	uint32_t source; /* string */
+	uint32_t target; /* string */
+	uint32_t mode;
+	uint32_t reserved;
+	uint64_t size;
+	uint64_t inodes;
+};
+
+struct path_rule { /* Landlock: what is allowed beneath path */
+	uint64_t access;
+	uint32_t path;
+	uint32_t optional; /* may be absent inside */
+};
+
+struct resource_limit {
+	uint64_t value; /* soft and hard */
+	uint32_t resource;
+	uint32_t reserved;
+};
+
+struct cgroup_write {
+	uint32_t group; /* enum group */
+	uint32_t file;  /* string */
+	uint32_t value; /* string */
+	uint32_t reserved;
+};
+
+enum plan_flag {
+	PLAN_LOOPBACK = 1,
+	PLAN_EXEC_ONCE = 2,       /* the filter reports execve; only the first passes */
+	PLAN_KILL_DENIED = 4,     /* the first denied system call ends the run */
+	PLAN_LANDLOCK = 8,
+	PLAN_FILTER = 16,
+	PLAN_NO_NESTED = 32,      /* no user namespace inside */
+	PLAN_NESTED_OPTIONAL = 64, /* ... but go on where the kernel will not have it so */
+	PLAN_CGROUP = 128,
+	PLAN_OWN_UID = 256,
+};
+
+struct plan {
+	uint32_t magic, version, size, flags;
+	uint64_t namespaces; /* CLONE_NEW*; user, mount and pid always among them */
+	uint64_t wall_ns, cpu_ns, idle_ns; /* 0: no limit */
+	uint64_t max_denied;               /* so many denied system calls end the run */
+	uint32_t uid, gid;                 /* inside */
+	uint32_t hostname, directory;      /* strings */
+	uint64_t landlock_fs, landlock_net, landlock_scope;
+	struct span mounts;  /* struct mount_step */
+	struct span paths;   /* struct path_rule */
+	struct span limits;  /* struct resource_limit */
+	struct span cgroup;  /* struct cgroup_write */
+	struct span filter;  /* struct sock_filter: 8 bytes each */
+};
+
+struct order_file {
+	uint32_t name; /* string: one component, beneath /app */
+	uint32_t mode;
+	uint32_t offset, size;
+};
+
+struct order {
+	uint32_t magic, version, size, flags;
+	uint32_t program;       /* string: path inside */
+	uint32_t reserved;
+	struct span argv;        /* uint32_t: strings */
+	struct span environment; /* uint32_t: strings NAME=value */
+	struct span files;       /* struct order_file */
+	struct span descriptors; /* uint32_t: the number inside of each descriptor sent along */
+};
+
+enum group { GROUP_MEMORY, GROUP_PIDS, GROUP_CPU, GROUP_UNIFIED, GROUPS };
+enum cgroup_kind { CGROUP_NONE, CGROUP_V1, CGROUP_V2 };
+
+struct hello { /* with one directory descriptor for each bit of groups, in order of enum group */
+	uint32_t magic, version;
+	uint32_t cgroup_kind;
+	uint32_t groups;
+	uint32_t uid_base, uid_count; /* host ids for cells; 0: the launcher's own */
+	uint32_t caller;              /* its pid; the launcher ends with it */
+	uint32_t reserved;
+};
+
+enum order_flag { ORDER_STARTED = 1 }; /* send a report when the program runs */
+
+enum cause { /* why the launcher ended a run */
+	CAUSE_NONE,
+	CAUSE_WALL,
+	CAUSE_CPU,
+	CAUSE_IDLE,
+	CAUSE_SYSCALL,
+	CAUSE_CALLER,
+	CAUSE_OUTPUT,
+};
+
+struct command {
+	uint32_t signal; /* 0: kill everything, for cause */
+	uint32_t cause;
+};
+
+enum report_kind { REPORT_STARTED = 1, REPORT_ENDED, REPORT_FAILED };
+enum source { SOURCE_NONE, SOURCE_RUSAGE, SOURCE_CGROUP1, SOURCE_CGROUP2 };
+enum report_flag { REPORT_DISK_FULL = 1, REPORT_NO_NESTED = 2, REPORT_EXECED = 4, REPORT_MORE_DENIED = 8 };
+
+struct denied {
+	uint32_t nr;
+	uint32_t arch;
+	uint64_t count;
+	uint64_t args[6]; /* of the first one */
+};
+
+struct report {
+	uint32_t kind;
+	uint32_t flags;
+	uint32_t step, error;      /* REPORT_FAILED */
+	uint32_t detail;           /* which element of the plan the step was at */
+	uint32_t pid;              /* of the program, as the host sees it */
+	int32_t exit_code, signal; /* of the program; -1: not so */
+	uint32_t cause;            /* enum cause */
+	uint32_t cpu_source, memory_source;
+	uint32_t denied_count;
+	uint64_t observed;         /* what the clock of cause showed */
+	uint64_t wall_ns, cpu_ns, user_ns, system_ns;
+	uint64_t peak_memory, peak_processes, oom_kills, process_denials;
+	uint64_t setup_ns;         /* from request to exec */
+	struct denied denied[48];
+};
+#endif

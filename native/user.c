@@ -1,0 +1,121 @@
+/* Who the processes of a cell are: user namespace, ids, capabilities. user_namespaces(7), credentials(7), capabilities(7)
+ *
+ * As root, the namespace is entered after the mounts and maps one unprivileged host id, never 0. As an ordinary user it comes
+ * first, since it gives the right to mount, and maps the user himself. */
+#include "kernel.h"
+#include "ladder.h"
+
+#include <errno.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <linux/securebits.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/prctl.h>
+
+static int put(const char *path, const char *text) {
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	ssize_t written = write(fd, text, strlen(text));
+	int error = errno;
+	close(fd);
+	errno = error;
+	return written == (ssize_t)strlen(text) ? 0 : -1;
+}
+
+static int map_self(const struct cell *cell) {
+	char line[64];
+	/* The files below /proc/self belong to root while we are not dumpable; no program runs yet that could make use of it. */
+	if (prctl(PR_SET_DUMPABLE, 1) < 0 || put("/proc/self/setgroups", "deny") < 0)
+		return -1;
+	snprintf(line, sizeof line, "%u %u 1", cell->plan->gid, cell->gid);
+	if (put("/proc/self/gid_map", line) < 0)
+		return -1;
+	snprintf(line, sizeof line, "%u %u 1", cell->plan->uid, cell->uid);
+	if (put("/proc/self/uid_map", line) < 0)
+		return -1;
+	return prctl(PR_SET_DUMPABLE, 0);
+}
+
+static int map_by_launcher(const struct cell *cell) {
+	struct cell_message need = {.kind = CELL_NEED_MAP};
+	struct cell_order answer;
+	int none = 0;
+	if (message_send(cell->launcher, &need, sizeof need, NULL, 0) < 0 ||
+	    order_receive(cell->launcher, &answer, NULL, &none) < 0)
+		return -1;
+	if (answer.kind != CELL_MAPPED) {
+		errno = EPROTO;
+		return -1;
+	}
+	errno = (int)answer.value;
+	return answer.value ? -1 : 0;
+}
+
+int user_namespace_enter(struct cell *cell) {
+	if (cell->rootless)
+		return map_self(cell); /* made by clone */
+	return unshare(CLONE_NEWUSER) < 0 ? -1 : map_by_launcher(cell);
+}
+
+/* Zero user namespaces below this one. The sysctl of the namespace that looks it up is the one that is set. */
+int nested_refuse(struct cell *cell) {
+	int fd = openat(cell->sysctl, "max_user_namespaces", O_WRONLY | O_CLOEXEC);
+	int done = fd >= 0 && write(fd, "0", 1) == 1;
+	if (fd >= 0)
+		close(fd);
+	if (done)
+		return 0;
+	cell->flags |= REPORT_NO_NESTED;
+	return cell->plan->flags & PLAN_NESTED_OPTIONAL ? 0 : -1;
+}
+
+int securebits_lock(void) {
+	return prctl(PR_SET_SECUREBITS, SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | SECBIT_NO_SETUID_FIXUP |
+						SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_KEEP_CAPS_LOCKED |
+						SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED);
+}
+
+/* Before the user namespace: inside it the right is gone, or, for an ordinary user, was never there. */
+int groups_clear(const struct cell *cell) {
+	if (cell->rootless)
+		return 0;
+	if (setgroups(0, NULL) < 0)
+		return -1;
+	return getgroups(0, NULL) == 0 ? 0 : -1;
+}
+
+int identity_take(const struct plan *plan) {
+	uid_t uid, euid, suid;
+	gid_t gid, egid, sgid;
+	if (setresgid(plan->gid, plan->gid, plan->gid) < 0 || setresuid(plan->uid, plan->uid, plan->uid) < 0 ||
+	    getresgid(&gid, &egid, &sgid) < 0 || getresuid(&uid, &euid, &suid) < 0)
+		return -1;
+	if (uid != plan->uid || euid != uid || suid != uid || gid != plan->gid || egid != gid || sgid != gid) {
+		errno = EPERM;
+		return -1;
+	}
+	return 0;
+}
+
+int capabilities_drop(void) {
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct none[2] = {{0}}, read_back[2];
+	for (unsigned long capability = 0; prctl(PR_CAPBSET_READ, capability) >= 0; capability++)
+		if (prctl(PR_CAPBSET_DROP, capability) < 0)
+			return -1;
+	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 || syscall(SYS_capset, &header, none) < 0 ||
+	    syscall(SYS_capget, &header, read_back) < 0)
+		return -1;
+	if (memcmp(none, read_back, sizeof none)) {
+		errno = EPERM;
+		return -1;
+	}
+	return 0;
+}
+
+int no_new_privs(void) {
+	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+}
