@@ -67,3 +67,30 @@ int descriptors_place(const struct order *order, const int *descriptors) {
 			return -1;
 	return 0;
 }
+
+/* Out of the way of the numbers that a program may be given. */
+int descriptor_high(int descriptor) {
+	int high = descriptor < 0 ? -1 : fcntl(descriptor, F_DUPFD_CLOEXEC, MAX_FD_NUMBER);
+	if (descriptor >= 0)
+		close(descriptor);
+	return high;
+}
+
+/* Closes all but these. Sorts them on the way. */
+void descriptors_keep(int *kept, int count) {
+	unsigned next = 0;
+	for (int i = 1; i < count; i++)
+		for (int j = i; j > 0 && kept[j] < kept[j - 1]; j--) {
+			int swap = kept[j];
+			kept[j] = kept[j - 1];
+			kept[j - 1] = swap;
+		}
+	for (int i = 0; i < count; i++) {
+		if (kept[i] < 0)
+			continue;
+		if ((unsigned)kept[i] > next)
+			syscall(SYS_close_range, next, (unsigned)kept[i] - 1, 0);
+		next = (unsigned)kept[i] + 1;
+	}
+	syscall(SYS_close_range, next, ~0U, 0);
+}

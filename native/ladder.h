@@ -12,6 +12,7 @@ struct cell {
 	int launcher;           /* socket to the launcher */
 	int failures;           /* where a failed step is written: the launcher's socket in init, the status pipe in the program */
 	int status[2];          /* the program's records for init */
+	int children;           /* init's signalfd for SIGCHLD */
 	int groups[GROUPS];     /* v1: each group's `tasks`; v2: the group's directory; -1: none */
 	uint32_t cgroup_kind;
 	uint32_t uid, gid;      /* on the host */
@@ -64,8 +65,12 @@ int order_receive(int socket, struct cell_order *order, int *descriptors, int *c
 int message_send(int socket, const void *message, size_t size, const int *descriptors, int count);
 int descriptors_place(const struct order *order, const int *descriptors);
 int descriptors_seal(void);
+void descriptors_keep(int *kept, int count);
+int descriptor_high(int descriptor);
 
-/* app.c */
+/* order.c */
+int order_take(const struct cell *cell, struct order **order, int *descriptors);
+char **order_pointers(struct order *order, struct span span);
 int app_write(const struct cell *cell, const struct order *order);
 
 /* limits.c */
@@ -80,7 +85,8 @@ int filter_install(const struct plan *plan, int *listener);
 /* inside.c, reaper.c */
 _Noreturn void cell_main(struct cell *cell);
 _Noreturn void program_main(struct cell *cell);
-_Noreturn void reap(struct cell *cell, pid_t program, int program_fd);
+int init_descriptors(struct cell *cell);
+_Noreturn void reap(struct cell *cell, pid_t program);
 _Noreturn void fail(const struct cell *cell, enum step step, int error);
 uint64_t now_ns(void);
 #endif

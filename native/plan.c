@@ -19,13 +19,13 @@ static int span_ok(uint32_t size, struct span span, size_t element, uint32_t mos
 }
 
 static int strings_ok(const void *block, uint32_t size, struct span span, uint32_t most) {
-	if (!span_ok(size, span, sizeof(uint32_t), most))
+	if (span.count > most || span.offset % 8 || !inside(size, span.offset, ((uint64_t)span.count + 1) * sizeof(uint64_t)))
 		return 0;
-	const uint32_t *offsets = at(block, span.offset);
+	const uint64_t *offsets = at(block, span.offset);
 	for (uint32_t i = 0; i < span.count; i++)
-		if (!string_ok(block, size, offsets[i]))
+		if (offsets[i] > size || !string_ok(block, size, (uint32_t)offsets[i]))
 			return 0;
-	return 1;
+	return offsets[span.count] == 0;
 }
 
 static int mounts_ok(const struct plan *plan) {

@@ -16,6 +16,8 @@
 enum block {
 	PLAN_MAGIC = 0x4e414c50,  /* "PLAN" */
 	ORDER_MAGIC = 0x4452524f, /* "ORRD" */
+	REQUEST_MAGIC = 0x55514552, /* "REQU" */
+	HELLO_MAGIC = 0x4c4c4548,   /* "HELL" */
 	FORMAT_VERSION = 1,
 	MAX_BLOCK = 67108864,
 	MAX_FDS = 64,      /* descriptors that one run may be given, the three standard ones included */
@@ -147,6 +149,8 @@ struct plan {
 	uint64_t wall_ns, cpu_ns, idle_ns; /* 0: no limit */
 	uint64_t max_denied;               /* so many denied system calls end the run */
 	uint32_t uid, gid;                 /* inside */
+	uint32_t unknown_from;             /* system calls from this number on are new to us: ENOSYS, and not EPERM */
+	uint32_t reserved;
 	uint32_t hostname, directory;      /* strings */
 	uint64_t landlock_fs, landlock_net, landlock_scope;
 	struct span mounts;  /* struct mount_step */
@@ -166,8 +170,8 @@ struct order {
 	uint32_t magic, version, size, flags;
 	uint32_t program;       /* string: path inside */
 	uint32_t reserved;
-	struct span argv;        /* uint32_t: strings */
-	struct span environment; /* uint32_t: strings NAME=value */
+	struct span argv;        /* uint64_t: strings, and a 0 behind the last: the cell turns them into pointers in place */
+	struct span environment; /* the same, NAME=value */
 	struct span files;       /* struct order_file */
 	struct span descriptors; /* uint32_t: the number inside of each descriptor sent along */
 };
@@ -184,7 +188,11 @@ struct hello { /* with one directory descriptor for each bit of groups, in order
 	uint32_t reserved;
 };
 
-enum order_flag { ORDER_STARTED = 1 }; /* send a report when the program runs */
+enum request_flag { REQUEST_STARTED = 1 }; /* send a report when the program runs */
+
+struct request { /* with plan, order, channel, then the program's descriptors */
+	uint32_t magic, flags;
+};
 
 enum cause { /* why the launcher ended a run */
 	CAUSE_NONE,

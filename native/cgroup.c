@@ -1,0 +1,177 @@
+/* The cell's control group: limits and counters for all of it together, never used twice. cgroups(7), kernel documents
+ * admin-guide/cgroup-v1 and cgroup-v2. Which directories are ours, and what is written, was decided by Python. */
+#include "kernel.h"
+#include "launcher.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+static void name_of(uint32_t number, char *name, size_t size) { snprintf(name, size, "cell-%u", number); }
+
+static int put(int directory, const char *file, const char *value) {
+	int fd = openat(directory, file, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	ssize_t written = write(fd, value, strlen(value));
+	int error = errno;
+	close(fd);
+	errno = error;
+	return written == (ssize_t)strlen(value) ? 0 : -1;
+}
+
+int cgroup_make(struct launcher *launcher, struct run *run) {
+	char name[32];
+	run->has_groups = 0;
+	for (int group = 0; group < GROUPS; group++)
+		run->groups[group] = -1;
+	if (!(run->plan->flags & PLAN_CGROUP))
+		return 0;
+	if (launcher->hello.cgroup_kind == CGROUP_NONE) {
+		errno = ENODEV;
+		return -1;
+	}
+	run->generation = launcher->sequence++;
+	name_of(run->generation, name, sizeof name);
+	run->has_groups = 1;
+	for (int group = 0; group < GROUPS; group++) {
+		if (launcher->groups[group] < 0)
+			continue;
+		if (mkdirat(launcher->groups[group], name, 0755) < 0)
+			return -1;
+		run->groups[group] = openat(launcher->groups[group], name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+		if (run->groups[group] < 0)
+			return -1;
+	}
+	const struct cgroup_write *writes = at(run->plan, run->plan->cgroup.offset);
+	for (uint32_t i = 0; i < run->plan->cgroup.count; i++) {
+		run->report.detail = i;
+		int directory = run->groups[writes[i].group];
+		if (directory < 0)
+			errno = ENODEV;
+		if (directory < 0 || put(directory, at(run->plan, writes[i].file), at(run->plan, writes[i].value)) < 0)
+			return -1;
+	}
+	return 0;
+}
+
+/* What the cell's program joins by: opened with our right, which is what counts when it writes. */
+int cgroup_open(const struct launcher *launcher, const struct run *run, int *descriptors) {
+	for (int group = 0; group < GROUPS; group++) {
+		descriptors[group] = -1;
+		if (run->groups[group] < 0)
+			continue;
+		descriptors[group] = launcher->hello.cgroup_kind == CGROUP_V1
+								 ? openat(run->groups[group], "tasks", O_WRONLY | O_CLOEXEC)
+								 : fcntl(run->groups[group], F_DUPFD_CLOEXEC, 0);
+		if (descriptors[group] < 0)
+			return -1;
+	}
+	return 0;
+}
+
+/* Busy for a moment after the last process is gone: then it is swept later. */
+static int removed(const struct launcher *launcher, const char *name) {
+	int gone = 1;
+	for (int group = 0; group < GROUPS; group++)
+		if (launcher->groups[group] >= 0 && unlinkat(launcher->groups[group], name, AT_REMOVEDIR) < 0 && errno != ENOENT)
+			gone = 0;
+	return gone;
+}
+
+void cgroup_remove(struct launcher *launcher, struct run *run) {
+	char name[32];
+	if (!run->has_groups)
+		return;
+	for (int group = 0; group < GROUPS; group++)
+		if (run->groups[group] >= 0)
+			close(run->groups[group]);
+	name_of(run->generation, name, sizeof name);
+	if (!removed(launcher, name))
+		launcher->undead++;
+	run->has_groups = 0;
+}
+
+static int in_use(const struct launcher *launcher, const char *name) {
+	char own[32];
+	for (int i = 0; i < MAX_RUNS; i++) {
+		if (!launcher->runs[i].used || !launcher->runs[i].has_groups)
+			continue;
+		name_of(launcher->runs[i].generation, own, sizeof own);
+		if (!strcmp(own, name))
+			return 1;
+	}
+	return 0;
+}
+
+void cgroup_sweep(struct launcher *launcher) {
+	launcher->undead = 0;
+	for (int group = 0; group < GROUPS; group++) {
+		if (launcher->groups[group] < 0)
+			continue;
+		int copy = openat(launcher->groups[group], ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+		DIR *directory = copy < 0 ? NULL : fdopendir(copy);
+		if (!directory)
+			continue;
+		for (struct dirent *entry; (entry = readdir(directory));)
+			if (!strncmp(entry->d_name, "cell-", 5) && !in_use(launcher, entry->d_name) && !removed(launcher, entry->d_name))
+				launcher->undead++;
+		closedir(directory);
+	}
+}
+
+static size_t get(int directory, const char *file, char *text, size_t size) {
+	int fd = directory < 0 ? -1 : openat(directory, file, O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? 0 : read(fd, text, size - 1);
+	if (fd >= 0)
+		close(fd);
+	text[length > 0 ? length : 0] = 0;
+	return length > 0 ? (size_t)length : 0;
+}
+
+static uint64_t number(int directory, const char *file) {
+	char text[64];
+	return get(directory, file, text, sizeof text) ? strtoull(text, NULL, 10) : 0;
+}
+
+/* The number behind key in a file of `key number` lines. */
+static uint64_t keyed(int directory, const char *file, const char *key) {
+	char text[4096];
+	size_t length = strlen(key);
+	get(directory, file, text, sizeof text);
+	for (char *line = text; line; line = strchr(line, '\n') ? strchr(line, '\n') + 1 : NULL)
+		if (!strncmp(line, key, length) && line[length] == ' ')
+			return strtoull(line + length + 1, NULL, 10);
+	return 0;
+}
+
+uint64_t cgroup_cpu(const struct launcher *launcher, const struct run *run) {
+	if (launcher->hello.cgroup_kind == CGROUP_V1)
+		return number(run->groups[GROUP_CPU], "cpuacct.usage");
+	return keyed(run->groups[GROUP_UNIFIED], "cpu.stat", "usage_usec") * 1000;
+}
+
+void cgroup_report(const struct launcher *launcher, struct run *run) {
+	struct report *report = &run->report;
+	int unified = run->groups[GROUP_UNIFIED];
+	if (launcher->hello.cgroup_kind == CGROUP_V1) {
+		report->user_ns = number(run->groups[GROUP_CPU], "cpuacct.usage_user");
+		report->system_ns = number(run->groups[GROUP_CPU], "cpuacct.usage_sys");
+		report->peak_memory = number(run->groups[GROUP_MEMORY], "memory.max_usage_in_bytes");
+		report->oom_kills = keyed(run->groups[GROUP_MEMORY], "memory.oom_control", "oom_kill");
+		report->peak_processes = number(run->groups[GROUP_PIDS], "pids.peak");
+		report->process_denials = keyed(run->groups[GROUP_PIDS], "pids.events", "max");
+		report->cpu_source = report->memory_source = SOURCE_CGROUP1;
+	} else {
+		report->user_ns = keyed(unified, "cpu.stat", "user_usec") * 1000;
+		report->system_ns = keyed(unified, "cpu.stat", "system_usec") * 1000;
+		report->peak_memory = number(unified, "memory.peak");
+		report->oom_kills = keyed(unified, "memory.events", "oom_kill");
+		report->peak_processes = number(unified, "pids.peak");
+		report->process_denials = keyed(unified, "pids.events", "max");
+		report->cpu_source = report->memory_source = SOURCE_CGROUP2;
+	}
+}

@@ -1,0 +1,128 @@
+/* The ladder: what happens inside a cell, one line per step. The order is the security argument (docs/how-it-works.md). */
+#include "kernel.h"
+#include "ladder.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <time.h>
+
+uint64_t now_ns(void) {
+	struct timespec now;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+_Noreturn void fail(const struct cell *cell, enum step step, int error) {
+	struct cell_message message = {.kind = CELL_FAILED, .step = step, .error = (uint32_t)error, .detail = cell->detail};
+	if (write(cell->failures, &message, sizeof message) < 0)
+		_exit(2);
+	_exit(1);
+}
+
+static void step(const struct cell *cell, enum step step, int result) {
+	if (result < 0)
+		fail(cell, step, errno);
+}
+
+static void become_nobody(struct cell *cell) {
+	step(cell, STEP_SECUREBITS, securebits_lock());
+	step(cell, STEP_IDENTITY, identity_take(cell->plan));
+	step(cell, STEP_CAPABILITIES, capabilities_drop());
+	step(cell, STEP_NO_NEW_PRIVS, no_new_privs());
+	step(cell, STEP_IDENTITY, prctl(PR_SET_DUMPABLE, 0));
+}
+
+/* With a v2 group the program is born in it: joining later would have to stop every other fork on the machine. */
+static pid_t program_start(const struct cell *cell) {
+	struct clone_args args = {
+		.flags = CLONE_FILES, /* the tables part again when the seccomp listener has been handed over */
+		.exit_signal = SIGCHLD,
+	};
+	if (cell->cgroup_kind == CGROUP_V2) {
+		args.flags |= CLONE_INTO_CGROUP;
+		args.cgroup = (uint64_t)cell->groups[GROUP_UNIFIED];
+	}
+	return sys_clone3(&args);
+}
+
+/* Init, process 1: makes the cell, starts the program's process, and keeps no right at all. */
+_Noreturn void cell_main(struct cell *cell) {
+	const struct plan *plan = cell->plan;
+	int kept[] = {cell->launcher, cell->groups[0], cell->groups[1], cell->groups[2], cell->groups[3]};
+	descriptors_keep(kept, 5); /* of the launcher's: other cells', other callers' */
+	cell->failures = cell->launcher;
+	step(cell, STEP_SIGNALS, signals_reset());
+	step(cell, STEP_SESSION, session_new());
+	step(cell, STEP_KEYRING, keyring_new());
+	if (cell->rootless)
+		step(cell, STEP_USER_NAMESPACE, user_namespace_enter(cell));
+	enum step failed = root_build(cell);
+	step(cell, failed, failed ? -1 : 0);
+	step(cell, STEP_PIVOT_ROOT, root_pivot(cell));
+	if (plan->namespaces & CLONE_NEWUTS)
+		step(cell, STEP_HOSTNAME, sethostname(at(plan, plan->hostname), strlen(at(plan, plan->hostname))));
+	if (plan->flags & PLAN_LOOPBACK)
+		step(cell, STEP_LOOPBACK, loopback_up());
+	step(cell, STEP_GROUPS, groups_clear(cell));
+	if (!cell->rootless)
+		step(cell, STEP_USER_NAMESPACE, user_namespace_enter(cell));
+	if (plan->flags & PLAN_NO_NESTED)
+		step(cell, STEP_NESTED_USERNS, nested_refuse(cell));
+	if (plan->namespaces & CLONE_NEWTIME)
+		step(cell, STEP_TIME_NAMESPACE, unshare(CLONE_NEWTIME));
+	step(cell, STEP_DESCRIPTORS, init_descriptors(cell));
+	pid_t program = program_start(cell);
+	step(cell, STEP_PROGRAM_PROCESS, program);
+	if (program == 0)
+		program_main(cell);
+	become_nobody(cell);
+	reap(cell, program);
+}
+
+/* Version 1: our own thread into each group. Its descriptor was opened by the launcher, whose right counts. */
+static int cgroup_join(const struct cell *cell) {
+	if (cell->cgroup_kind != CGROUP_V1)
+		return 0;
+	for (int group = 0; group < GROUPS; group++)
+		if (cell->groups[group] >= 0 && write(cell->groups[group], "0", 1) != 1)
+			return -1;
+	return 0;
+}
+
+static void ready(const struct cell *cell, int listener) {
+	struct cell_message message = {.kind = CELL_READY, .listener = listener};
+	if (write(cell->status[1], &message, sizeof message) != sizeof message)
+		_exit(1);
+}
+
+/* The program's process: drops everything, waits for its order, and becomes the program. Nobody has run before it here, and
+ * nobody will after it. */
+_Noreturn void program_main(struct cell *cell) {
+	const struct plan *plan = cell->plan;
+	struct order *order;
+	int descriptors[MAX_FDS], listener = -1;
+	cell->failures = cell->status[1];
+	step(cell, STEP_SIGNALS, signals_reset());
+	step(cell, STEP_CGROUP_JOIN, cgroup_join(cell));
+	if (plan->namespaces & CLONE_NEWCGROUP)
+		step(cell, STEP_CGROUP_NAMESPACE, unshare(CLONE_NEWCGROUP));
+	step(cell, STEP_SESSION, session_new());
+	become_nobody(cell);
+
+	step(cell, STEP_ORDER, order_take(cell, &order, descriptors));
+	step(cell, STEP_APP_FILES, app_write(cell, order));
+	step(cell, STEP_DESCRIPTORS, descriptors_place(order, descriptors));
+	step(cell, STEP_WORK_DIRECTORY, chdir(at(plan, plan->directory)));
+	char **argv = order_pointers(order, order->argv), **environment = order_pointers(order, order->environment);
+	step(cell, STEP_RESOURCE_LIMITS, limits_apply(plan));
+	if (plan->flags & PLAN_LANDLOCK)
+		step(cell, STEP_LANDLOCK, landlock_apply(cell));
+	if (plan->flags & PLAN_FILTER)
+		step(cell, STEP_SECCOMP, filter_install(plan, &listener));
+	ready(cell, listener);
+	execve(at(order, order->program), argv, environment);
+	fail(cell, STEP_EXEC, errno);
+}
