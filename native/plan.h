@@ -125,7 +125,7 @@ struct resource_limit {
 };
 
 struct cgroup_write {
-	uint32_t group; /* enum group */
+	uint32_t group; /* enum control_group */
 	uint32_t file;  /* string */
 	uint32_t value; /* string */
 	uint32_t reserved;
@@ -176,10 +176,10 @@ struct order {
 	struct span descriptors; /* uint32_t: the number inside of each descriptor sent along */
 };
 
-enum group { GROUP_MEMORY, GROUP_PIDS, GROUP_CPU, GROUP_UNIFIED, GROUPS };
+enum control_group { GROUP_MEMORY, GROUP_PIDS, GROUP_CPU, GROUP_UNIFIED, GROUPS };
 enum cgroup_kind { CGROUP_NONE, CGROUP_V1, CGROUP_V2 };
 
-struct hello { /* with one directory descriptor for each bit of groups, in order of enum group */
+struct hello { /* with one directory descriptor for each bit of groups, in order of enum control_group */
 	uint32_t magic, version;
 	uint32_t cgroup_kind;
 	uint32_t groups;

@@ -1,0 +1,41 @@
+"""Run code that nobody trusts in a jail made by the Linux kernel: no Docker, no setuid, three lines of Python.
+
+    import nsjail_py
+    result = nsjail_py.run_python("print(6 * 7)", policy="untrusted", cpu_time=1.0)
+    result.verdict, result.stdout, result.cpu_time, result.peak_memory
+"""
+
+from __future__ import annotations
+
+from .errors import JailError, LauncherDied, PolicyError, RunFailed, SetupError, Unavailable
+from .jail import DEVNULL, PIPE, STDOUT, Jail, Process, run, run_python
+from .policy import Limits, Mount, Policy, Python, Syscalls
+from .policyfile import load as policy
+from .result import Protection, Result, Verdict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEVNULL",
+    "PIPE",
+    "STDOUT",
+    "Jail",
+    "JailError",
+    "LauncherDied",
+    "Limits",
+    "Mount",
+    "Policy",
+    "PolicyError",
+    "Process",
+    "Protection",
+    "Python",
+    "Result",
+    "RunFailed",
+    "SetupError",
+    "Syscalls",
+    "Unavailable",
+    "Verdict",
+    "policy",
+    "run",
+    "run_python",
+]

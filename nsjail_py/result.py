@@ -1,0 +1,139 @@
+"""What one run came to: the launcher's report, turned into a verdict with its evidence.
+
+A `Result` is about the program. When *we* failed there is none: an exception of errors.py says which step and why.
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+import signal as signals
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .errors import RunFailed
+
+
+class Verdict(str, enum.Enum):
+    """How a run ended. The set is closed."""
+
+    ok = "ok"
+    exit = "exit"
+    signal = "signal"
+    cpu_time = "cpu_time"
+    wall_time = "wall_time"
+    idle = "idle"
+    memory = "memory"
+    processes = "processes"
+    output = "output"
+    disk = "disk"
+    syscall = "syscall"
+    exec_failed = "exec_failed"
+    killed = "killed"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def is_limit(self) -> bool:
+        """Whether a limit of the policy ended the run."""
+        return self in LIMITS
+
+
+LIMITS = frozenset(
+    {Verdict.cpu_time, Verdict.wall_time, Verdict.idle, Verdict.memory, Verdict.processes, Verdict.output, Verdict.disk, Verdict.syscall}
+)
+
+SENTENCES: dict[Verdict, str] = {
+    Verdict.ok: "exited with 0",
+    Verdict.exit: "exited with {exit_code}",
+    Verdict.signal: "ended by {signal_name}",
+    Verdict.cpu_time: "used {observed:.3f} s of processor time, limit {limit:.3f} s",
+    Verdict.wall_time: "ran for {observed:.3f} s, limit {limit:.3f} s",
+    Verdict.idle: "did nothing for {observed:.3f} s, limit {limit:.3f} s",
+    Verdict.memory: "ran out of memory, limit {limit} bytes",
+    Verdict.processes: "was refused more processes or threads, limit {limit}",
+    Verdict.output: "wrote more than {limit} bytes",
+    Verdict.disk: "filled its disk space, limit {limit} bytes",
+    Verdict.syscall: "made a denied system call: {syscall}",
+    Verdict.exec_failed: "could not be executed: {error}",
+    Verdict.killed: "was killed by the caller",
+}
+
+
+@dataclass(frozen=True)
+class Protection:
+    """One protection of the policy, and what became of it in this run."""
+
+    name: str
+    state: Literal["applied", "unavailable", "not requested"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The record of one run. Times are seconds, sizes bytes; `None` is unknown."""
+
+    verdict: Verdict
+    evidence: dict[str, Any]
+    """What the verdict rests on: the limit and what was observed, the signal, the system call, the error."""
+    exit_code: int | None
+    signal: int | None
+    stdout: bytes
+    stderr: bytes
+    stdout_cut: bool
+    """Whether more was written than is kept here."""
+    stderr_cut: bool
+    wall_time: float
+    user_time: float
+    system_time: float
+    cpu_time: float
+    """User and system time of all processes together."""
+    cpu_source: str
+    """Who counted: `cgroup2`, `cgroup1`, or `rusage` (only processes that were waited for)."""
+    peak_memory: int
+    memory_source: str
+    """Who counted: `cgroup2`, `cgroup1` (everything together), or `rusage` (the largest process)."""
+    peak_processes: int | None
+    oom_events: int
+    denied: dict[str, int]
+    """Denied system calls by name, with how often each was tried."""
+    setup_time: float
+    """Seconds from the request to the start of the program."""
+    mode: str
+    """`root`, `delegated` or `rootless`."""
+    policy: str
+    protections: tuple[Protection, ...] = field(default=(), repr=False)
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict is Verdict.ok
+
+    @property
+    def summary(self) -> str:
+        """One line that says how the run ended."""
+        name = signals.Signals(self.signal).name if self.signal in set(signals.Signals) else f"signal {self.signal}"
+        facts = {"exit_code": self.exit_code, "signal_name": name, **self.evidence}
+        return f"{self.verdict}: the program {SENTENCES[self.verdict].format(**facts)}"
+
+    def check(self) -> Result:
+        """This result, if the verdict is `ok`. Raises RunFailed otherwise, as subprocess.CompletedProcess.check_returncode does."""
+        if not self.ok:
+            raise RunFailed(self)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON. Output that is not UTF-8 is base64, and `stdout_encoding` says which it is."""
+        record = asdict(self)
+        record["verdict"] = str(self.verdict)
+        for name in ("stdout", "stderr"):
+            record[name], record[f"{name}_encoding"] = as_text(getattr(self, name))
+        return record
+
+
+def as_text(data: bytes) -> tuple[str, str]:
+    """The bytes as text and `utf-8`, or where they are not that, in base64."""
+    try:
+        return data.decode(), "utf-8"
+    except UnicodeDecodeError:
+        return base64.b64encode(data).decode(), "base64"
