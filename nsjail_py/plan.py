@@ -1,0 +1,224 @@
+"""The plan: a policy compiled for this host, as one block of bytes; and the order, one run as another. The only writer of both
+formats (native/plan.h); native/plan.c checks them, and native/launcher.c executes them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._native import ffi, lib
+from .errors import PolicyError
+
+if TYPE_CHECKING:
+    from .policy import Limits, Policy
+    from .rootfs import MountStep
+
+CLONE = {
+    "time": 0x00000080,
+    "mount": 0x00020000,
+    "cgroup": 0x02000000,
+    "uts": 0x04000000,
+    "ipc": 0x08000000,
+    "user": 0x10000000,
+    "pid": 0x20000000,
+    "net": 0x40000000,
+}
+INSIDE_ID = 1000
+MAX_DENIED = 100_000
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Block:
+    """Bytes with a C structure at their start; strings and tables follow, and are referred to by their offsets."""
+
+    def __init__(self, kind: str) -> None:
+        self.head = ffi.new(f"{kind} *")
+        self.size = ffi.sizeof(kind)
+        self.parts: list[bytes] = []
+        self.known: dict[bytes, int] = {}
+
+    def bytes(self, data: bytes) -> int:
+        offset = self.size
+        padded = data + bytes(-len(data) % 8)
+        self.parts.append(padded)
+        self.size += len(padded)
+        return offset
+
+    def string(self, text: str | bytes) -> int:
+        data = os.fsencode(text)
+        if b"\0" in data:
+            raise PolicyError(f"{text!r} has a NUL character in it, which no system call takes")
+        if data not in self.known:
+            self.known[data] = self.bytes(data + b"\0")
+        return self.known[data]
+
+    def strings(self, span: Any, texts: Sequence[str | bytes]) -> None:
+        offsets = [self.string(text) for text in texts]
+        span.offset, span.count = self.bytes(b"".join(offset.to_bytes(8, "little") for offset in [*offsets, 0])), len(offsets)
+
+    def table(self, span: Any, kind: str, rows: Iterable[dict[str, int]]) -> None:
+        filled = list(rows)
+        array = ffi.new(f"{kind}[]", filled)
+        span.offset, span.count = self.bytes(bytes(ffi.buffer(array))), len(filled)
+
+    def finish(self) -> bytes:
+        self.head.size = self.size
+        self.head.version = lib.FORMAT_VERSION
+        block = bytes(ffi.buffer(self.head)) + b"".join(self.parts)
+        if len(block) > lib.MAX_BLOCK:
+            raise PolicyError(f"arguments, environment and files together have {len(block)} bytes; at most {lib.MAX_BLOCK} can be passed")
+        return block
+
+
+class PathRule(NamedTuple):
+    """What Landlock allows beneath a path inside."""
+
+    path: str
+    access: int
+    optional: bool = False
+
+
+class CgroupWrite(NamedTuple):
+    group: int
+    file: str
+    value: str
+
+
+class Parts(NamedTuple):
+    """What the other modules decided, ready to be written down."""
+
+    mounts: Sequence[MountStep]
+    bpf: bytes
+    exec_once: bool
+    unknown_from: int
+    landlock: tuple[int, int, int]
+    paths: Sequence[PathRule]
+    cgroup: Sequence[CgroupWrite]
+    rlimits: dict[int, int]
+
+
+def compile_plan(policy: Policy, parts: Parts) -> bytes:
+    """The plan's bytes. Two equal policies on one host give equal bytes."""
+    block = Block("struct plan")
+    head, limits = block.head, policy.limits
+    head.magic = lib.PLAN_MAGIC
+    head.namespaces = sum(CLONE[name] for name in set(policy.namespaces))
+    head.wall_ns, head.cpu_ns, head.idle_ns = (nanoseconds(t) for t in (limits.wall_time, limits.cpu_time, limits.idle_time))
+    head.max_denied = MAX_DENIED
+    head.uid = head.gid = INSIDE_ID
+    head.unknown_from = parts.unknown_from
+    head.hostname, head.directory = block.string(policy.hostname), block.string("/work")
+    head.landlock_fs, head.landlock_net, head.landlock_scope = parts.landlock
+    flags = {
+        lib.PLAN_LOOPBACK: policy.loopback and "net" in policy.namespaces,
+        lib.PLAN_EXEC_ONCE: parts.exec_once,
+        lib.PLAN_KILL_DENIED: policy.syscalls is not None and policy.syscalls.on_denied == "kill",
+        lib.PLAN_LANDLOCK: any(parts.landlock),
+        lib.PLAN_FILTER: bool(parts.bpf),
+        lib.PLAN_NO_NESTED: True,
+        lib.PLAN_NESTED_OPTIONAL: "nested_userns" in policy.best_effort,
+        lib.PLAN_CGROUP: bool(parts.cgroup),
+        lib.PLAN_OWN_UID: policy.own_uid,
+    }
+    head.flags = sum(flag for flag, wanted in flags.items() if wanted)
+    block.table(head.mounts, "struct mount_step", (_mount(block, step) for step in parts.mounts))
+    block.table(
+        head.paths,
+        "struct path_rule",
+        ({"access": rule.access, "path": block.string(rule.path), "optional": rule.optional} for rule in parts.paths),
+    )
+    block.table(head.limits, "struct resource_limit", ({"resource": kind, "value": value} for kind, value in parts.rlimits.items()))
+    block.table(
+        head.cgroup,
+        "struct cgroup_write",
+        ({"group": w.group, "file": block.string(w.file), "value": block.string(w.value)} for w in parts.cgroup),
+    )
+    if parts.bpf:
+        head.filter.offset, head.filter.count = block.bytes(parts.bpf), len(parts.bpf) // 8
+    return block.finish()
+
+
+def _mount(block: Block, step: MountStep) -> dict[str, int]:
+    return {
+        "kind": step.kind,
+        "flags": step.flags,
+        "source": block.string(step.source) if step.source else 0,
+        "target": block.string(step.target),
+        "mode": step.mode,
+        "size": step.size,
+        "inodes": step.inodes,
+    }
+
+
+class OrderFile(NamedTuple):
+    """A file that the run finds in /app."""
+
+    name: str
+    data: bytes
+    mode: int = 0o444
+
+
+def compile_order(
+    program: str,
+    argv: Sequence[str | bytes],
+    environment: dict[str, str],
+    files: Sequence[OrderFile] = (),
+    descriptors: Sequence[int] = (0, 1, 2),
+) -> bytes:
+    """One run, as bytes. descriptors: the number inside of each descriptor that is sent along, in order."""
+    block = Block("struct order")
+    head = block.head
+    head.magic = lib.ORDER_MAGIC
+    head.program = block.string(program)
+    block.strings(head.argv, argv)
+    block.strings(head.environment, [f"{name}={value}" for name, value in environment.items()])
+    block.table(
+        head.files,
+        "struct order_file",
+        ({"name": block.string(f.name), "mode": f.mode, "offset": block.bytes(f.data), "size": len(f.data)} for f in files),
+    )
+    numbers = b"".join(number.to_bytes(4, "little") for number in descriptors)
+    head.descriptors.offset, head.descriptors.count = block.bytes(numbers), len(descriptors)
+    return block.finish()
+
+
+def sealed(name: str, data: bytes) -> int:
+    """A memfd that holds data and that nobody can change any more. memfd_create(2), F_ADD_SEALS in fcntl(2)"""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def nanoseconds(seconds: float | None) -> int:
+    """0 stands for no limit, so the shortest limit is 1."""
+    return 0 if seconds is None else max(1, round(seconds * 1e9))
+
+
+def rlimits(limits: Limits, have_cgroup: bool) -> dict[int, int]:
+    """The limits of each process. Where a cgroup counts, these only stand behind it."""
+    values: dict[int, int | None] = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: limits.open_files,
+        resource.RLIMIT_FSIZE: limits.file_size,
+        resource.RLIMIT_STACK: limits.stack,
+        resource.RLIMIT_CPU: None if limits.cpu_time is None else int(limits.cpu_time) + 2,
+        resource.RLIMIT_MEMLOCK: 64 * 1024,
+        resource.RLIMIT_MSGQUEUE: 64 * 1024,
+        resource.RLIMIT_NICE: 0,
+        resource.RLIMIT_RTPRIO: 0,
+        resource.RLIMIT_SIGPENDING: 256,
+        resource.RLIMIT_DATA: None if have_cgroup else limits.memory,
+        resource.RLIMIT_NPROC: None if have_cgroup or limits.processes is None else limits.processes + 1,
+    }
+    return {kind: value for kind, value in values.items() if value is not None}

@@ -1,0 +1,197 @@
+"""The file system inside, as ordered mount steps: what is made, what of the host is shown, and where.
+
+Targets come first, then the root's own trees, then what is private, then what the policy adds, so that no target is ever made
+inside something that was mounted (docs/how-it-works.md). native/mounts.c executes the steps one by one.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._native import lib
+from .errors import PolicyError
+
+if TYPE_CHECKING:
+    from .policy import Policy
+    from .tree import Tree
+
+PRIVATE = ("proc", "dev", "tmp", "work", "app", "project")
+"""Top-level names that are always the jail's own."""
+
+DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICE_LINKS = {
+    "/dev/fd": "/proc/self/fd",
+    "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+    "/dev/ptmx": "pts/ptmx",
+}
+
+MASKED = (
+    *("acpi", "asound", "bus", "config.gz", "fs", "interrupts", "iomem", "ioports", "irq", "kallsyms", "kcore", "key-users", "keys", "kmsg"),
+    *("latency_stats", "modules", "sched_debug", "scsi", "slabinfo", "sysrq-trigger", "timer_list", "timer_stats", "vmallocinfo"),
+)
+"""Files and directories of /proc that tell about the host or reach into it."""
+
+SYSTEM_ETC = ("alternatives", "ld.so.cache", "ssl/certs")
+
+
+class MountStep(NamedTuple):
+    """One row of the plan's mount table; native/plan.h says what each kind does."""
+
+    kind: int
+    target: str
+    source: str = ""
+    flags: int = 0
+    mode: int = 0o755
+    size: int = 0
+    inodes: int = 0
+
+
+class Root:
+    """Collects the steps of one root: `steps()` gives them in the order in which they are safe."""
+
+    def __init__(self) -> None:
+        self.targets: dict[str, MountStep] = {}
+        self.mounts: list[MountStep] = []
+
+    def directory(self, path: str, mode: int = 0o755) -> None:
+        parent = posixpath.dirname(path)
+        if parent != "/":
+            self.directory(parent)
+        self.targets.setdefault(path, MountStep(lib.MOUNT_DIRECTORY, path, mode=mode))
+
+    def file(self, path: str) -> None:
+        if posixpath.dirname(path) != "/":
+            self.directory(posixpath.dirname(path))
+        self.targets.setdefault(path, MountStep(lib.MOUNT_FILE, path))
+
+    def symlink(self, path: str, text: str) -> None:
+        if posixpath.dirname(path) != "/":
+            self.directory(posixpath.dirname(path))
+        self.targets.setdefault(path, MountStep(lib.MOUNT_SYMLINK, path, text))
+
+    def bind(self, source: str, target: str, flags: int = 0) -> None:
+        """A file or directory of the host; its target is made unless it lies in a tree that is mounted before."""
+        if not self.inside_mount(target):
+            (self.directory if os.path.isdir(source) else self.file)(target)
+        self.mounts.append(MountStep(lib.MOUNT_BIND, target, source, flags))
+
+    def inside_mount(self, target: str) -> bool:
+        return any(is_below(target, step.target) for step in self.mounts if step.kind in (lib.MOUNT_BIND, lib.MOUNT_PART))
+
+    def steps(self) -> list[MountStep]:
+        return [*self.targets.values(), *self.mounts]
+
+
+def is_below(path: str, top: str) -> bool:
+    return path == top or path.startswith(top.rstrip("/") + "/")
+
+
+def build(policy: Policy, tree: Tree | None, program: tuple[str, str] | None, with_files: bool) -> list[MountStep]:
+    """The mount steps for this policy.
+
+    tree: the cached minimal root of the program, where the policy wants one. program: (host path, path inside) of a program from
+    outside the root. with_files: whether the order brings files for /app.
+    """
+    root = Root()
+    _base(root, policy, tree)
+    _devices(root)
+    if policy.proc != "none":
+        _proc(root, policy)
+    _writable(root, policy, with_files)
+    if program:
+        root.bind(program[0], program[1])
+    for mount in policy.mounts:
+        _extra(root, mount.source, mount.target, mount.writable, mount.executable)
+    if policy.python.project:
+        _extra(root, policy.python.project, "/project", False, True)
+    if policy.proc == "masked":
+        root.mounts += [MountStep(lib.MOUNT_MASK, f"/proc/{name}", flags=lib.MOUNT_NOEXEC) for name in MASKED]
+        root.mounts.append(MountStep(lib.MOUNT_READONLY, "/proc/sys", flags=lib.MOUNT_NOEXEC))
+    return root.steps()
+
+
+def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
+    shown: dict[str, Path] = {}
+    if policy.root == "system":
+        shown = {name: Path("/", name) for name in ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")}
+    elif policy.root != "minimal":
+        top = Path("/" if policy.root == "host" else policy.root)
+        if not top.is_dir():
+            raise PolicyError(f"$.root: no directory {str(top)!r}; allowed: minimal, system, host, or the absolute path of a directory")
+        shown = {name: top / name for name in sorted(os.listdir(top))}
+    if tree is not None:
+        # Beside a root of the host's, the tree only adds what is not there for the jail's user: an interpreter in somebody's home, mostly.
+        names = [entry.name for entry in tree.entries]
+        extra = names if policy.root == "minimal" else [name for name in names if name not in ("usr", "bin", "sbin", "etc") and name[:3] != "lib"]
+        if policy.root == "system":
+            extra.append("etc")
+        shown.update({name: tree.path / name for name in extra})
+    for name, path in shown.items():
+        if name in PRIVATE:
+            continue
+        if path.is_symlink():
+            root.symlink(f"/{name}", os.readlink(path))
+        elif path.is_dir() or path.is_file():
+            root.bind(str(path), f"/{name}")
+
+
+def _devices(root: Root) -> None:
+    for name in DEVICES:
+        root.bind(f"/dev/{name}", f"/dev/{name}", lib.MOUNT_DEVICES | lib.MOUNT_NOEXEC)
+    for path, text in DEVICE_LINKS.items():
+        root.symlink(path, text)
+    root.directory("/dev/pts")
+    root.mounts.append(MountStep(lib.MOUNT_DEVPTS, "/dev/pts", flags=lib.MOUNT_DEVICES | lib.MOUNT_NOEXEC))
+
+
+def _proc(root: Root, policy: Policy) -> None:
+    root.directory("/proc", 0o555)
+    flags = lib.MOUNT_NOEXEC | (lib.MOUNT_PIDS_ONLY if policy.proc == "pid" else 0)
+    root.mounts.append(MountStep(lib.MOUNT_PROC, "/proc", flags=flags))
+
+
+def _writable(root: Root, policy: Policy, with_files: bool) -> None:
+    """One tmpfs holds all that can be written, so one number limits it."""
+    noexec = 0 if policy.exec_in_writable else lib.MOUNT_NOEXEC
+    own = lib.MOUNT_WRITABLE | lib.MOUNT_OWNED | noexec
+    for path in ("/tmp", "/work", "/dev/shm", "/app"):
+        root.directory(path)
+    size = policy.limits.disk if policy.limits.disk is not None else 0
+    root.mounts.append(
+        MountStep(lib.MOUNT_SCRATCH, "/tmp", flags=lib.MOUNT_WRITABLE | noexec, size=size, inodes=policy.limits.files or 0)
+    )
+    parts = [("shm", "/dev/shm", own, 0o1777), ("tmp", "/tmp", own, 0o1777)]
+    if with_files:
+        parts.insert(0, ("app", "/app", lib.MOUNT_APP | lib.MOUNT_OWNED | noexec, 0o755))
+    if policy.workdir is None:
+        parts.insert(0, ("work", "/work", own, 0o700))
+    else:
+        _source_exists(policy.workdir, "$.workdir")
+        if not os.path.isdir(policy.workdir):
+            raise PolicyError(f"$.workdir: {policy.workdir!r} is not a directory")
+        flags = lib.MOUNT_WRITABLE | lib.MOUNT_IDMAP | noexec
+        root.mounts.append(MountStep(lib.MOUNT_BIND, "/work", os.path.realpath(policy.workdir), flags))
+    root.mounts += [MountStep(lib.MOUNT_PART, target, name, flags, mode) for name, target, flags, mode in parts]
+
+
+def _extra(root: Root, source: str, target: str, writable: bool, executable: bool) -> None:
+    _source_exists(source, f"mount on {target}")
+    flags = (lib.MOUNT_WRITABLE | _idmap(source) if writable else 0) | (0 if executable else lib.MOUNT_NOEXEC)
+    root.bind(os.path.realpath(source), target, flags)
+
+
+def _idmap(source: str) -> int:
+    """The owner of a writable source is the jail's user inside. Root's own files never are: there, the permission bits decide."""
+    return lib.MOUNT_IDMAP if os.stat(source).st_uid else 0
+
+
+def _source_exists(path: str, where: str) -> None:
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{where}: {path!r}: {error.strerror if isinstance(error, OSError) else error}") from None
