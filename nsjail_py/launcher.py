@@ -1,0 +1,186 @@
+"""The resident launcher: started once per process, asked for one run after the other, gone when this process is.
+
+It is spawned, never forked: it has none of our memory, environment or descriptors, and it is alone in having the rights that a jail
+takes. Every run has a channel of its own: reports come back on it, commands go out, and closing it kills.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._native import ffi, lib
+from .errors import SetupError
+
+if TYPE_CHECKING:
+    from .cgroups import Claim
+
+PROGRAM = Path(__file__).parent / "nsjail-launcher"
+UID_BASE = 1_900_000_000
+"""The first host id for payloads: above the ranges that distributions, systemd and containers hand out (systemd.io/UIDS-GIDS)."""
+UID_BLOCK = 1024
+UID_BLOCKS = 64
+LOCKS = Path("/run/nsjail_py")
+
+GROUPS = {"memory": lib.GROUP_MEMORY, "pids": lib.GROUP_PIDS, "cpu": lib.GROUP_CPU, "unified": lib.GROUP_UNIFIED}
+KINDS = {"none": lib.CGROUP_NONE, "v1": lib.CGROUP_V1, "v2": lib.CGROUP_V2}
+
+
+class Launcher:
+    """A running launcher and what it was given."""
+
+    def __init__(self) -> None:
+        from . import cgroups
+
+        self.claim: Claim = cgroups.claim()
+        self.pid = 0
+        self.uid_lock = -1
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket = ours
+        try:
+            with its:
+                uid_base, uid_count = self._uids() if os.geteuid() == 0 else (0, 0)
+                self.pid = self._spawn(its.fileno())
+                self._hello(uid_base, uid_count)
+        except BaseException:
+            self.close()
+            raise
+
+    def _uids(self) -> tuple[int, int]:
+        """A block of host ids that no other launcher has. The lock lives as long as this process."""
+        LOCKS.mkdir(mode=0o755, exist_ok=True)
+        for number in range(UID_BLOCKS):
+            lock = os.open(LOCKS / f"uids-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                continue
+            self.uid_lock = lock
+            return UID_BASE + number * UID_BLOCK, UID_BLOCK
+        raise SetupError("uid pool", detail=f"all {UID_BLOCKS} blocks of host ids are in use", advice="end some of the processes that use nsjail_py")
+
+    def _spawn(self, control: int) -> int:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        high = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 3)  # closed standard streams of ours must not get in its way
+        try:
+            return os.posix_spawn(
+                PROGRAM,
+                [b"nsjail-launcher"],
+                {},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, high, 0),
+                    (os.POSIX_SPAWN_DUP2, null, 1) if null > 2 else (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0),
+                    (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_RDWR, 0),
+                ],
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT),
+            )
+        except OSError as error:
+            advice = "the package was not built whole: install it again" if error.errno == 2 else ""
+            raise SetupError("launcher", error.errno or 0, str(PROGRAM), advice) from None
+        finally:
+            os.close(high)
+            os.close(null)
+
+    def _hello(self, uid_base: int, uid_count: int) -> None:
+        hello = ffi.new("struct hello *")
+        hello.magic, hello.version = lib.HELLO_MAGIC, lib.FORMAT_VERSION
+        hello.cgroup_kind = KINDS[self.claim.kind]
+        hello.uid_base, hello.uid_count, hello.caller = uid_base, uid_count, os.getpid()
+        descriptors: list[int] = []
+        try:
+            for name, path in sorted(self.claim.directories.items(), key=lambda item: GROUPS[item[0]]):
+                hello.groups |= 1 << GROUPS[name]
+                descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            send(self.socket, bytes(ffi.buffer(hello)), descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def submit(self, plan: int, order: int, descriptors: list[int], started: bool) -> socket.socket:
+        """Asks for one run. The descriptors stay the caller's; the channel that comes back is his, too."""
+        request = ffi.new("struct request *")
+        request.magic = lib.REQUEST_MAGIC
+        request.flags = lib.REQUEST_STARTED if started else 0
+        channel, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its:
+            try:
+                send(self.socket, bytes(ffi.buffer(request)), [plan, order, its.fileno(), *descriptors])
+            except BaseException:
+                channel.close()
+                raise
+        return channel
+
+    def close(self) -> None:
+        """Ends the launcher and every jail of it."""
+        self.socket.close()
+        if self.pid:
+            with contextlib.suppress(ChildProcessError):  # somebody waits for all children, or ignores SIGCHLD
+                os.waitpid(self.pid, 0)
+            self.pid = 0
+        if self.uid_lock >= 0:
+            os.close(self.uid_lock)
+            self.uid_lock = -1
+        from . import cgroups
+
+        cgroups.release(self.claim)
+
+
+def send(to: socket.socket, message: bytes, descriptors: list[int]) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    to.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+
+
+_lock = threading.Lock()
+_current: Launcher | None = None
+
+
+def current() -> Launcher:
+    """The launcher of this process, started when there is none."""
+    global _current
+    with _lock:
+        if _current is None:
+            _current = Launcher()
+        return _current
+
+
+def lost(launcher: Launcher) -> None:
+    """This one is dead. The next run gets a new one."""
+    global _current
+    with _lock:
+        if _current is launcher:
+            _current = None
+            launcher.close()
+
+
+@atexit.register
+def shutdown() -> None:
+    """Ends the launcher of this process, if there is one; a later run starts another."""
+    global _current
+    with _lock:
+        if _current is not None:
+            _current.close()
+            _current = None
+
+
+def _forget() -> None:
+    """In a forked child: the launcher belongs to the parent. Our copy of its socket would keep it alive."""
+    global _current, _lock
+    _lock = threading.Lock()
+    if _current is not None:
+        _current.socket.close()
+        if _current.uid_lock >= 0:
+            os.close(_current.uid_lock)
+        _current = None
+
+
+os.register_at_fork(after_in_child=_forget)
