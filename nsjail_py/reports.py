@@ -1,0 +1,138 @@
+"""The launcher's report, read: a verdict with its evidence, or the exception that says why there was no run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._native import ffi, lib
+from .errors import SetupError
+from .result import Protection, Result, Verdict
+
+if TYPE_CHECKING:
+    from .policy import Policy
+    from .rootfs import MountStep
+
+SOURCES = {lib.SOURCE_NONE: "none", lib.SOURCE_RUSAGE: "rusage", lib.SOURCE_CGROUP1: "cgroup1", lib.SOURCE_CGROUP2: "cgroup2"}
+STEP_NAMES = {
+    number: name.removeprefix("STEP_").lower().replace("_", " ") for number, name in ffi.typeof("enum step").elements.items()
+}
+MOUNT_STEPS = ("mount target", "mount source", "mount bind", "mount idmap", "mount scratch", "mount proc", "mount devpts", "mount mask")
+
+
+class Context(NamedTuple):
+    """What a report is read against."""
+
+    policy: Policy
+    mode: str
+    mounts: tuple[MountStep, ...]
+    protections: tuple[Protection, ...]
+    stdout: bytes = b""
+    stderr: bytes = b""
+    stdout_cut: bool = False
+    stderr_cut: bool = False
+
+
+def parse(message: bytes) -> Any:
+    """A `struct report`. A message of another size is not one of ours."""
+    report = ffi.new("struct report *")
+    if len(message) != ffi.sizeof("struct report"):
+        raise SetupError("report", detail=f"{len(message)} bytes where {ffi.sizeof('struct report')} were expected")
+    ffi.buffer(report)[:] = message
+    return report
+
+
+def to_result(report: Any, context: Context) -> Result:
+    """The result of a run that took place. Raises SetupError where none did."""
+    step = STEP_NAMES[report.step]
+    if report.kind == lib.REPORT_FAILED and step != "exec":
+        raise setup_error(step, report, context)
+    verdict, evidence = judge(report, context.policy, denied := denied_names(report))
+    return Result(
+        verdict=verdict,
+        evidence=evidence,
+        exit_code=report.exit_code if report.exit_code >= 0 else None,
+        signal=report.signal if report.signal >= 0 else None,
+        stdout=context.stdout,
+        stderr=context.stderr,
+        stdout_cut=context.stdout_cut,
+        stderr_cut=context.stderr_cut,
+        wall_time=report.wall_ns / 1e9,
+        user_time=report.user_ns / 1e9,
+        system_time=report.system_ns / 1e9,
+        cpu_time=report.cpu_ns / 1e9,
+        cpu_source=SOURCES[report.cpu_source],
+        peak_memory=report.peak_memory,
+        memory_source=SOURCES[report.memory_source],
+        peak_processes=report.peak_processes or None,
+        oom_events=report.oom_kills,
+        denied=denied,
+        setup_time=report.setup_ns / 1e9,
+        mode=context.mode,
+        policy=context.policy.name,
+        protections=tuple(found(report, protection) for protection in context.protections),
+    )
+
+
+def found(report: Any, protection: Protection) -> Protection:
+    """What only the run itself could find out."""
+    if protection.name == "nested_userns" and report.flags & lib.REPORT_NO_NESTED:
+        return Protection(protection.name, "unavailable", "/proc/sys/user/max_user_namespaces cannot be written here")
+    return protection
+
+
+def setup_error(step: str, report: Any, context: Context) -> SetupError:
+    from .advice import advice
+
+    detail = ""
+    if step in MOUNT_STEPS and report.detail < len(context.mounts):
+        mount = context.mounts[report.detail]
+        detail = f"{mount.source} on {mount.target}" if mount.source else mount.target
+    return SetupError(step, report.error, detail, advice(step, report.error))
+
+
+def denied_names(report: Any) -> dict[str, int]:
+    if not report.denied_count:
+        return {}
+    from .syscalls import name_of
+
+    return {name_of(denied.nr): denied.count for denied in report.denied[0 : report.denied_count]}
+
+
+def judge(report: Any, policy: Policy, denied: dict[str, int]) -> tuple[Verdict, dict[str, Any]]:
+    """The verdict, most telling cause first: what the launcher ended, what the kernel ended, what the program itself said."""
+    limits = policy.limits
+    clocks = {
+        lib.CAUSE_WALL: (Verdict.wall_time, limits.wall_time),
+        lib.CAUSE_CPU: (Verdict.cpu_time, limits.cpu_time),
+        lib.CAUSE_IDLE: (Verdict.idle, limits.idle_time),
+    }
+    failed = report.exit_code != 0
+    if report.kind == lib.REPORT_FAILED:
+        evidence = {"errno": report.error, "error": os.strerror(report.error)}
+        return (Verdict.memory, {"limit": limits.memory, **evidence}) if report.oom_kills else (Verdict.exec_failed, evidence)
+    if report.cause in clocks:
+        verdict, limit = clocks[report.cause]
+        return verdict, {"limit": limit, "observed": report.observed / 1e9}
+    if report.cause == lib.CAUSE_OUTPUT:
+        return Verdict.output, {"limit": limits.output}
+    if report.cause == lib.CAUSE_SYSCALL:
+        return Verdict.syscall, {"syscall": ", ".join(denied)}
+    if report.cause == lib.CAUSE_CALLER:
+        return Verdict.killed, {}
+    if report.oom_kills:
+        return Verdict.memory, {"limit": limits.memory, "observed": report.peak_memory, "oom_kills": report.oom_kills}
+    if report.signal == signal.SIGSYS:
+        return Verdict.syscall, {"syscall": "of a foreign architecture", "signal": signal.SIGSYS}
+    if report.signal == signal.SIGXCPU:
+        return Verdict.cpu_time, {"limit": limits.cpu_time or 0.0, "observed": report.cpu_ns / 1e9}
+    if report.signal == signal.SIGXFSZ:
+        return Verdict.disk, {"limit": limits.file_size, "signal": signal.SIGXFSZ}
+    if failed and report.flags & lib.REPORT_DISK_FULL:
+        return Verdict.disk, {"limit": limits.disk}
+    if failed and report.process_denials:
+        return Verdict.processes, {"limit": limits.processes, "refused": report.process_denials}
+    if report.signal >= 0:
+        return Verdict.signal, {"signal": report.signal}
+    return (Verdict.exit, {"exit_code": report.exit_code}) if failed else (Verdict.ok, {})
