@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
+PACKAGE = "nsjail_py"
+LAUNCHER = "nsjail-launcher"
 NATIVE = Path("native")
 EXTENSION_ONLY = {"probe.c"}
 WARNINGS = ["-std=gnu11", "-Wall", "-Wextra"]
-HARDENING = ["-O2", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-ffunction-sections", "-Wl,--gc-sections", "-Wl,-z,noexecstack"]
+HARDENING = ["-O2", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-Wl,-z,noexecstack", "-s"]
+STATIC = (["-static-pie", "-fPIE"], ["-static"])  # not every compiler can do the first, which also loads at a random address
 
 
 class BuildNative(build_ext):
@@ -26,27 +30,49 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         super().run()
-        package = Path("nsjail_py") if self.inplace else Path(self.build_lib, "nsjail_py")
-        self.build_launcher(package / "nsjail-launcher")
+        self.build_launcher(self.package_directory() / LAUNCHER)
+
+    def package_directory(self) -> Path:
+        return Path(PACKAGE) if self.inplace else Path(self.build_lib, PACKAGE)
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(self.package_directory() / LAUNCHER)]
 
     def build_launcher(self, target: Path) -> None:
-        """Compile `target` unless it is newer than every source; a launcher that is running is replaced, not overwritten."""
+        """Compile `target` unless it is newer than every source. A launcher that is running is replaced, never overwritten."""
         sources = sorted(path for path in NATIVE.glob("*.c") if path.name not in EXTENSION_ONLY)
         newest = max(path.stat().st_mtime for path in (*sources, *NATIVE.glob("*.h"), Path(__file__)))
-        if not self.force and target.exists() and target.stat().st_mtime >= newest:
+        if not self.force and target.exists() and target.stat().st_mtime > newest:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(target.name + ".new")
-        compiler = shlex.split(os.environ.get("CC", "gcc"))
-        flags = [*HARDENING, *shlex.split(os.environ.get("CFLAGS", "")), *WARNINGS]
-        # Not every compiler links a static program that is also position-independent.
-        for static in ("-static-pie", "-static"):
-            position = ["-fPIE"] if static == "-static-pie" else []
-            command = [*compiler, *flags, *position, static, "-o", str(fresh), *map(str, sources)]
+        fresh = target.with_name(f"{LAUNCHER}.new")
+        compiler = [*shlex.split(os.environ.get("CC", "gcc")), *HARDENING, *shlex.split(os.environ.get("CFLAGS", "")), *WARNINGS]
+        for static in STATIC:
+            command = [*compiler, *static, "-o", str(fresh), *map(str, sources)]
             done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-            if done.returncode == 0 and subprocess.run(["strip", "-s", str(fresh)], check=False).returncode in (0, 127):
+            if done.returncode == 0:
                 break
         else:
-            sys.exit(f"{shlex.join(command)}\n{done.stderr}")
+            raise CompileError(f"{shlex.join(command)}\n{done.stderr}")
         fresh.chmod(0o755)
         fresh.replace(target)
+
+
+class BuildWithPolicies(build_py):
+    """policies/*.toml become nsjail_py/policies; a source checkout reads them where they are."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib, PACKAGE, "policies")
+        target.mkdir(parents=True, exist_ok=True)
+        for policy in sorted(Path("policies").glob("*.toml")):
+            shutil.copy(policy, target)
+
+
+setup(
+    cffi_modules=["native/build_native.py:ffibuilder"],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildWithPolicies},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,0 +1,178 @@
+"""From a policy and a program to what the launcher takes: every decision about this host is made here, once per pair."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import landlock, plan, rootfs
+from ._native import lib
+from .errors import PolicyError, Unavailable
+from .result import Protection
+
+if TYPE_CHECKING:
+    from .cgroups import Claim
+    from .policy import Policy
+
+SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib64/", "/opt/")
+PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+class Compiled(NamedTuple):
+    """One policy, one program, ready to run any number of times."""
+
+    policy: Policy
+    plan: bytes
+    program: str
+    mounts: tuple[rootfs.MountStep, ...]
+    protections: tuple[Protection, ...]
+
+
+class Host(NamedTuple):
+    """What decides between plans on one host: part of the cache's key."""
+
+    claim: Claim
+    root: bool
+    landlock_abi: int
+
+
+@functools.lru_cache(maxsize=64)
+def for_python(policy: Policy, host: Host) -> Compiled:
+    """For scripts: the order brings the script, the root has the interpreter."""
+    from . import interpreter, tree
+
+    found = interpreter.inspect(policy.python.interpreter)
+    below = ("/usr", "/lib", "/lib64", "/etc", "/bin", found.prefix)
+    points = _mountpoints(policy, below) if policy.root == "minimal" else ()
+    root = tree.python_tree(found, policy.python.imports, points)
+    return _compile(policy, host, root, str(found.executable), None, with_files=True)
+
+
+def for_program(policy: Policy, host: Host, name: str) -> Compiled:
+    """For any program: looked up as a shell would, in the host's PATH. An outside program is shown at /app."""
+    path = find(name)
+    status = os.stat(path)
+    return _for_program(policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int, int]) -> Compiled:
+    from . import tree
+
+    root = tree.program_tree(path, _mountpoints(policy, SYSTEM)) if policy.root == "minimal" else tree.etc_tree() if policy.root == "system" else None
+    visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
+    inside = path if visible else f"/app/{os.path.basename(path)}"
+    return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
+
+
+def find(name: str) -> str:
+    """The program's path on the host. Raises FileNotFoundError or PermissionError, as the shell's 127 and 126."""
+    if "\0" in name:
+        raise PolicyError(f"{name!r} has a NUL character in it")
+    path = os.path.abspath(name) if "/" in name else shutil.which(name, path=PATH)
+    if path is None or not os.path.exists(path):
+        raise FileNotFoundError(2, "no such program", name)
+    if os.path.isdir(path) or not os.access(path, os.X_OK):
+        raise PermissionError(13, "not a program that can be executed", name)
+    return path
+
+
+def _below_private(path: str) -> bool:
+    return path.split("/")[1] in rootfs.PRIVATE
+
+
+def _mountpoints(policy: Policy, tops: tuple[str, ...]) -> tuple[str, ...]:
+    """Targets of mounts that fall into the tree, which is read-only when they are needed."""
+    points = [m.target + ("/" if os.path.isdir(m.source) else "") for m in policy.mounts]
+    return tuple(sorted(point for point in points if any(rootfs.is_below(point, top.rstrip("/")) for top in tops)))
+
+
+def _compile(policy: Policy, host: Host, root, program: str, outside: tuple[str, str] | None, *, with_files: bool) -> Compiled:  # type: ignore[no-untyped-def]
+    mounts = tuple(rootfs.build(policy, root, outside, with_files))
+    bpf, exec_once, unknown_from = b"", False, 0
+    if policy.syscalls is not None:
+        from .syscalls import compile_filter
+
+        compiled = compile_filter(policy.syscalls)
+        bpf, exec_once, unknown_from = compiled.bpf, compiled.exec_once, compiled.unknown_from
+    if policy.landlock and not host.landlock_abi:
+        raise Unavailable("landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy")
+    decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside)) if policy.landlock else landlock.Decision((0, 0, 0), [])
+    parts = plan.Parts(
+        mounts=mounts,
+        bpf=bpf,
+        exec_once=exec_once,
+        unknown_from=unknown_from,
+        landlock=decided.masks,
+        paths=decided.paths,
+        cgroup=_cgroup(policy, host.claim),
+        rlimits=plan.rlimits(policy.limits, host.claim.kind != "none"),
+    )
+    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host))
+
+
+def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:
+    """Where exec is refused: the program, and the loader that the kernel opens with it."""
+    from . import elf
+
+    loader = elf.loader(outside[0] if outside else program)
+    return [program, *([loader] if loader else [])]
+
+
+def _cgroup(policy: Policy, claim: Claim) -> list[plan.CgroupWrite]:
+    limits = policy.limits
+    writes: list[tuple[int, str, int | None]] = []
+    if claim.kind == "v1":
+        writes = [(lib.GROUP_MEMORY, "memory.limit_in_bytes", limits.memory)]
+        if claim.swap:
+            writes.append((lib.GROUP_MEMORY, "memory.memsw.limit_in_bytes", limits.memory))
+        writes.append((lib.GROUP_PIDS, "pids.max", limits.processes))
+    elif claim.kind == "v2":
+        writes = [(lib.GROUP_UNIFIED, "memory.max", limits.memory), (lib.GROUP_UNIFIED, "pids.max", limits.processes)]
+        if claim.swap and limits.memory is not None:
+            writes.append((lib.GROUP_UNIFIED, "memory.swap.max", 0))
+        writes.append((lib.GROUP_UNIFIED, "memory.oom.group", 1))
+    return [plan.CgroupWrite(group, file, str(value)) for group, file, value in writes if value is not None]
+
+
+NAMESPACES = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time")
+ALWAYS = ("environment", "descriptors", "session", "keyring", "capabilities", "no_new_privs", "read_only_root", "private_dev", "private_tmp")
+
+
+def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
+    """Each protection: asked for, and given or not. Raises Unavailable for one that is missing and not under best_effort."""
+    abi, claim = host.landlock_abi, host.claim
+    wanted = {name: True for name in ALWAYS}
+    wanted |= {f"{name}_namespace": name in policy.namespaces for name in NAMESPACES}
+    wanted |= {"own_uid": policy.own_uid, "groups": True, "nested_userns": True, "private_proc": policy.proc != "none"}
+    wanted |= {"minimal_root": policy.root == "minimal", "seccomp": policy.syscalls is not None}
+    wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
+    wanted |= {name: policy.landlock for name in ("landlock_fs", "landlock_net", "landlock_scope")}
+    wanted |= {"cgroup": True, "swap": policy.limits.memory is not None}
+    lacks = {}
+    if not host.root:
+        lacks["own_uid"] = "only root can give a run a user of its own; it runs as the caller's"
+        lacks["groups"] = "only root can leave the caller's supplementary groups"
+    if claim.kind == "none":
+        lacks["cgroup"] = claim.reason
+    if claim.kind == "none" or not claim.swap:
+        lacks["swap"] = "no cgroup limits swap" if claim.kind == "none" else "this kernel does not count swap"
+    if abi < landlock.NET_ABI:
+        lacks["landlock_net"] = f"Landlock ABI {abi}; 4 (Linux 6.7) is needed"
+    if abi < landlock.SCOPE_ABI:
+        lacks["landlock_scope"] = f"Landlock ABI {abi}; 6 (Linux 6.12) is needed"
+    required = [name for name in lacks if wanted[name] and name not in policy.best_effort]
+    if required:
+        reasons = "; ".join(f"{name}: {lacks[name]}" for name in required)
+        raise Unavailable("protections", detail=reasons, advice=f"or list them under best_effort in policy {policy.name!r}")
+    return tuple(
+        Protection(name, "not requested" if not asked else "unavailable" if name in lacks else "applied", lacks.get(name, "") if asked else "")
+        for name, asked in wanted.items()
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def landlock_abi() -> int:
+    return int(lib.probe_landlock_abi())

@@ -1,0 +1,302 @@
+"""Running things: `run`, `run_python`, `Jail` and the handle of a run, `Process`.
+
+    policy -> plan -> launch -> inside -> watch -> result
+
+Made for use from any number of threads at once. aio.py has the same for asyncio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import weakref
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import IO, Any, Self
+
+from . import launcher
+from ._native import ffi, lib
+from .compiled import PATH, Compiled, Host, for_program, for_python, landlock_abi
+from .errors import JailError, LauncherDied, PolicyError
+from .plan import OrderFile, compile_order, sealed
+from .policy import Policy
+from .policyfile import load, override
+from .reports import Context, parse, to_result
+from .result import Result
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream
+
+__all__ = ["DEVNULL", "PIPE", "STDOUT", "Jail", "Process", "run", "run_python"]
+
+Args = Sequence[str | os.PathLike[str]]
+
+
+class Process:
+    """A run that has been started: like subprocess.Popen, but in a jail, and its end is a Result.
+
+    stdin, stdout and stderr are binary files where PIPE was asked for, else None. A handle that is dropped kills its run.
+    """
+
+    def __init__(self, compiled: Compiled, order: bytes, args: list[str], ends: Ends, pass_fds: Sequence[int]) -> None:
+        self.compiled = compiled
+        self.args = args
+        self.reported: Any = None
+        self._pid: int | None = None
+        self._result: Result | None = None
+        self._exchange: Exchange | None = None
+        self._lost = False
+        self.launcher = launcher.current()
+        plan_fd, order_fd = sealed("plan", compiled.plan), -1
+        try:
+            order_fd = sealed("order", order)
+            self.channel = self._submit(plan_fd, order_fd, [*ends.inside, *pass_fds])
+        except BaseException:
+            ends.close()
+            raise
+        finally:
+            for descriptor in (plan_fd, order_fd):
+                if descriptor >= 0:
+                    os.close(descriptor)
+        ends.sent()
+        files = [None if fd is None else os.fdopen(fd, "wb" if number == 0 else "rb", 0) for number, fd in enumerate(ends.ours)]
+        self.stdin: IO[bytes] | None
+        self.stdout: IO[bytes] | None
+        self.stderr: IO[bytes] | None
+        self.stdin, self.stdout, self.stderr = files
+        self._finalizer = weakref.finalize(self, self.channel.close)
+
+    def _submit(self, plan_fd: int, order_fd: int, descriptors: list[int]) -> socket.socket:
+        try:
+            return self.launcher.submit(plan_fd, order_fd, descriptors, started=True)
+        except (BrokenPipeError, ConnectionResetError):  # it died since the last run: nothing was started
+            launcher.lost(self.launcher)
+            self.launcher = launcher.current()
+            return self.launcher.submit(plan_fd, order_fd, descriptors, started=True)
+
+    @property
+    def pid(self) -> int | None:
+        """The program's process id on the host, once it runs; None when it never did."""
+        while self._pid is None and not self.reported:
+            select.select([self.channel], [], [])
+            self.hear()
+        return self._pid
+
+    def hear(self) -> bool:
+        """Takes one message from the launcher; true when it was the last."""
+        if self.reported:
+            return True
+        try:
+            message = self.channel.recv(1 << 16)
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            self._lost = True
+            self.reported = ffi.new("struct report *")
+            launcher.lost(self.launcher)
+            return True
+        report = parse(message)
+        if report.kind == lib.REPORT_STARTED:
+            self._pid = report.pid
+            return False
+        self.reported = report
+        return True
+
+    def poll(self) -> Result | None:
+        """The result if the run is over, else None. Does not wait."""
+        while not self.reported and select.select([self.channel], [], [], 0)[0]:
+            self.hear()
+        return self._finish() if self.reported else None
+
+    def wait(self, timeout: float | None = None) -> Result:
+        """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
+        while not self.reported:
+            if not select.select([self.channel], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            self.hear()
+        return self._finish()
+
+    def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Result:
+        """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired; it may be called again then."""
+        self.exchange(input).run(timeout)
+        return self._finish()
+
+    def exchange(self, input: bytes | None = None) -> Exchange:
+        """The transfer of this run's streams, made on first use."""
+        if self._exchange is None:
+            self._exchange = Exchange(self, input)
+        return self._exchange
+
+    def kill(self) -> None:
+        """Ends the whole jail. Harmless when the run is over."""
+        self._command(0, lib.CAUSE_CALLER)
+
+    def terminate(self) -> None:
+        """Sends SIGTERM to the program."""
+        self.send_signal(signal.SIGTERM)
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the program itself, not to its children."""
+        self._command(signal.Signals(number), lib.CAUSE_NONE)
+
+    def exceeded_output(self) -> None:
+        """Ends the run because it wrote more than its policy lets it."""
+        self._command(0, lib.CAUSE_OUTPUT)
+
+    def _command(self, number: int, cause: int) -> None:
+        command = ffi.new("struct command *", {"signal": number, "cause": cause})
+        with contextlib.suppress(OSError):
+            self.channel.send(bytes(ffi.buffer(command)), socket.MSG_NOSIGNAL)
+
+    def _finish(self) -> Result:
+        if self._result is None:
+            self._finalizer()
+            if self._lost:
+                raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
+            self._result = to_result(self.reported, self._context())
+        return self._result
+
+    def _context(self) -> Context:
+        done = self._exchange
+        parts = (b"".join(done.output["stdout"]), b"".join(done.output["stderr"]), done.cut["stdout"], done.cut["stderr"]) if done else ()
+        mode = self.launcher.claim.mode
+        return Context(self.compiled.policy, mode, self.compiled.mounts, self.compiled.protections, *parts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Kills the run if it is still going on, and closes the pipes."""
+        for file in (self.stdin, self.stdout, self.stderr):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+        if not self.reported:
+            self.kill()
+            with contextlib.suppress(JailError):
+                self.wait()
+
+
+class Jail:
+    """One policy, many runs, from any thread.
+
+    policy: a Policy, the name of a shipped one, or the path of a TOML file. changes: fields that differ from it (limits by their names,
+    `imports`, `env`, `mounts`, `workdir` ...; numbers or strings with units). Raises PolicyError with everything that is wrong.
+    """
+
+    def __init__(self, policy: Policy | str | os.PathLike[str] = "untrusted", **changes: Any) -> None:
+        loaded = policy if isinstance(policy, Policy) else load(policy)
+        self.policy = override(loaded, **changes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Nothing is held between runs: the launcher is the process's, and each run cleans up after itself."""
+
+    def start(
+        self, args: Args, *, stdin: Stream = None, stdout: Stream = None, stderr: Stream = None, pass_fds: Iterable[int] = ()
+    ) -> Process:
+        """Starts a program. args[0] is looked up as a shell does; FileNotFoundError and PermissionError as from subprocess."""
+        argv = [os.fspath(arg) for arg in args]
+        if not argv:
+            raise PolicyError("no program: the argument list is empty")
+        compiled = for_program(self.policy, self._host(), argv[0])
+        return self._start(compiled, argv, (), (stdin, stdout, stderr), tuple(pass_fds))
+
+    def start_python(
+        self,
+        source: str | bytes,
+        *,
+        args: Args = (),
+        filename: str = "main.py",
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        pass_fds: Iterable[int] = (),
+    ) -> Process:
+        """Starts a Python script. Inside it is /app/FILENAME."""
+        data = source.encode() if isinstance(source, str) else source
+        if "/" in filename or filename in ("", ".", ".."):
+            raise PolicyError(f"filename {filename!r} must be a name without directories")
+        compiled = for_python(self.policy, self._host())
+        argv = [compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
+        return self._start(compiled, argv, (OrderFile(filename, data),), (stdin, stdout, stderr), tuple(pass_fds))
+
+    def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
+        """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""
+        return _to_end(self.start(args, **_captured(input, streams)), input, timeout)
+
+    def run_python(
+        self,
+        source: str | bytes,
+        *,
+        args: Args = (),
+        filename: str = "main.py",
+        input: bytes | None = None,
+        timeout: float | None = None,
+        **streams: Any,
+    ) -> Result:
+        """Runs a Python script to its end and returns its result."""
+        return _to_end(self.start_python(source, args=args, filename=filename, **_captured(input, streams)), input, timeout)
+
+    def _host(self) -> Host:
+        current = launcher.current()
+        return Host(current.claim, os.geteuid() == 0, landlock_abi())
+
+    def _start(self, compiled: Compiled, argv: list[str], files: Sequence[OrderFile], streams: Sequence[Stream], pass_fds: tuple[int, ...]) -> Process:
+        if any(not 3 <= fd < lib.MAX_FD_NUMBER for fd in pass_fds) or len(set(pass_fds)) > lib.MAX_FDS - 3:
+            raise PolicyError(f"pass_fds: at most {lib.MAX_FDS - 3} descriptors with numbers from 3 to {lib.MAX_FD_NUMBER - 1}")
+        numbers = sorted(set(pass_fds))
+        order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
+        return Process(compiled, order, argv, Ends(*streams), numbers)
+
+
+def environment(policy: Policy) -> dict[str, str]:
+    """The whole environment inside. Nothing of the caller's is in it but what the policy names."""
+    variables = {"PATH": PATH, "HOME": "/work", "LANG": "C.UTF-8", "USER": "jail", "TMPDIR": "/tmp"}
+    if policy.python.project:
+        variables["PYTHONPATH"] = "/project"
+    variables |= {name: os.environ[name] for name in policy.env_pass if name in os.environ}
+    return variables | policy.env
+
+
+def _captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
+    if input is not None:
+        if "stdin" in streams:
+            raise ValueError("stdin and input cannot both be given")
+        streams["stdin"] = PIPE
+    return {"stdout": PIPE, "stderr": PIPE, **streams}
+
+
+def _to_end(process: Process, input: bytes | None, timeout: float | None) -> Result:
+    with process:
+        return process.communicate(input, timeout)
+
+
+STREAMS = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {k: v for k, v in options.items() if k in STREAMS}, {k: v for k, v in options.items() if k not in STREAMS}
+
+
+def run(args: Args, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:
+    """Runs a program in a jail, like subprocess.run. options: streams, input and timeout as there; everything else changes the policy."""
+    streams, changes = _split(options)
+    return Jail(policy, **changes).run(args, **streams)
+
+
+def run_python(
+    source: str | bytes,
+    *,
+    policy: Policy | str | os.PathLike[str] = "untrusted",
+    args: Args = (),
+    filename: str = "main.py",
+    **options: Any,
+) -> Result:
+    """Runs Python source in a jail. options as for `run`."""
+    streams, changes = _split(options)
+    return Jail(policy, **changes).run_python(source, args=args, filename=filename, **streams)

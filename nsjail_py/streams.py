@@ -1,0 +1,162 @@
+"""A run's standard streams: which descriptors it gets, and the pipes in between while it goes on.
+
+Output is bounded in memory whatever the program writes: beyond the policy's limit the run is ended, and the rest is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import time
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .jail import Process
+
+PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
+Stream = int | IO[Any] | None
+CHUNK = 65536
+
+
+class Ends:
+    """The descriptors that go in, and our ends of the pipes among them."""
+
+    def __init__(self, stdin: Stream, stdout: Stream, stderr: Stream) -> None:
+        self.inside: list[int] = []
+        self.ours: list[int | None] = [None, None, None]
+        self.opened: list[int] = []
+        try:
+            for number, stream in enumerate((stdin, stdout, stderr)):
+                self.inside.append(self._one(number, stream))
+        except BaseException:
+            self.close()
+            raise
+
+    def _one(self, number: int, stream: Stream) -> int:
+        if stream is None or stream == DEVNULL:
+            return self._keep(os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY))
+        if stream == STDOUT:
+            if number != 2:
+                raise ValueError("STDOUT is for stderr only")
+            return self.inside[1]
+        if stream == PIPE:
+            read, write = os.pipe2(os.O_CLOEXEC)
+            self.ours[number], theirs = (write, read) if number == 0 else (read, write)
+            return self._keep(theirs)
+        return stream if isinstance(stream, int) else stream.fileno()
+
+    def _keep(self, descriptor: int) -> int:
+        self.opened.append(descriptor)
+        return descriptor
+
+    def sent(self) -> None:
+        """The run has them now; our copies would hide its end of file."""
+        for descriptor in self.opened:
+            os.close(descriptor)
+        self.opened = []
+
+    def close(self) -> None:
+        self.sent()
+        for descriptor in self.ours:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+class Exchange:
+    """Feeds standard input, gathers output, and takes the report; `step(fd)` moves what a ready descriptor allows.
+
+    One thread's poll loop (`run`) or an event loop's readers drive it alike.
+    """
+
+    def __init__(self, process: Process, data: bytes | None) -> None:
+        self.process = process
+        self.limit = process.compiled.policy.limits.output
+        self.input = memoryview(data or b"")
+        self.output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self.cut = {"stdout": False, "stderr": False}
+        self.count = 0
+        self.streams = {file.fileno(): name for name in ("stdout", "stderr") if (file := getattr(process, name)) is not None}
+        for descriptor in self.streams:
+            os.set_blocking(descriptor, False)
+        if process.stdin is not None:
+            os.set_blocking(process.stdin.fileno(), False)
+            if not self.input:
+                self._close_stdin()
+
+    @property
+    def wanted(self) -> dict[int, int]:
+        """Descriptor -> poll events."""
+        wanted = dict.fromkeys(self.streams, select.POLLIN)
+        wanted[self.process.channel.fileno()] = select.POLLIN
+        if self.process.stdin is not None and not self.process.stdin.closed:
+            wanted[self.process.stdin.fileno()] = select.POLLOUT
+        return wanted
+
+    def step(self, descriptor: int) -> None:
+        if descriptor in self.streams:
+            self._read(descriptor)
+        elif descriptor == self.process.channel.fileno():
+            if self.process.hear():
+                self._drain()
+        else:
+            self._write()
+
+    def run(self, timeout: float | None) -> None:
+        """Until the report is there. Raises subprocess.TimeoutExpired; the run goes on then, and so can the exchange."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.process.reported:
+            poll = select.poll()
+            for descriptor, events in self.wanted.items():
+                poll.register(descriptor, events)
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            ready = poll.poll(rest)
+            if not ready:
+                raise subprocess.TimeoutExpired(self.process.args, timeout or 0.0)
+            for descriptor, _ in ready:
+                self.step(descriptor)
+
+    def _write(self) -> None:
+        stdin = self.process.stdin
+        if stdin is None or stdin.closed:
+            return
+        try:
+            self.input = self.input[os.write(stdin.fileno(), self.input[:CHUNK]) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:  # it does not want the rest
+            self.input = memoryview(b"")
+        if not self.input:
+            self._close_stdin()
+
+    def _close_stdin(self) -> None:
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+
+    def _read(self, descriptor: int) -> bool:
+        """Whether there may be more."""
+        try:
+            data = os.read(descriptor, CHUNK)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.streams.pop(descriptor, None)
+            return False
+        name = self.streams[descriptor]
+        room = len(data) if self.limit is None else max(0, self.limit - self.count)
+        self.count += len(data)
+        if room:
+            self.output[name].append(data[:room])
+        if len(data) > room:
+            self.cut[name] = True
+            self.process.exceeded_output()
+        return True
+
+    def _drain(self) -> None:
+        """What was written before the end. A descriptor that outlives the run somewhere is not waited for."""
+        for descriptor in list(self.streams):
+            while self._read(descriptor):
+                pass
+        self._close_stdin()
