@@ -20,7 +20,7 @@ PACKAGE = "nsjail_py"
 LAUNCHER = "nsjail-launcher"
 NATIVE = Path("native")
 EXTENSION_ONLY = {"probe.c"}
-WARNINGS = ["-std=gnu11", "-Wall", "-Wextra"]
+DIALECT = ["-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra"]
 HARDENING = ["-O2", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-Wl,-z,noexecstack", "-s"]
 STATIC = (["-static-pie", "-fPIE"], ["-static"])  # not every compiler can do the first, which also loads at a random address
 
@@ -46,7 +46,7 @@ class BuildNative(build_ext):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f"{LAUNCHER}.new")
-        compiler = [*shlex.split(os.environ.get("CC", "gcc")), *HARDENING, *shlex.split(os.environ.get("CFLAGS", "")), *WARNINGS]
+        compiler = [*shlex.split(os.environ.get("CC", "gcc")), *HARDENING, *shlex.split(os.environ.get("CFLAGS", "")), *DIALECT]
         for static in STATIC:
             command = [*compiler, *static, "-o", str(fresh), *map(str, sources)]
             done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
