@@ -1,0 +1,45 @@
+"""What to do about a step that failed, by step and errno. One row each; an empty text where only the errno tells."""
+
+from __future__ import annotations
+
+import errno
+
+E = errno
+ANY = 0
+
+ROWS: dict[tuple[str, int], str] = {
+    ("uid pool", ANY): "too many runs at one time: wait for some to end",
+    ("cgroup", E.ENODEV): "this host gives us no control group: see `nsjail-py doctor`",
+    ("cgroup", E.ENOSPC): "the control group's cpuset is empty, or the limit of groups is reached",
+    ("clone", E.EPERM): "user namespaces are refused to this user: see `nsjail-py doctor`",
+    ("clone", E.EACCES): "AppArmor refuses user namespaces: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or load a profile that allows them",
+    ("clone", E.ENOSPC): "the limit of namespaces is reached: raise user.max_user_namespaces and its siblings",
+    ("clone", E.EAGAIN): "no more processes: raise the limit of processes of this user or group",
+    ("clone", E.EINVAL): "the kernel lacks a kind of namespace: see `nsjail-py doctor`",
+    ("clone", E.ENOSYS): "clone3 is missing: Linux 5.3 or later, and a container filter that lets it pass",
+    ("user namespace", E.EPERM): "user namespaces are restricted here (Ubuntu: kernel.apparmor_restrict_unprivileged_userns): see `nsjail-py doctor`",
+    ("id map", E.EPERM): "the host ids cannot be mapped: CAP_SETUID and CAP_SETGID are needed",
+    ("mount private", E.ENOSYS): "mount_setattr is missing: Linux 5.12 or later",
+    ("mount private", E.EPERM): "no right to mount in the new namespace: AppArmor or a container's filter refuses it",
+    ("mount source", E.ENOENT): "the source does not exist on the host",
+    ("mount target", E.EROFS): "the target lies in a read-only tree and is not there: choose one outside of it",
+    ("mount bind", E.ENOENT): "the target does not exist inside: it lies below a directory that is shown read-only",
+    ("mount bind", E.ENOTDIR): "source and target must both be files or both be directories",
+    ("mount idmap", E.EPERM): "a writable directory must not belong to root: chown it to the user who is to own the files",
+    ("mount idmap", E.EINVAL): "this file system cannot be mounted with other ids: use ext4, xfs, btrfs, or tmpfs on Linux 6.3 or later",
+    ("mount proc", E.EPERM): "parts of the host's /proc are covered (a container): run with an uncovered /proc, or set proc = \"none\"",
+    ("nested userns", ANY): "add \"nested_userns\" to best_effort, or make /proc/sys writable",
+    ("landlock", E.ENOSYS): "Landlock is missing: Linux 5.13 or later",
+    ("landlock", E.EOPNOTSUPP): "Landlock is switched off: add landlock to the kernel's lsm= list",
+    ("seccomp", E.EBUSY): "another program listens to this process's filter already (a container manager): it cannot be nested",
+    ("seccomp", E.EACCES): "no_new_privs was not set",
+    ("app files", E.ENOSPC): "the script is larger than the disk limit",
+    ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
+    ("setup time", ANY): "making the jail took more than 30 s: a source on a file system that hangs?",
+    ("lost", ANY): "the jail's init was killed from outside, perhaps for lack of memory on the host",
+}
+
+
+def advice(step: str, error: int) -> str:
+    """The remedy for this step and errno; empty when there is none to give."""
+    return ROWS.get((step, error)) or ROWS.get((step, ANY), "")

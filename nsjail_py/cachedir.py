@@ -1,0 +1,40 @@
+"""Where built roots and compiled filters are kept: a directory that only its owner can change."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from .errors import SetupError
+
+
+def directory(kind: str) -> Path:
+    """The cache directory for one kind of thing (`roots`, `filters`), made when it is missing.
+
+    /var/cache/nsjail_py for root, else $XDG_CACHE_HOME or ~/.cache; NSJAIL_PY_CACHE overrides. Raises SetupError where it is not ours alone.
+    """
+    base = _base()
+    for path in (base, base / kind):
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = path.lstat()
+        except OSError as error:
+            raise SetupError("cache directory", error.errno or 0, str(path), "set NSJAIL_PY_CACHE to a directory of your own") from None
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            reason = f"{path} must be a directory that belongs to uid {os.geteuid()} and that nobody else can write"
+            raise SetupError("cache directory", detail=reason, advice="remove it, or set NSJAIL_PY_CACHE to a directory of your own")
+    return base / kind
+
+
+def _base() -> Path:
+    if chosen := os.environ.get("NSJAIL_PY_CACHE"):
+        return Path(chosen).absolute()
+    if os.geteuid() == 0:
+        return Path("/var/cache/nsjail_py")
+    if parent := os.environ.get("XDG_CACHE_HOME"):
+        return Path(parent) / "nsjail_py"
+    home = Path(os.path.expanduser("~"))
+    if not home.is_dir() or str(home) == "/":
+        raise SetupError("cache directory", detail="there is no home directory", advice="set NSJAIL_PY_CACHE to a directory of your own")
+    return home / ".cache" / "nsjail_py"
