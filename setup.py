@@ -1,4 +1,9 @@
-"""Builds what is not Python: the cffi extension, the static launcher, and the copy of policies/ that goes into the package."""
+"""The two things that setuptools cannot build by itself: the launcher, and the policies as package data.
+
+pyproject.toml holds everything else; native/build_native.py describes the extension `nsjail_py._native`.
+"""
+
+from __future__ import annotations
 
 import os
 import shlex
@@ -7,46 +12,67 @@ import subprocess
 from pathlib import Path
 
 from setuptools import setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
-HERE = Path(__file__).resolve().parent
-FLAGS = "-static -O2 -Wall -Wextra -D_GNU_SOURCE -fstack-protector-strong -D_FORTIFY_SOURCE=2 -fno-strict-aliasing"
+PACKAGE = "nsjail_py"
+LAUNCHER = "nsjail-launcher"
+NATIVE = Path("native")
+EXTENSION_ONLY = {"probe.c"}
+DIALECT = ["-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra"]
+HARDENING = ["-O2", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-Wl,-z,noexecstack", "-s"]
+STATIC = (["-static-pie", "-fPIE"], ["-static"])  # not every compiler can do the first, which also loads at a random address
 
 
 class BuildNative(build_ext):
-    """The launcher is an executable of its own: static, so that nothing of the host's libraries is between it and the kernel."""
+    """The extension, and beside it the launcher: one static executable, so that nothing of the host is loaded into it."""
 
     def run(self) -> None:
         super().run()
-        target = (HERE if self.inplace else Path(self.build_lib)) / "nsjail_py" / "nsjail-launcher"
-        sources = sorted(path for path in (HERE / "native").glob("*.c") if path.name != "probe.c")
+        self.build_launcher(self.package_directory() / LAUNCHER)
+
+    def package_directory(self) -> Path:
+        return Path(PACKAGE) if self.inplace else Path(self.build_lib, PACKAGE)
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(self.package_directory() / LAUNCHER)]
+
+    def build_launcher(self, target: Path) -> None:
+        """Compile `target` unless it is newer than every source. A launcher that is running is replaced, never overwritten."""
+        sources = sorted(path for path in NATIVE.glob("*.c") if path.name not in EXTENSION_ONLY)
+        newest = max(path.stat().st_mtime for path in (*sources, *NATIVE.glob("*.h"), Path(__file__)))
+        if not self.force and target.exists() and target.stat().st_mtime > newest:
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [*shlex.split(os.environ.get("CC", "gcc")), *FLAGS.split(), *shlex.split(os.environ.get("CFLAGS", ""))]
-        subprocess.run([*command, "-o", str(target), *map(str, sources)], check=True)
-        target.chmod(0o755)
+        fresh = target.with_name(f"{LAUNCHER}.new")
+        compiler = [*shlex.split(os.environ.get("CC", "gcc")), *HARDENING, *shlex.split(os.environ.get("CFLAGS", "")), *DIALECT]
+        for static in STATIC:
+            command = [*compiler, *static, "-o", str(fresh), *map(str, sources)]
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+            if done.returncode == 0:
+                break
+        else:
+            raise CompileError(f"{shlex.join(command)}\n{done.stderr}")
+        fresh.chmod(0o755)
+        fresh.replace(target)
 
 
-class BuildPython(build_py):
-    """policies/ stands at the top of the project, where people look for it, and inside the package, where programs do."""
+class BuildWithPolicies(build_py):
+    """policies/*.toml become nsjail_py/policies; a source checkout reads them where they are."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        target = Path(self.build_lib) / "nsjail_py" / "policies"
+        target = Path(self.build_lib, PACKAGE, "policies")
         target.mkdir(parents=True, exist_ok=True)
-        for path in (HERE / "policies").glob("*.toml"):
-            shutil.copy(path, target)
+        for policy in sorted(Path("policies").glob("*.toml")):
+            shutil.copy(policy, target)
 
 
-class Wheel(bdist_wheel):
-    """One wheel for every Python from 3.11 on: the extension keeps to the stable ABI."""
-
-    def finalize_options(self) -> None:
-        self.py_limited_api = "cp311"
-        super().finalize_options()
-
-
-setup(cffi_modules=["native/build_native.py:ffibuilder"], cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel})
+setup(
+    cffi_modules=["native/build_native.py:ffibuilder"],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildWithPolicies},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
