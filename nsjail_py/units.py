@@ -56,8 +56,8 @@ def format_size(size: int | None) -> str:
         return "unlimited"
     for letter in "TGMK":
         tenths, rest = divmod(size * 10, SIZE_STEPS[letter])
-        if size >= SIZE_STEPS[letter] and rest == 0:
-            return f"{tenths / 10:g}{letter}" if tenths < 100_000 else f"{tenths // 10}{letter}" if tenths % 10 == 0 else str(size)
+        if tenths >= 10 and rest == 0:
+            return f"{tenths // 10}.{tenths % 10}{letter}" if tenths % 10 else f"{tenths // 10}{letter}"
     return str(size)
 
 

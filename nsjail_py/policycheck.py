@@ -1,0 +1,203 @@
+"""What makes a policy senseless. `type_problems`: a table does not have the shape of policy.py. `value_problems`: it has, yet cannot be meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .suggest import did_you_mean
+from .units import MAX_SIZE, MAX_TIME
+
+if TYPE_CHECKING:
+    from .policy import Policy
+
+ALWAYS_MADE = ("user", "mount", "pid")
+ROOTS = ("minimal", "system", "host")
+OWN_TREES = ("/proc", "/dev")
+"""Filled by the jail itself, all the way down."""
+OWN_PLACES = ("/", "/work", "/tmp", "/app")
+HOST_NAME_MAX = 64
+"""_SC_HOST_NAME_MAX on Linux; sethostname(2)"""
+TYPE_NAMES = {
+    msgspec.inspect.IntType: "a whole number",
+    msgspec.inspect.FloatType: "a number",
+    msgspec.inspect.StrType: "text",
+    msgspec.inspect.BoolType: "true or false",
+    msgspec.inspect.NoneType: '"unlimited"',
+    msgspec.inspect.StructType: "a table",
+    msgspec.inspect.DictType: "a table",
+    msgspec.inspect.VarTupleType: "a list",
+}
+
+
+def type_problems(table: Any) -> list[str]:
+    """Unknown fields and values of a wrong type, at any depth, each with its place."""
+    from .policy import Policy
+
+    return list(_walk(table, msgspec.inspect.type_info(Policy), "$"))
+
+
+def value_problems(policy: Policy) -> list[str]:
+    """What the types cannot say, each with its place."""
+    found: list[str] = []
+    for rule in (_names, _root, _mounts, _namespaces, _limits, _environment, _python, _syscalls):
+        found += rule(policy)
+    return found
+
+
+def _walk(value: Any, kind: Any, place: str) -> Iterator[str]:
+    info = msgspec.inspect
+    if isinstance(kind, info.UnionType):
+        # A union here is "something or nothing"; the something gives the better message.
+        kinds = [part for part in kind.types if not isinstance(part, info.NoneType)]
+        if value is not None:
+            yield from _walk(value, kinds[0], place)
+    elif isinstance(kind, info.LiteralType):
+        if value not in kind.values:
+            yield f"{place}: {_shown(value)} is not one of its values{did_you_mean(value, kind.values)}"
+    elif isinstance(kind, info.StructType) and isinstance(value, dict):
+        yield from _walk_struct(value, kind, place)
+    elif isinstance(kind, info.DictType) and isinstance(value, dict):
+        for name, item in value.items():
+            yield from _walk(name, kind.key_type, f"{place}.{name}")
+            yield from _walk(item, kind.value_type, f"{place}.{name}")
+    elif isinstance(kind, info.VarTupleType) and isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _walk(item, kind.item_type, f"{place}[{index}]")
+    elif not _is(value, kind):
+        yield f"{place}: must be {TYPE_NAMES[type(kind)]}, not {_shown(value)}"
+
+
+def _walk_struct(table: dict[Any, Any], kind: msgspec.inspect.StructType, place: str) -> Iterator[str]:
+    fields = {field.name: field for field in kind.fields}
+    for name, value in table.items():
+        if name in fields:
+            yield from _walk(value, fields[name].type, f"{place}.{name}")
+        else:
+            yield f"{place}.{name}: there is no such field{did_you_mean(name, fields)}"
+    for name, field in fields.items():
+        if field.required and name not in table:
+            yield f"{place}.{name}: is missing"
+
+
+def _is(value: Any, kind: Any) -> bool:
+    info = msgspec.inspect
+    number = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
+    checks = {
+        info.IntType: number,
+        info.FloatType: number or isinstance(value, float),
+        info.StrType: isinstance(value, str),
+        info.BoolType: isinstance(value, bool),
+        info.NoneType: value is None,
+    }
+    return checks.get(type(kind), False)
+
+
+def _names(policy: Policy) -> Iterator[str]:
+    if not policy.name or not policy.name.isprintable():
+        yield f"$.name: {_shown(policy.name)} is not a name: printable characters are"
+    size = len(policy.hostname.encode(errors="surrogateescape"))
+    if not 0 < size <= HOST_NAME_MAX or "\0" in policy.hostname:
+        yield f"$.hostname: must have 1 to {HOST_NAME_MAX} bytes and no NUL, not {_shown(policy.hostname)}"
+    if policy.workdir is not None:
+        yield from _path("$.workdir", policy.workdir)
+
+
+def _root(policy: Policy) -> Iterator[str]:
+    if policy.root.startswith("/"):
+        yield from _path("$.root", policy.root)
+        if not policy.root.strip("/"):
+            yield '$.root: "/" is the host itself: write root = "host"'
+    elif policy.root not in ROOTS:
+        yield f"$.root: {_shown(policy.root)} is neither a known root nor an absolute path{did_you_mean(policy.root, ROOTS)}"
+
+
+def _mounts(policy: Policy) -> Iterator[str]:
+    taken = [("/project", "$.python.project")] if policy.python.project is not None else []
+    for index, mount in enumerate(policy.mounts):
+        place = f"$.mounts[{index}].target"
+        yield from _path(f"$.mounts[{index}].source", mount.source)
+        wrong = list(_path(place, mount.target))
+        yield from wrong
+        if wrong:
+            continue
+        target = str(PurePosixPath(mount.target))
+        if target.startswith("//"):  # POSIX lets exactly two slashes mean something else; Linux does not
+            target = target[1:]
+        if target in OWN_PLACES or any(_below(target, tree) for tree in OWN_TREES):
+            own = ", ".join(OWN_PLACES[1:]) + ", and all of " + " and ".join(OWN_TREES)
+            yield f"{place}: {_shown(mount.target)} is the jail's own ({own} cannot be mounted over)"
+        for other, owner in taken:
+            if _below(target, other) or _below(other, target):
+                yield f"{place}: {_shown(mount.target)} collides with {other} of {owner}: one would hide the other"
+        taken.append((target, f"$.mounts[{index}]"))
+
+
+def _below(path: str, tree: str) -> bool:
+    return path == tree or path.startswith(tree.rstrip("/") + "/")
+
+
+def _path(place: str, path: str) -> Iterator[str]:
+    if not path.startswith("/"):
+        yield f"{place}: must be an absolute path, not {_shown(path)}"
+    elif ".." in path.split("/"):
+        yield f'{place}: must not have ".." in it: {_shown(path)}'
+    elif "\0" in path:
+        yield f"{place}: must not have a NUL character in it: {_shown(path)}"
+    elif len(path) >= 4096:
+        yield f"{place}: is longer than the 4095 bytes that the kernel takes"
+
+
+def _namespaces(policy: Policy) -> Iterator[str]:
+    missing = [name for name in ALWAYS_MADE if name not in policy.namespaces]
+    if missing:
+        yield f"$.namespaces: must have {', '.join(missing)}: without user, mount and pid nothing can be cleaned up for certain"
+    if policy.loopback and "net" not in policy.namespaces:
+        yield "$.loopback: needs a network of its own: add net to namespaces"
+
+
+def _limits(policy: Policy) -> Iterator[str]:
+    for name in policy.limits.__struct_fields__:
+        value = getattr(policy.limits, name)
+        most = MAX_TIME if name.endswith("_time") else MAX_SIZE
+        if value is not None and not (0 < value <= most and math.isfinite(value)):
+            yield f'$.limits.{name}: must be more than 0 and at most {int(most)}, not {value}; no limit is "unlimited"'
+
+
+def _environment(policy: Policy) -> Iterator[str]:
+    named = [(f"$.env.{name}", name) for name in policy.env]
+    named += [(f"$.env_pass[{index}]", name) for index, name in enumerate(policy.env_pass)]
+    for place, name in named:
+        if not name or "=" in name or "\0" in name:
+            yield f"{place}: {_shown(name)} cannot be the name of a variable (empty, or with = or NUL in it)"
+    for name, value in policy.env.items():
+        if "\0" in value:
+            yield f"$.env.{name}: must not have a NUL character in it"
+
+
+def _python(policy: Policy) -> Iterator[str]:
+    for field in ("interpreter", "project"):
+        path = getattr(policy.python, field)
+        if path is not None:
+            yield from _path(f"$.python.{field}", path)
+    for index, name in enumerate(policy.python.imports):
+        if not name.strip() or "\0" in name:
+            yield f"$.python.imports[{index}]: {_shown(name)} cannot be the name of a distribution"
+
+
+def _syscalls(policy: Policy) -> Iterator[str]:
+    if policy.syscalls is None:
+        return
+    from .syscalls import name_problems
+
+    for problem in name_problems(policy.syscalls):
+        yield f"$.syscalls.{problem}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a huge number"
+    return text if len(text) <= 80 else text[:76] + "..."

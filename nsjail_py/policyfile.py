@@ -1,0 +1,210 @@
+"""Policies from TOML files, and changes to policies: every way in is checked by the same rules, and all faults are told at once.
+
+A policy goes text -> plain tables -> (merged onto what it extends) -> `Policy`. The types in policy.py say what a field takes; what types
+cannot say (targets that collide, limits that are not positive) is `problems`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .errors import PolicyError
+from .policy import Limits, Policy, Python
+from .policycheck import type_problems, value_problems
+from .suggest import did_you_mean
+from .units import parse_size, parse_time
+
+Table = dict[str, Any]
+
+TIMES = ("wall_time", "cpu_time", "idle_time")
+SIZES = ("memory", "file_size", "disk", "output", "stack")
+UNLIMITED = "unlimited"
+NOT_POLICIES = ("syscalls",)
+OWN_FIELDS = ("name", "description")
+"""What is said of one policy and not passed on to those that extend it."""
+MAX_FILE = 1024**2
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Policy:
+    """The shipped policy of that name, or the policy in that file (anything with a slash or ending in .toml). Raises PolicyError."""
+    path = locate(name_or_path)
+    table = _read(path, ())
+    table.setdefault("name", path.stem)
+    return _build(table, prefix=f"{name_or_path}: ")
+
+
+def names() -> list[str]:
+    """Names of the shipped policies."""
+    return sorted(path.stem for path in directory().glob("*.toml") if path.stem not in NOT_POLICIES)
+
+
+def source(name: str) -> str:
+    """The text of a shipped policy, comments and all, to read or to start an own one from."""
+    if name not in names():
+        raise PolicyError(_unknown_name(name))
+    return (directory() / f"{name}.toml").read_text()
+
+
+def check(path: str | os.PathLike[str]) -> list[str]:
+    """What is wrong with a policy file, one line each; empty when it can be used."""
+    try:
+        load(path)
+    except PolicyError as error:
+        return list(error.problems)
+    return []
+
+
+def problems(policy: Policy) -> list[str]:
+    """What is wrong with a policy, however it was made; one line each."""
+    table = msgspec.to_builtins(policy)
+    return type_problems(table) or value_problems(policy)
+
+
+def override(policy: Policy, **changes: Any) -> Policy:
+    """A changed copy, checked. Takes the fields of Policy, and without more ado those of Limits and Python; sizes and times as numbers or text
+    (`memory="256M"`, `wall_time=None` for none); env is merged, mounts are appended, everything else is replaced."""
+    if not changes:
+        return policy
+    table: Table = msgspec.to_builtins(policy)
+    wrong = []
+    for name, value in changes.items():
+        plain = _plain(value)
+        if name in Limits.__struct_fields__:
+            table.setdefault("limits", {})[name] = plain
+        elif name in Python.__struct_fields__:
+            table.setdefault("python", {})[name] = plain
+        elif name == "env" and isinstance(plain, dict):
+            table["env"] = {**table.get("env", {}), **plain}
+        elif name == "mounts" and isinstance(plain, list):
+            table["mounts"] = [*table.get("mounts", ()), *plain]
+        elif name in Policy.__struct_fields__:
+            table[name] = plain
+        else:
+            known = (*Limits.__struct_fields__, *Python.__struct_fields__, *Policy.__struct_fields__)
+            wrong.append(f"$.{name}: there is no such setting{did_you_mean(name, known)}")
+    return _build(table, also=wrong)
+
+
+@cache
+def directory() -> Path:
+    """Where the shipped files are: in the package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parent
+    return next((place for place in (package / "policies", package.parent / "policies") if place.is_dir()), package / "policies")
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file that a name or a path means."""
+    text = os.fspath(name_or_path)
+    if not isinstance(text, str):
+        raise PolicyError(f"{text!r}: a policy is a name or a path, as text")
+    if "/" in text or text.endswith(".toml") or not isinstance(name_or_path, str):
+        return Path(text)
+    if text not in names():
+        raise PolicyError(_unknown_name(text))
+    return directory() / f"{text}.toml"
+
+
+def _unknown_name(name: str) -> str:
+    return f"{name}: there is no policy of this name{did_you_mean(name, names())}; a file is named with a slash or .toml"
+
+
+def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
+    """A file's table, merged onto what it extends."""
+    where = Path(os.path.realpath(path)) if "\0" not in str(path) else path
+    if where in extended_by:
+        circle = " -> ".join(step.name for step in (*extended_by[extended_by.index(where) :], where))
+        raise PolicyError(f"{path}: $.extends: goes round in a circle ({circle})")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
+            raise PolicyError(f"{path}: larger than {MAX_FILE} bytes: this is no policy")
+        table = tomllib.loads(data.decode())
+    except (OSError, ValueError) as error:  # an unreadable file, a NUL in the path, not UTF-8, not TOML
+        if isinstance(error, PolicyError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise PolicyError(f"{path}: {'cannot be read' if isinstance(error, OSError) else 'is not TOML'}: {reason}") from None
+    except RecursionError:
+        raise PolicyError(f"{path}: is not TOML: nested too deeply") from None
+    if "extends" not in table:
+        return table
+    base = table.pop("extends")
+    if not isinstance(base, str):
+        raise PolicyError(f"{path}: $.extends: must be the name of a policy or the path of a file")
+    is_file = "/" in base or base.endswith(".toml")
+    try:
+        below = _read(path.parent / base if is_file else locate(base), (*extended_by, where))
+    except PolicyError as error:
+        raise PolicyError(*(f"{path}: $.extends: {problem}" for problem in error.problems)) from None
+    return _merged({key: value for key, value in below.items() if key not in OWN_FIELDS}, table)
+
+
+def _merged(below: Table, above: Table) -> Table:
+    """Tables entry by entry; anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _build(table: Table, prefix: str = "", also: Iterable[str] = ()) -> Policy:
+    """The policy that a table describes. Raises PolicyError with every problem, `prefix` before each."""
+    wrong = list(also)
+    limits = table.get("limits")
+    if isinstance(limits, dict):
+        table = {**table, "limits": _with_numbers(limits, wrong)}
+    try:
+        policy = msgspec.convert(table, Policy)
+    except (msgspec.ValidationError, UnicodeError):
+        wrong += type_problems(table)
+        # What has the right shape is judged all the same: people want to see every fault at once.
+        misshapen = {re.split(r"[.\[:]", problem)[1] for problem in wrong}
+        rest = {key: value for key, value in table.items() if key not in misshapen}
+        wrong += value_problems(msgspec.convert(rest, Policy)) if len(rest) < len(table) else []
+    else:
+        wrong += value_problems(policy)
+        if not wrong:
+            return policy
+    raise PolicyError(*(prefix + problem for problem in dict.fromkeys(wrong)))
+
+
+def _with_numbers(limits: Table, wrong: list[str]) -> Table:
+    """Limits with units made numbers; those that are none are left out, and told."""
+    numbers: Table = {}
+    for name, value in limits.items():
+        if value is None or value == UNLIMITED:
+            numbers[name] = None
+            continue
+        try:
+            if name in TIMES:
+                value = parse_time(value)
+            elif name in SIZES:
+                value = parse_size(value)
+        except ValueError as error:
+            wrong.append(f"$.limits.{name}: {error}")
+        else:
+            numbers[name] = value
+    return numbers
+
+
+def _plain(value: Any) -> Any:
+    """Structs, paths and tuples as the plain tables that a file would hold."""
+    if isinstance(value, msgspec.Struct):
+        return msgspec.to_builtins(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
+    return value
