@@ -33,8 +33,15 @@ static struct run *slot_take(struct launcher *launcher) {
 	return NULL;
 }
 
+static void held_close(struct run *run) {
+	for (int i = 0; i < run->held_count; i++)
+		close(run->held[i]);
+	run->held_count = 0;
+}
+
 static void release(struct launcher *launcher, struct run *run) {
 	cgroup_remove(launcher, run);
+	held_close(run);
 	unwatch(launcher, &run->listener);
 	unwatch(launcher, &run->timer);
 	unwatch(launcher, &run->cell);
@@ -56,6 +63,20 @@ static void refuse(struct launcher *launcher, struct run *run, enum step step, i
 	run->report.step = step;
 	run->report.error = (uint32_t)error;
 	answer(launcher, run, REPORT_FAILED);
+}
+
+/* A cell that exists cannot be made whole: it ends, and the report says why. */
+static void run_spoil(struct run *run, enum step step, int error) {
+	run->report.step = step;
+	run->report.error = (uint32_t)error;
+	run_kill(run, CAUSE_NONE);
+}
+
+static void order_send(struct run *run) {
+	struct cell_order order = {.kind = CELL_RUN};
+	if (message_send(run->cell, &order, sizeof order, run->held, run->held_count) < 0)
+		run_spoil(run, STEP_ORDER, errno);
+	held_close(run);
 }
 
 static const struct plan *plan_map(int descriptor) {
@@ -137,14 +158,16 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 	close(pair[1]);
 	if (run->pid < 0)
 		return refuse(launcher, run, STEP_CLONE, error);
-	struct cell_order order = {.kind = CELL_RUN};
-	descriptors[2] = descriptors[1]; /* order first, then the program's own */
-	if (run_watch(launcher, run) < 0 || message_send(run->cell, &order, sizeof order, descriptors + 2, count - 2) < 0) {
-		run->report.step = STEP_ORDER;
-		run->report.error = (uint32_t)errno;
-		run_kill(run, CAUSE_NONE);
+	run->held[run->held_count++] = descriptors[1]; /* order first, then the program's own */
+	descriptors[1] = -1;
+	for (int i = 3; i < count; i++) {
+		run->held[run->held_count++] = descriptors[i];
+		descriptors[i] = -1;
 	}
-	descriptors[2] = -1;
+	if (run_watch(launcher, run) < 0)
+		return run_spoil(run, STEP_ORDER, errno);
+	if (launcher->hello.uid_count == 0) /* else it first asks for its ids */
+		order_send(run);
 	clocks_check(launcher, run);
 }
 
@@ -166,13 +189,14 @@ static int put_map(pid_t pid, const char *file, uint32_t inside, uint32_t outsid
 	return error;
 }
 
-static void map(const struct launcher *launcher, const struct run *run) {
+static void map(const struct launcher *launcher, struct run *run) {
 	uint32_t host = launcher->hello.uid_base + run->index;
 	int error = put_map(run->pid, "gid_map", run->plan->gid, host);
 	if (!error)
 		error = put_map(run->pid, "uid_map", run->plan->uid, host);
 	struct cell_order mapped = {.kind = CELL_MAPPED, .value = (uint32_t)error};
 	message_send(run->cell, &mapped, sizeof mapped, NULL, 0);
+	order_send(run);
 }
 
 static uint32_t program_pid(const struct run *run) {

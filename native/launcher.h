@@ -19,6 +19,8 @@ struct run {
 	int listener; /* denied system calls */
 	int timer;
 	pid_t pid;                /* of init, on the host */
+	int held[MAX_FDS + 1];    /* the order and the program's descriptors, until the cell can take them */
+	int held_count;
 	int groups[GROUPS];       /* the cell's own directories */
 	int has_groups;
 	uint64_t start_ns, exec_ns;

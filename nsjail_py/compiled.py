@@ -59,9 +59,11 @@ def for_program(policy: Policy, host: Host, name: str) -> Compiled:
 
 @functools.lru_cache(maxsize=256)
 def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int, int]) -> Compiled:
-    from . import tree
+    root = None
+    if policy.root == "minimal":
+        from . import tree
 
-    root = tree.program_tree(path, _mountpoints(policy, SYSTEM)) if policy.root == "minimal" else tree.etc_tree() if policy.root == "system" else None
+        root = tree.program_tree(path, _mountpoints(policy, SYSTEM))
     visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
     inside = path if visible else f"/app/{os.path.basename(path)}"
     return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
