@@ -1,0 +1,320 @@
+"""Which control groups are ours to make cells in. cgroups(7), kernel documents admin-guide/cgroup-v1 and cgroup-v2, systemd's CGROUP_DELEGATION
+
+`claim` makes one directory for one launcher, below it the launcher makes one for each cell. We only ever make and remove directories of our
+own, and move processes only inside a subtree that was delegated to us.
+
+    v1                      below the group that we run in, in each controller's hierarchy
+    v2, delegated to us     below our own group, whose processes move to its leaf `main`: a group with processes cannot hand controllers on
+    v2, root                below /sys/fs/cgroup/nsjail_py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from . import mountinfo
+
+Mode = Literal["root", "delegated", "rootless"]
+
+PREFIX = "nsjail_py"
+LEAF = "main"
+V1_CONTROLLERS = {"memory": "memory", "pids": "pids", "cpu": "cpuacct"}
+"""The launcher's name of a group, and the controller that it needs there."""
+REQUIRED = ("memory", "pids")
+WANTED = ("memory", "pids", "cpu")
+DELEGATE = "systemd-run --user --scope -p Delegate=yes COMMAND"
+TRIES = 100
+PAUSE = 0.005
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What this process may use for its jails."""
+
+    kind: Literal["v1", "v2", "none"]
+    mode: Mode
+    directories: dict[str, Path] = field(default_factory=dict)
+    """For v1 a directory for each of `memory`, `pids`, and where there is one `cpu`; for v2 `unified`."""
+    reason: str = ""
+    """Why there is none, with the remedy, or what is missing from what there is."""
+    swap: bool = False
+    """Whether the use of swap can be limited."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """One line of /proc/self/cgroup."""
+
+    controllers: tuple[str, ...]
+    """Empty for v2."""
+    path: str
+
+
+class _Unavailable(Exception):
+    """This way leads nowhere; the text says why, and what to do."""
+
+
+def memberships(text: str) -> list[Membership]:
+    """What /proc/PID/cgroup says. A path may hold colons, and ends in ` (deleted)` when the group is gone."""
+    fields = [line.split(":", 2) for line in text.splitlines()]
+    return [Membership(tuple(names.split(",")) if names else (), path) for _, names, path in fields]
+
+
+def visible(path: str, mounts: list[mountinfo.Entry]) -> Path | None:
+    """Where the group `path` is seen, among the mounts of its hierarchy. In a container only a part of the hierarchy may be mounted."""
+    found = None
+    for mount in mounts:
+        root = mount.root.rstrip("/")
+        if ".." in path.split("/") or not (path == root or path.startswith(root + "/")):
+            continue
+        place = Path(mount.target + path[len(root) :])
+        if place.is_dir() and (found is None or not mount.read_only):
+            found = place
+    return found
+
+
+def claim() -> Claim:
+    """Makes the directories of one launcher, and removes those of callers that are dead. Never fails: `reason` says why there are none."""
+    root = os.geteuid() == 0
+    try:
+        groups = memberships(Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape"))
+        mounts = [mount for mount in mountinfo.entries() if mount.kind in ("cgroup", "cgroup2")]
+        on_v1 = {name for group in groups for name in group.controllers}
+        if on_v1.issuperset(REQUIRED):
+            return _claim_v1(groups, mounts, root)
+        if on_v1.isdisjoint(REQUIRED):
+            return _claim_v2(groups, mounts, root)
+        raise _Unavailable(
+            "the memory and pids controllers are on different versions of cgroups: boot with systemd.unified_cgroup_hierarchy=1"
+        )
+    except _Unavailable as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+    return Claim("none", "root" if root else "rootless", reason=reason)
+
+
+def release(claim: Claim) -> None:
+    """Removes what `claim` made. Groups whose last process is just dying are waited for; one that is still in use stays."""
+    for directory in claim.directories.values():
+        for _ in range(TRIES):
+            if _remove(directory):
+                break
+            time.sleep(PAUSE)
+        if directory.parent.name == PREFIX:
+            with contextlib.suppress(OSError):
+                directory.parent.rmdir()
+
+
+# ---------------------------------------------------------------- version 1
+
+
+def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: bool) -> Claim:
+    name, lacks, made = _name(), [], dict[str, Path]()
+    parents = dict[str, Path]()
+    for key, controller in V1_CONTROLLERS.items():
+        path = next((group.path for group in groups if controller in group.controllers), None)
+        hierarchy = [mount for mount in mounts if mount.kind == "cgroup" and controller in mount.super_options]
+        parent = visible(path, hierarchy) if path is not None else None
+        if parent is not None and parent not in parents.values():
+            parents[key] = parent
+        elif key in REQUIRED:
+            raise _Unavailable(f"the {controller} controller (cgroup v1) is not mounted, or not by itself: mount it below /sys/fs/cgroup")
+        else:
+            lacks.append(controller)
+    for parent in parents.values():
+        _remove_stale(parent)
+    try:
+        for key, parent in parents.items():
+            made[key] = _make(parent / name)
+            _inherit_cpuset(made[key])
+    except OSError as error:
+        release(Claim("v1", "root", made))
+        if root:
+            raise
+        raise _Unavailable(
+            f"{error.filename}: {error.strerror}; cgroup v1 cannot be delegated safely: run as root, or boot with cgroup v2"
+        ) from None
+    reason = f"no {', '.join(lacks)} controller: processor time of unwaited processes is not counted" if lacks else ""
+    return Claim("v1", "root" if root else "delegated", made, reason, (made["memory"] / "memory.memsw.limit_in_bytes").exists())
+
+
+def _inherit_cpuset(directory: Path) -> None:
+    """Where cpuset shares the hierarchy a new group has no processors at all, and takes no process."""
+    if (directory / "cpuset.cpus").exists():
+        for file in ("cpuset.cpus", "cpuset.mems"):
+            (directory / file).write_text((directory.parent / file).read_text())
+        (directory / "cgroup.clone_children").write_text("1")
+
+
+# ---------------------------------------------------------------- version 2
+
+
+def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: bool) -> Claim:
+    mounts = [mount for mount in mounts if mount.kind == "cgroup2"]
+    if not mounts:
+        raise _Unavailable("no cgroup file system is mounted: mount -t cgroup2 none /sys/fs/cgroup")
+    own = visible(next((group.path for group in groups if not group.controllers), ""), mounts)
+    base = _delegated(own, root) if own else None
+    if base is not None:
+        _vacate(base)
+    elif root:
+        base = _make_base(Path(mounts[0].target))
+    else:
+        raise _Unavailable(f"our control group {own or '(not visible)'} is not delegated to us: {DELEGATE}")
+    _remove_stale(base)
+    _hand_on(base)
+    unified = _make(base / _name())
+    try:
+        _hand_on(unified)
+    except (OSError, _Unavailable):
+        unified.rmdir()
+        raise
+    swap = (base / "memory.swap.max").exists() or (unified / "memory.swap.max").exists()
+    return Claim("v2", "root" if root else "delegated", {"unified": unified}, swap=swap)
+
+
+def _delegated(own: Path, root: bool) -> Path | None:
+    """Our group, if it and all below it is ours; or its parent, if an earlier claim has moved us to the leaf."""
+    for group in (own, own.parent) if own.name == LEAF else (own,):
+        marked = any(_attribute(group, name) == b"1" for name in ("user.delegate", "trusted.delegate"))
+        writable = all(os.access(group / file, os.W_OK) for file in ("cgroup.procs", "cgroup.subtree_control", "."))
+        # Without systemd's mark ownership tells, but of root everything is writable, and nothing can be told.
+        if writable and (marked or (not root and _lineage_only(group))):
+            return group
+    return None
+
+
+def _attribute(path: Path, name: str) -> bytes:
+    try:
+        return os.getxattr(path, name)
+    except OSError:
+        return b""
+
+
+def _lineage_only(group: Path) -> bool:
+    """Whether no process in the group is a stranger: all are us, what started us, or what we started."""
+    parents = {pid: _parent(pid) for pid in _processes(group)}
+    ours = {os.getpid()}
+    pid = os.getpid()
+    while pid := _parent(pid):
+        ours.add(pid)
+    while new := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= new
+    return ours.issuperset(parents)
+
+
+def _processes(group: Path) -> list[int]:
+    return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on; none for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _parent(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def _vacate(group: Path) -> None:
+    """Moves the group's processes to its leaf. One that forks meanwhile leaves a child behind: look again."""
+    for _ in range(TRIES):
+        processes = _processes(group)
+        if not processes:
+            return
+        leaf = group / LEAF
+        leaf.mkdir(exist_ok=True)
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                (leaf / "cgroup.procs").write_text(str(pid))
+    raise _Unavailable(f"{group} does not become empty: its processes cannot be moved to {LEAF}")
+
+
+def _make_base(top: Path) -> Path:
+    """The group of all root's launchers, below the root of what is visible of the hierarchy."""
+    _hand_on(top)
+    base = top / PREFIX
+    base.mkdir(mode=0o755, exist_ok=True)
+    return base
+
+
+def _hand_on(group: Path) -> None:
+    """Makes the controllers available to the groups below. They must have been handed to this one."""
+    have = (group / "cgroup.controllers").read_text().split()
+    lacks = [name for name in REQUIRED if name not in have]
+    if lacks:
+        raise _Unavailable(
+            f"{group} has no {' and no '.join(lacks)} controller: for a user, put `[Service]` and `Delegate=cpu memory pids` into "
+            f"/etc/systemd/system/user@.service.d/delegate.conf, run systemctl daemon-reload, log in again, then {DELEGATE}"
+        )
+    control = group / "cgroup.subtree_control"
+    missing = [name for name in WANTED if name in have and name not in control.read_text().split()]
+    if not missing:
+        return
+    try:
+        control.write_text(" ".join(f"+{name}" for name in missing))
+    except OSError as error:
+        raise _Unavailable(f"{control}: {error.strerror}: start the program in a group of its own, with Delegate=yes in its unit") from None
+
+
+# ---------------------------------------------------------------- directories
+
+
+def _name() -> str:
+    """Says whose it is, so that it can be told when its owner is dead, also when its number was given to another process since."""
+    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_pid_namespace()}.{secrets.token_hex(4)}"
+
+
+def _start(pid: int) -> str:
+    fields = _stat(pid)
+    return fields[19] if fields else ""
+
+
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def _make(directory: Path) -> Path:
+    for _ in range(TRIES):
+        try:
+            directory.mkdir(mode=0o755)
+        except FileNotFoundError:  # somebody else's release has just removed the empty parent
+            directory.parent.mkdir(mode=0o755, exist_ok=True)
+            if directory.parent.name == PREFIX:
+                _hand_on(directory.parent)
+            continue
+        return directory
+    raise FileNotFoundError(2, os.strerror(2), str(directory))
+
+
+def _remove(directory: Path) -> bool:
+    """Removes a directory of ours and the cells below it. False while there is a process in one."""
+    try:
+        for cell in directory.iterdir():
+            if cell.name.startswith("cell-") and cell.is_dir():
+                cell.rmdir()
+        directory.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _remove_stale(parent: Path) -> None:
+    """Directories that a dead caller left behind. Only what has our name, and a process number that we can judge."""
+    for directory in parent.glob(f"{PREFIX}.*"):
+        words = directory.name.split(".")
+        if len(words) == 5 and words[1].isdigit() and words[3] == str(_pid_namespace()) and _start(int(words[1])) != words[2]:
+            _remove(directory)
