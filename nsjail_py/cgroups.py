@@ -1,7 +1,8 @@
-"""Which control groups are ours to make cells in. cgroups(7), kernel documents admin-guide/cgroup-v1 and cgroup-v2, systemd's CGROUP_DELEGATION
+"""Which control groups are ours to make cells in.
 
 `claim` makes one directory for one launcher, below it the launcher makes one for each cell. We only ever make and remove directories of our
-own, and move processes only inside a subtree that was delegated to us.
+own, and move processes only inside a subtree that was delegated to us. cgroups(7), the kernel's admin-guide/cgroup-v1 and cgroup-v2,
+systemd's CGROUP_DELEGATION.
 
     v1                      below the group that we run in, in each controller's hierarchy
     v2, delegated to us     below our own group, whose processes move to its leaf `main`: a group with processes cannot hand controllers on
@@ -11,6 +12,7 @@ own, and move processes only inside a subtree that was delegated to us.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -56,7 +58,7 @@ class Membership:
     path: str
 
 
-class _Unavailable(Exception):
+class _NoneError(Exception):
     """This way leads nowhere; the text says why, and what to do."""
 
 
@@ -90,13 +92,15 @@ def claim() -> Claim:
             return _claim_v1(groups, mounts, root)
         if on_v1.isdisjoint(REQUIRED):
             return _claim_v2(groups, mounts, root)
-        raise _Unavailable(
+        raise _NoneError(
             "the memory and pids controllers are on different versions of cgroups: boot with systemd.unified_cgroup_hierarchy=1"
         )
-    except _Unavailable as error:
+    except _NoneError as error:
         reason = str(error)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}"
+        if error.errno == errno.EROFS:
+            reason += ": give this container writable control groups"
     return Claim("none", "root" if root else "rootless", reason=reason)
 
 
@@ -125,7 +129,7 @@ def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         if parent is not None and parent not in parents.values():
             parents[key] = parent
         elif key in REQUIRED:
-            raise _Unavailable(f"the {controller} controller (cgroup v1) is not mounted, or not by itself: mount it below /sys/fs/cgroup")
+            raise _NoneError(f"the {controller} controller (cgroup v1) is not mounted, or not by itself: mount it below /sys/fs/cgroup")
         else:
             lacks.append(controller)
     for parent in parents.values():
@@ -138,7 +142,7 @@ def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         release(Claim("v1", "root", made))
         if root:
             raise
-        raise _Unavailable(
+        raise _NoneError(
             f"{error.filename}: {error.strerror}; cgroup v1 cannot be delegated safely: run as root, or boot with cgroup v2"
         ) from None
     reason = f"no {', '.join(lacks)} controller: processor time of unwaited processes is not counted" if lacks else ""
@@ -159,30 +163,30 @@ def _inherit_cpuset(directory: Path) -> None:
 def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: bool) -> Claim:
     mounts = [mount for mount in mounts if mount.kind == "cgroup2"]
     if not mounts:
-        raise _Unavailable("no cgroup file system is mounted: mount -t cgroup2 none /sys/fs/cgroup")
+        raise _NoneError("no cgroup file system is mounted: mount -t cgroup2 none /sys/fs/cgroup")
     own = visible(next((group.path for group in groups if not group.controllers), ""), mounts)
     base = _delegated(own, root) if own else None
     if base is not None:
         _vacate(base)
     elif root:
-        base = _make_base(Path(mounts[0].target))
+        base = _make_base(Path(min(mounts, key=lambda mount: mount.read_only).target))
     else:
-        raise _Unavailable(f"our control group {own or '(not visible)'} is not delegated to us: {DELEGATE}")
+        raise _NoneError(f"our control group {own or '(not visible)'} is not delegated to us: {DELEGATE}")
     _remove_stale(base)
     _hand_on(base)
     unified = _make(base / _name())
     try:
         _hand_on(unified)
-    except (OSError, _Unavailable):
+    except (OSError, _NoneError):
         unified.rmdir()
         raise
-    swap = (base / "memory.swap.max").exists() or (unified / "memory.swap.max").exists()
+    swap = (unified / "memory.swap.max").exists()
     return Claim("v2", "root" if root else "delegated", {"unified": unified}, swap=swap)
 
 
 def _delegated(own: Path, root: bool) -> Path | None:
     """Our group, if it and all below it is ours; or its parent, if an earlier claim has moved us to the leaf."""
-    for group in (own, own.parent) if own.name == LEAF else (own,):
+    for group in (own.parent, own) if own.name == LEAF else (own,):
         marked = any(_attribute(group, name) == b"1" for name in ("user.delegate", "trusted.delegate"))
         writable = all(os.access(group / file, os.W_OK) for file in ("cgroup.procs", "cgroup.subtree_control", "."))
         # Without systemd's mark ownership tells, but of root everything is writable, and nothing can be told.
@@ -238,7 +242,7 @@ def _vacate(group: Path) -> None:
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 (leaf / "cgroup.procs").write_text(str(pid))
-    raise _Unavailable(f"{group} does not become empty: its processes cannot be moved to {LEAF}")
+    raise _NoneError(f"{group} does not become empty: its processes cannot be moved to {LEAF}")
 
 
 def _make_base(top: Path) -> Path:
@@ -254,7 +258,7 @@ def _hand_on(group: Path) -> None:
     have = (group / "cgroup.controllers").read_text().split()
     lacks = [name for name in REQUIRED if name not in have]
     if lacks:
-        raise _Unavailable(
+        raise _NoneError(
             f"{group} has no {' and no '.join(lacks)} controller: for a user, put `[Service]` and `Delegate=cpu memory pids` into "
             f"/etc/systemd/system/user@.service.d/delegate.conf, run systemctl daemon-reload, log in again, then {DELEGATE}"
         )
@@ -265,7 +269,7 @@ def _hand_on(group: Path) -> None:
     try:
         control.write_text(" ".join(f"+{name}" for name in missing))
     except OSError as error:
-        raise _Unavailable(f"{control}: {error.strerror}: start the program in a group of its own, with Delegate=yes in its unit") from None
+        raise _NoneError(f"{control}: {error.strerror}: start the program in a group of its own, with Delegate=yes in its unit") from None
 
 
 # ---------------------------------------------------------------- directories
@@ -282,7 +286,7 @@ def _start(pid: int) -> str:
 
 
 def _pid_namespace() -> int:
-    return os.stat("/proc/self/ns/pid").st_ino
+    return Path("/proc/self/ns/pid").stat().st_ino
 
 
 def _make(directory: Path) -> Path:

@@ -13,8 +13,8 @@ from .errors import PolicyError, Unavailable
 from .result import Protection
 
 if TYPE_CHECKING:
-    from .cgroups import Claim
     from .policy import Policy
+    from .tree import Tree
 
 SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib64/", "/opt/")
 PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -33,7 +33,10 @@ class Compiled(NamedTuple):
 class Host(NamedTuple):
     """What decides between plans on one host: part of the cache's key."""
 
-    claim: Claim
+    cgroup: str
+    """`v1`, `v2` or `none`."""
+    cgroup_reason: str
+    swap: bool
     root: bool
     landlock_abi: int
 
@@ -44,7 +47,7 @@ def for_python(policy: Policy, host: Host) -> Compiled:
     from . import interpreter, tree
 
     found = interpreter.inspect(policy.python.interpreter)
-    below = ("/usr", "/lib", "/lib64", "/etc", "/bin", found.prefix)
+    below = (*SYSTEM, found.prefix)
     points = _mountpoints(policy, below) if policy.root == "minimal" else ()
     root = tree.python_tree(found, policy.python.imports, points)
     return _compile(policy, host, root, str(found.executable), None, with_files=True)
@@ -91,7 +94,7 @@ def _mountpoints(policy: Policy, tops: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(point for point in points if any(rootfs.is_below(point, top.rstrip("/")) for top in tops)))
 
 
-def _compile(policy: Policy, host: Host, root, program: str, outside: tuple[str, str] | None, *, with_files: bool) -> Compiled:  # type: ignore[no-untyped-def]
+def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool) -> Compiled:
     mounts = tuple(rootfs.build(policy, root, outside, with_files))
     bpf, exec_once, unknown_from = b"", False, 0
     if policy.syscalls is not None:
@@ -109,8 +112,8 @@ def _compile(policy: Policy, host: Host, root, program: str, outside: tuple[str,
         unknown_from=unknown_from,
         landlock=decided.masks,
         paths=decided.paths,
-        cgroup=_cgroup(policy, host.claim),
-        rlimits=plan.rlimits(policy.limits, host.claim.kind != "none"),
+        cgroup=_cgroup(policy, host),
+        rlimits=plan.rlimits(policy.limits, host.cgroup != "none"),
     )
     return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host))
 
@@ -123,17 +126,17 @@ def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:
     return [program, *([loader] if loader else [])]
 
 
-def _cgroup(policy: Policy, claim: Claim) -> list[plan.CgroupWrite]:
+def _cgroup(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
     limits = policy.limits
     writes: list[tuple[int, str, int | None]] = []
-    if claim.kind == "v1":
+    if host.cgroup == "v1":
         writes = [(lib.GROUP_MEMORY, "memory.limit_in_bytes", limits.memory)]
-        if claim.swap:
+        if host.swap:
             writes.append((lib.GROUP_MEMORY, "memory.memsw.limit_in_bytes", limits.memory))
         writes.append((lib.GROUP_PIDS, "pids.max", limits.processes))
-    elif claim.kind == "v2":
+    elif host.cgroup == "v2":
         writes = [(lib.GROUP_UNIFIED, "memory.max", limits.memory), (lib.GROUP_UNIFIED, "pids.max", limits.processes)]
-        if claim.swap and limits.memory is not None:
+        if host.swap and limits.memory is not None:
             writes.append((lib.GROUP_UNIFIED, "memory.swap.max", 0))
         writes.append((lib.GROUP_UNIFIED, "memory.oom.group", 1))
     return [plan.CgroupWrite(group, file, str(value)) for group, file, value in writes if value is not None]
@@ -145,7 +148,7 @@ ALWAYS = ("environment", "descriptors", "session", "keyring", "capabilities", "n
 
 def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     """Each protection: asked for, and given or not. Raises Unavailable for one that is missing and not under best_effort."""
-    abi, claim = host.landlock_abi, host.claim
+    abi = host.landlock_abi
     wanted = {name: True for name in ALWAYS}
     wanted |= {f"{name}_namespace": name in policy.namespaces for name in NAMESPACES}
     wanted |= {"own_uid": policy.own_uid, "groups": True, "nested_userns": True, "private_proc": policy.proc != "none"}
@@ -157,10 +160,10 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     if not host.root:
         lacks["own_uid"] = "only root can give a run a user of its own; it runs as the caller's"
         lacks["groups"] = "only root can leave the caller's supplementary groups"
-    if claim.kind == "none":
-        lacks["cgroup"] = claim.reason
-    if claim.kind == "none" or not claim.swap:
-        lacks["swap"] = "no cgroup limits swap" if claim.kind == "none" else "this kernel does not count swap"
+    if host.cgroup == "none":
+        lacks["cgroup"] = host.cgroup_reason
+    if host.cgroup == "none" or not host.swap:
+        lacks["swap"] = "no cgroup limits swap" if host.cgroup == "none" else "this kernel does not count swap"
     if abi < landlock.NET_ABI:
         lacks["landlock_net"] = f"Landlock ABI {abi}; 4 (Linux 6.7) is needed"
     if abi < landlock.SCOPE_ABI:

@@ -243,8 +243,8 @@ class Jail:
         return _to_end(self.start_python(source, args=args, filename=filename, **_captured(input, streams)), input, timeout)
 
     def _host(self) -> Host:
-        current = launcher.current()
-        return Host(current.claim, os.geteuid() == 0, landlock_abi())
+        claim = launcher.current().claim
+        return Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi())
 
     def _start(self, compiled: Compiled, argv: list[str], files: Sequence[OrderFile], streams: Sequence[Stream], pass_fds: tuple[int, ...]) -> Process:
         if any(not 3 <= fd < lib.MAX_FD_NUMBER for fd in pass_fds) or len(set(pass_fds)) > lib.MAX_FDS - 3:

@@ -1,0 +1,2 @@
+"""x"""
+def name_problems(s): return []
