@@ -1,0 +1,51 @@
+"""The suite runs real jails. Started by root it runs as root, and test_ordinary_user.py runs it once more as an unprivileged user."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nsjail_py
+from nsjail_py import launcher
+
+IS_ROOT = os.geteuid() == 0
+ROOT = Path(__file__).parent.parent
+
+
+def traces() -> dict[str, int]:
+    """What a run could leave behind, counted."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    below = [Path(f"/proc/{child}/task/{child}/children").read_text().split() for child in children if Path(f"/proc/{child}").exists()]
+    groups = [path for top in launcher.current().claim.directories.values() for path, _, _ in os.walk(top)]
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "children": len(children),
+        "cells": sum(map(len, below)),
+        "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
+        "cgroups": len(groups),
+        "temporary files": len([name for name in os.listdir(tempfile.gettempdir()) if "nsjail" in name]),
+    }
+
+
+@pytest.fixture
+def leaves_nothing() -> Iterator[None]:
+    """The test leaves no descriptor, process, mount, control group or temporary file."""
+    nsjail_py.run(["/bin/true"])  # the launcher itself, and the root in the cache, stay
+    before = traces()
+    yield
+    assert traces() == before
+
+
+@pytest.fixture(params=["trusted", "moderate", "untrusted"])
+def level(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def cli() -> list[str]:
+    return [sys.executable, "-m", "nsjail_py"]

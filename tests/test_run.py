@@ -1,0 +1,257 @@
+"""Whole runs through the Python interface: what goes in comes out, every end has its verdict, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+from conftest import IS_ROOT
+
+import nsjail_py
+from nsjail_py import DEVNULL, PIPE, STDOUT, Jail, Verdict
+
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
+
+
+def test_a_program_gets_its_input_and_its_output_comes_back() -> None:
+    result = nsjail_py.run(["/usr/bin/sort"], input=b"b\na\n")
+    assert (result.verdict, result.exit_code, result.stdout, result.stderr) == (Verdict.ok, 0, b"a\nb\n", b"")
+
+
+def test_python_source_runs_at_every_level(level: str) -> None:
+    result = nsjail_py.run_python("import sys; print(6*7); print('e', file=sys.stderr)", policy=level)
+    assert (result.verdict, result.stdout, result.stderr) == (Verdict.ok, b"42\n", b"e\n"), result
+
+
+def test_a_script_sees_itself_as_a_user_expects() -> None:
+    source = "import sys, os; print(sys.argv, __file__, __name__, os.getcwd(), os.environ['HOME'], open(__file__).read(6))"
+    result = nsjail_py.run_python(source, args=["a", "b c"], filename="hello.py")
+    assert result.stdout == b"['/app/hello.py', 'a', 'b c'] /app/hello.py __main__ /work /work import\n", result
+
+
+def test_exit_code_and_signal_are_the_programs_own() -> None:
+    assert (r := nsjail_py.run_python("raise SystemExit(7)")).verdict is Verdict.exit and r.exit_code == 7
+    result = nsjail_py.run_python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    assert (result.verdict, result.signal, result.exit_code) == (Verdict.signal, signal.SIGSEGV, None)
+
+
+def test_abort_is_seen_as_abort_since_the_program_is_not_process_one() -> None:
+    result = nsjail_py.run_python("import os; print(os.getpid(), flush=True); os.abort()")
+    assert result.signal == signal.SIGABRT and int(result.stdout) > 1
+
+
+def test_processor_time_is_limited_and_named() -> None:
+    result = nsjail_py.run_python("while True: pass", cpu_time=0.3)
+    assert result.verdict is Verdict.cpu_time and result.evidence["limit"] == 0.3
+    assert 0.3 <= result.cpu_time < 0.6
+
+
+def test_processor_time_of_all_threads_counts_together() -> None:
+    burn = "import threading, hashlib\ndef f():\n  while True: hashlib.sha256(b'x'*1000000)\n[threading.Thread(target=f).start() for _ in range(3)]"
+    result = nsjail_py.run_python(burn, cpu_time=0.4)
+    assert result.verdict is Verdict.cpu_time and result.wall_time < 3
+
+
+def test_wall_time_is_limited_and_named() -> None:
+    result = nsjail_py.run_python("import time; time.sleep(60)", wall_time="200ms")
+    assert result.verdict is Verdict.wall_time and 0.2 <= result.wall_time < 1.0
+
+
+def test_wall_time_holds_while_the_caller_looks_away() -> None:
+    process = Jail("untrusted", wall_time=0.2).start_python("import time; time.sleep(60)")
+    time.sleep(0.6)
+    assert process.poll() is not None and process.wait().wall_time < 0.5
+
+
+def test_idle_time_is_limited_and_named() -> None:
+    result = nsjail_py.run_python("import time; time.sleep(60)", idle_time=0.3)
+    assert result.verdict is Verdict.idle and result.wall_time < 2
+
+
+def test_memory_is_limited() -> None:
+    result = nsjail_py.run_python("x = bytearray(300 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1", memory="64M")
+    if result.memory_source == "rusage":  # without a cgroup the kernel refuses the memory, and Python says so
+        assert b"MemoryError" in result.stderr
+    else:
+        assert result.verdict is Verdict.memory and result.oom_events and result.peak_memory <= 64 << 20
+
+
+def test_output_is_bounded_and_named() -> None:
+    result = nsjail_py.run_python("while True: print('x' * 1000)", output="100K")
+    assert result.verdict is Verdict.output and len(result.stdout) == 100 * 1024 and result.stdout_cut
+
+
+def test_disk_is_limited_and_named() -> None:
+    result = nsjail_py.run_python("open('big', 'wb').write(bytes(9 << 20))", disk="8M")
+    assert result.verdict is Verdict.disk and b"No space left" in result.stderr
+
+
+def test_disk_counts_work_tmp_and_shared_memory_together() -> None:
+    source = "for p in ('/work/a', '/tmp/a', '/dev/shm/a'): open(p, 'wb').write(bytes(3 << 20))"
+    assert nsjail_py.run_python(source, disk="8M").verdict is Verdict.disk
+    assert nsjail_py.run_python(source, disk="12M").ok
+
+
+def test_number_of_files_is_limited() -> None:
+    result = nsjail_py.run_python("for i in range(10**6): open(f'f{i}', 'w')", files=1000)
+    assert result.verdict is Verdict.disk
+
+
+def test_open_files_are_limited() -> None:
+    result = nsjail_py.run_python("import os\nk = []\nwhile True: k.append(os.dup(0))", open_files=32)
+    assert b"Too many open files" in result.stderr
+
+
+def test_processes_are_limited_and_named() -> None:
+    bomb = "import os, time\nfor i in range(100):\n  if os.fork() == 0: time.sleep(5); os._exit(0)"
+    result = nsjail_py.run_python(bomb, policy="moderate", processes=8)
+    assert b"BlockingIOError" in result.stderr
+    assert result.verdict is (Verdict.exit if result.memory_source == "rusage" else Verdict.processes)
+
+
+def test_the_run_ends_with_the_main_process_and_takes_the_rest_along() -> None:
+    source = "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    time.sleep(60)\nprint('done')"
+    result = nsjail_py.run_python(source, policy="moderate")
+    assert result.ok and result.stdout.endswith(b"done\n") and result.wall_time < 5
+
+
+def test_denied_system_calls_are_named_and_counted() -> None:
+    source = "import socket\nfor i in range(3):\n  try: socket.socket()\n  except PermissionError: pass"
+    result = nsjail_py.run_python(source)
+    assert result.ok and result.denied == {"socket": 3}
+
+
+def test_kill_on_denial_ends_the_run_at_the_first_one() -> None:
+    from msgspec.structs import replace
+
+    strict = nsjail_py.policy("untrusted")
+    assert strict.syscalls is not None
+    strict = replace(strict, syscalls=replace(strict.syscalls, on_denied="kill"))
+    result = nsjail_py.run_python("import os; os.fork(); print('on')", policy=strict)
+    assert result.verdict is Verdict.syscall and result.stdout == b"" and sum(result.denied.values()) == 1
+
+
+def test_every_protection_has_a_state_and_a_missing_one_a_reason() -> None:
+    protections = nsjail_py.run(["/bin/true"]).protections
+    assert {p.state for p in protections} <= {"applied", "unavailable", "not requested"}
+    assert all(p.reason for p in protections if p.state == "unavailable")
+    if IS_ROOT:
+        assert [p.name for p in protections if p.state == "unavailable"] == []
+
+
+def test_check_raises_on_anything_but_ok() -> None:
+    assert nsjail_py.run(["/bin/true"]).check().ok
+    with pytest.raises(nsjail_py.RunFailed, match="exited with 1"):
+        nsjail_py.run(["/bin/false"]).check()
+
+
+def test_a_handle_streams_both_ways_and_ends_with_a_result() -> None:
+    with Jail("untrusted").start(["/bin/cat"], stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"hello\n")
+        assert process.stdout.read(6) == b"hello\n"
+        assert process.pid and os.path.exists(f"/proc/{process.pid}") and process.poll() is None
+        process.stdin.close()
+        assert process.wait(5).ok
+
+
+def test_kill_signal_and_timeout_behave_as_popen_has_taught() -> None:
+    jail = Jail("untrusted")
+    with jail.start_python("import time; time.sleep(60)") as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        process.kill()
+        assert process.wait(5).verdict is Verdict.killed
+        process.kill()
+    with jail.start_python("import signal, time\nsignal.signal(15, lambda *a: exit(3))\nprint(1, flush=True)\ntime.sleep(60)", stdout=PIPE) as process:
+        assert process.stdout is not None and process.stdout.read(2) == b"1\n"
+        process.terminate()
+        assert process.wait(5).exit_code == 3
+
+
+def test_a_dropped_handle_kills_its_run() -> None:
+    process = Jail("untrusted").start_python("import time; time.sleep(60)")
+    pid = process.pid
+    del process
+    deadline = time.monotonic() + 5
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_stderr_can_go_where_stdout_goes_or_nowhere() -> None:
+    both = "import sys; print(1, flush=True); print(2, file=sys.stderr)"
+    assert nsjail_py.run_python(both, stderr=STDOUT).stdout == b"1\n2\n"
+    assert nsjail_py.run_python(both, stderr=DEVNULL).stderr == b""
+
+
+def test_listed_descriptors_cross_and_no_other() -> None:
+    read, write = os.pipe()
+    leaked = os.dup(read)
+    os.set_inheritable(leaked, True)
+    try:
+        result = nsjail_py.run_python(f"import os; print(sorted(map(int, os.listdir('/proc/self/fd')))); os.write({write}, b'x')", pass_fds=[write])
+        assert os.read(read, 1) == b"x"
+        seen = eval(result.stdout)
+        assert {0, 1, 2, write} <= set(seen) and len(seen) == 5  # and the directory being listed
+    finally:
+        for descriptor in (read, write, leaked):
+            os.close(descriptor)
+
+
+def test_work_directory_is_kept_when_it_is_given(tmp_path: object) -> None:
+    nsjail_py.run_python("open('out.txt', 'w').write('kept')", workdir=str(tmp_path)).check()
+    nsjail_py.run_python("assert open('out.txt').read() == 'kept'; open('out.txt', 'a').write('!')", workdir=str(tmp_path)).check()
+    assert open(f"{tmp_path}/out.txt").read() == "kept!"
+
+
+def test_two_runs_share_nothing_that_is_writable() -> None:
+    nsjail_py.run_python("import os\nfor p in ('/work/x', '/tmp/x', '/dev/shm/x'): open(p, 'w')").check()
+    nsjail_py.run_python("import os\nfor p in ('/work/x', '/tmp/x', '/dev/shm/x'): assert not os.path.exists(p)").check()
+
+
+def test_a_killed_launcher_is_an_error_and_the_next_run_works() -> None:
+    from nsjail_py import launcher
+
+    process = Jail("untrusted").start_python("import time; time.sleep(60)")
+    pid = process.pid
+    os.kill(launcher.current().pid, signal.SIGKILL)
+    with pytest.raises(nsjail_py.LauncherDied):
+        process.wait(5)
+    time.sleep(0.2)
+    assert not os.path.exists(f"/proc/{pid}")
+    assert nsjail_py.run(["/bin/true"]).ok
+
+
+def test_a_forked_caller_gets_a_launcher_of_its_own() -> None:
+    from nsjail_py import launcher
+
+    ours = launcher.current().pid
+    child = os.fork()
+    if child == 0:
+        ok = nsjail_py.run(["/bin/true"]).ok and launcher.current().pid != ours
+        launcher.shutdown()
+        os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert nsjail_py.run(["/bin/true"]).ok
+
+
+def test_many_threads_run_at_once() -> None:
+    jail, wrong = Jail("untrusted"), []
+
+    def work(number: int) -> None:
+        for turn in range(10):
+            text = f"{number}-{turn}\n".encode()
+            if jail.run(["/bin/cat"], input=text).stdout != text:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
