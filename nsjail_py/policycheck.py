@@ -1,4 +1,5 @@
-"""What makes a policy senseless. `type_problems`: a table does not have the shape of policy.py. `value_problems`: it has, yet cannot be meant."""
+"""What makes a policy senseless: its table has not the shape of policy.py (`type_problems`), or has it and yet cannot be meant
+(`value_problems`)."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ ALWAYS_MADE = ("user", "mount", "pid")
 ROOTS = ("minimal", "system", "host")
 OWN_TREES = ("/proc", "/dev")
 """Filled by the jail itself, all the way down."""
-OWN_PLACES = ("/", "/work", "/tmp", "/app")
+OWN_PLACES = ("/", "/work", "/tmp", "/app")  # noqa: S108 (a place inside)
 HOST_NAME_MAX = 64
 """_SC_HOST_NAME_MAX on Linux; sethostname(2)"""
-TYPE_NAMES = {
+TYPE_NAMES: dict[type, str] = {
     msgspec.inspect.IntType: "a whole number",
     msgspec.inspect.FloatType: "a number",
     msgspec.inspect.StrType: "text",
@@ -58,7 +59,7 @@ def _walk(value: Any, kind: Any, place: str) -> Iterator[str]:
             yield from _walk(value, kinds[0], place)
     elif isinstance(kind, info.LiteralType):
         if value not in kind.values:
-            yield f"{place}: {_shown(value)} is not one of its values{did_you_mean(value, kind.values)}"
+            yield f"{place}: {_shown(value)} is not one of its values{did_you_mean(value, map(str, kind.values))}"
     elif isinstance(kind, info.StructType) and isinstance(value, dict):
         yield from _walk_struct(value, kind, place)
     elif isinstance(kind, info.DictType) and isinstance(value, dict):
@@ -87,7 +88,7 @@ def _walk_struct(table: dict[Any, Any], kind: msgspec.inspect.StructType, place:
 def _is(value: Any, kind: Any) -> bool:
     info = msgspec.inspect
     number = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
-    checks = {
+    checks: dict[type, bool] = {
         info.IntType: number,
         info.FloatType: number or isinstance(value, float),
         info.StrType: isinstance(value, str),
@@ -131,6 +132,7 @@ def _mounts(policy: Policy) -> Iterator[str]:
         if target in OWN_PLACES or any(_below(target, tree) for tree in OWN_TREES):
             own = ", ".join(OWN_PLACES[1:]) + ", and all of " + " and ".join(OWN_TREES)
             yield f"{place}: {_shown(mount.target)} is the jail's own ({own} cannot be mounted over)"
+            continue
         for other, owner in taken:
             if _below(target, other) or _below(other, target):
                 yield f"{place}: {_shown(mount.target)} collides with {other} of {owner}: one would hide the other"

@@ -69,8 +69,8 @@ def problems(policy: Policy) -> list[str]:
 
 
 def override(policy: Policy, **changes: Any) -> Policy:
-    """A changed copy, checked. Takes the fields of Policy, and without more ado those of Limits and Python; sizes and times as numbers or text
-    (`memory="256M"`, `wall_time=None` for none); env is merged, mounts are appended, everything else is replaced."""
+    """A changed copy, checked. Takes the fields of Policy, and directly those of Limits and Python; sizes and times as numbers
+    or text (`memory="256M"`, `wall_time=None` for none). env is merged, mounts are appended, all else is replaced. Raises PolicyError."""
     if not changes:
         return policy
     table: Table = msgspec.to_builtins(policy)
@@ -166,10 +166,11 @@ def _build(table: Table, prefix: str = "", also: Iterable[str] = ()) -> Policy:
     try:
         policy = msgspec.convert(table, Policy)
     except (msgspec.ValidationError, UnicodeError):
-        wrong += type_problems(table)
+        misshapen = type_problems(table)
+        wrong += misshapen
         # What has the right shape is judged all the same: people want to see every fault at once.
-        misshapen = {re.split(r"[.\[:]", problem)[1] for problem in wrong}
-        rest = {key: value for key, value in table.items() if key not in misshapen}
+        places = {re.split(r"[.\[:]", problem)[1] for problem in misshapen}
+        rest = {key: value for key, value in table.items() if key not in places}
         wrong += value_problems(msgspec.convert(rest, Policy)) if len(rest) < len(table) else []
     else:
         wrong += value_problems(policy)

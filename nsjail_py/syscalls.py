@@ -6,6 +6,7 @@ allowed. libseccomp takes unknown names and contradictory rules in silence, so b
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -226,10 +227,8 @@ def _compile(syscalls: Syscalls) -> Filter:
         library.set_api(5)
     program = library.SyscallFilter(library.NOTIFY)
     program.set_attr(library.Attr.ACT_BADARCH, library.KILL_PROCESS)
-    try:
-        program.set_attr(library.Attr.CTL_OPTIMIZE, 2)  # a binary tree; libseccomp 2.5
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):  # older than libseccomp 2.5: a list instead of a binary tree
+        program.set_attr(library.Attr.CTL_OPTIMIZE, 2)
     for call in _tables()["absent"]["calls"]:
         if (number := _number(call)) >= 0:
             program.add_rule_exactly(library.ERRNO(errno.ENOSYS), number)
@@ -271,11 +270,12 @@ def _key(syscalls: Syscalls) -> str | None:
 
     machine = os.uname().machine
     binding = find_spec("pyseccomp")
-    places = [Path(place.format(machine)) / "libseccomp.so.2" for place in LIBRARY_PLACES]
+    places = [Path(place.format(machine), "libseccomp.so.2") for place in LIBRARY_PLACES]
     library = next((os.path.realpath(path) for path in places if path.exists()), None)
     if library is None or binding is None or binding.origin is None:
         return None
-    identity = [(path, status.st_size, status.st_mtime_ns) for path in (library, binding.origin) if (status := os.stat(path))]
+    files = [(path, path.stat()) for path in (Path(library), Path(binding.origin))]
+    identity = [(str(path), status.st_size, status.st_mtime_ns) for path, status in files]
     parts = msgspec.msgpack.encode((FORMAT, machine, identity, syscalls, _text()), order="deterministic")
     return hashlib.sha256(parts).hexdigest()
 

@@ -1,0 +1,205 @@
+"""Policies from files, and changed policies: the shipped ones keep their promises, and every fault is told at once, with its place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsjail_py import policyfile
+from nsjail_py.errors import PolicyError
+from nsjail_py.policy import Limits, Mount, Policy, Syscalls
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="own.toml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_the_shipped_policies_are_sound():
+    assert policyfile.names() == ["moderate", "trusted", "untrusted"]
+    for name in policyfile.names():
+        policy = policyfile.load(name)
+        assert policy.name == name
+        assert policy.description
+        assert policyfile.problems(policy) == []
+        assert "# Stops:" in policyfile.source(name)
+
+
+def test_untrusted_promises_the_most():
+    policy = policyfile.load("untrusted")
+    assert (policy.root, policy.proc, policy.landlock, policy.loopback, policy.exec_in_writable) == ("minimal", "pid", True, False, False)
+    assert policy.syscalls is not None
+    assert not policy.syscalls.exec
+    assert set(policy.namespaces) == {"user", "mount", "pid", "net", "ipc", "uts", "cgroup"}
+    assert (policy.limits.memory, policy.limits.cpu_time, policy.limits.wall_time) == (512 << 20, 30.0, 60.0)
+
+
+def test_a_file_extends_a_policy_entry_by_entry(write):
+    policy = policyfile.load(
+        write('extends = "untrusted"\nbest_effort = []\nenv = { A = "1" }\n[limits]\nmemory = "1G"\nwall_time = "unlimited"\n')
+    )
+    assert policy.name == "own"
+    assert policy.description == ""
+    assert policy.best_effort == ()
+    assert policy.limits.memory == 1 << 30
+    assert policy.limits.wall_time is None
+    assert policy.limits.cpu_time == 30.0
+    assert policy.syscalls == policyfile.load("untrusted").syscalls
+
+
+def test_a_file_extends_a_file_beside_it(write):
+    write('extends = "moderate"\nhostname = "base"\n', "base.toml")
+    assert policyfile.load(write('extends = "./base.toml"\n')).hostname == "base"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x", "is not TOML"),
+        (b"a = '\xff'", "is not TOML"),
+        ("a = " + "[" * 100_000, "is not TOML"),
+        ('extends = "own.toml"', "goes round in a circle (own.toml -> own.toml)"),
+        ('extends = "untrustd"', 'did you mean "untrusted"?'),
+        ("extends = 3", "$.extends: must be the name"),
+        ("memry = 3", "$.memry: there is no such field"),
+        ("[limits]\nmemry = 3", '$.limits.memry: there is no such field (allowed: cpu_time, disk'),
+        ("[limits]\nmemory = '64MB'", "$.limits.memory: size '64MB' is ambiguous"),
+        ("[limits]\nprocesses = 0", "$.limits.processes: must be more than 0"),
+        ("[limits]\nprocesses = true", "$.limits.processes: must be a whole number, not True"),
+        ("[limits]\nwall_time = nan", "$.limits.wall_time: time nan is not a time"),
+        ("[limits]\ncpu_time = 0.0", "$.limits.cpu_time: must be more than 0"),
+        ("limits = 3", "$.limits: must be a table"),
+        ("loopback = 1", "$.loopback: must be true or false"),
+        ('proc = "pidd"', '$.proc: \'pidd\' is not one of its values (allowed: masked, none, pid; did you mean "pid"?)'),
+        ('root = "minmal"', 'did you mean "minimal"?'),
+        ('root = "/"', 'write root = "host"'),
+        ('root = "/a/../b"', '$.root: must not have ".." in it'),
+        ('namespaces = ["net"]', "$.namespaces: must have user, mount, pid"),
+        ('namespaces = ["user", "mount", "pid"]\nloopback = true', "$.loopback: needs a network of its own"),
+        ('hostname = ""', "$.hostname: must have 1 to 64 bytes"),
+        (f'hostname = "{"x" * 65}"', "$.hostname: must have 1 to 64 bytes"),
+        ('[env]\nA = "\\u0000"', "$.env.A: must not have a NUL"),
+        ('[env]\n"A=B" = ""', "$.env.A=B: 'A=B' cannot be the name"),
+        ("[env]\nA = 1", "$.env.A: must be text, not 1"),
+        ('[syscalls]\nallow = ["@fils"]', "$.syscalls.allow[0]: '@fils' is no set (did you mean \"@files\"?)"),
+        ('[python]\nproject = "here"', "$.python.project: must be an absolute path"),
+        ("[[mounts]]\nsource = '/a'", "$.mounts[0].target: is missing"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_told_with_its_file_and_place(write, text, said):
+    path = write(text)
+    problems = policyfile.check(path)
+    assert any(said in problem for problem in problems), problems
+    assert all(problem.startswith(f"{path}: ") and "\n" not in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("data", "must be an absolute path"),
+        ("/a/../proc", 'must not have ".."'),
+        ("/a\0b", "NUL"),
+        *(
+            (own, "is the jail's own")
+            for own in ("/", "/proc", "/proc/sys", "//proc/", "/./dev/shm", "/work", "/work/", "/tmp", "/app", "/dev")
+        ),
+        ("/taken", "collides with /taken of $.mounts[0]"),
+        ("/taken//below/", "collides"),
+        ("/project/x", "collides with /project of $.python.project"),
+    ],
+)
+def test_a_mount_cannot_take_a_place_that_is_not_free(target, said):
+    with pytest.raises(PolicyError) as caught:
+        policyfile.override(
+            policyfile.load("untrusted"), project="/p", mounts=[Mount(source="/a", target="/taken"), Mount(source="/a", target=target)]
+        )
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("$.mounts[1].target: ")
+    assert said in caught.value.problems[0]
+
+
+def test_all_faults_are_told_at_once(write):
+    path = write('hostname = ""\nproc = "x"\nfoo = 1\n[limits]\nmemory = "?"\nprocesses = 0\n[[mounts]]\nsource = "a"\ntarget = "/proc"\n')
+    places = [problem.removeprefix(f"{path}: ").split(":")[0] for problem in policyfile.check(path)]
+    assert sorted(places) == [
+        "$.foo",
+        "$.hostname",
+        "$.limits.memory",
+        "$.limits.processes",
+        "$.mounts[0].source",
+        "$.mounts[0].target",
+        "$.proc",
+    ]
+
+
+@pytest.mark.parametrize("path", ["/nowhere.toml", "/", "/a\0b", "untrust", ""])
+def test_a_policy_that_cannot_be_read_is_one_error(path):
+    with pytest.raises(PolicyError) as caught:
+        policyfile.load(path)
+    assert len(caught.value.problems) == 1
+
+
+def test_override_takes_flat_names():
+    base = policyfile.override(policyfile.load("untrusted"), env={"A": "1"}, mounts=[Mount(source="/a", target="/a")])
+    changed = policyfile.override(
+        base, memory="256M", wall_time=None, cpu_time=1, imports=["numpy"], project=Path("/p"), env={"B": "2"},
+        mounts=(Mount(source="/b", target="/b"),), hostname="box", syscalls=Syscalls(allow=("@files",)),
+    )  # fmt: skip
+    assert changed.limits == Limits(
+        **{**{f: getattr(base.limits, f) for f in Limits.__struct_fields__}, "memory": 256 << 20, "wall_time": None, "cpu_time": 1.0}
+    )
+    assert changed.python.imports == ("numpy",)
+    assert changed.python.project == "/p"
+    assert changed.env == {"A": "1", "B": "2"}
+    assert [mount.target for mount in changed.mounts] == ["/a", "/b"]
+    assert changed.hostname == "box"
+    assert changed.syscalls == Syscalls(allow=("@files",))
+    assert policyfile.override(base) is base
+
+
+def test_override_refuses_unknown_names_and_knows_near_ones():
+    with pytest.raises(PolicyError) as caught:
+        policyfile.override(policyfile.load("untrusted"), memori="1G", proceses=3, cpu_time=-1)
+    assert len(caught.value.problems) == 3
+    assert 'did you mean "memory"?' in str(caught.value)
+    assert 'did you mean "processes"?' in str(caught.value)
+
+
+def test_a_policy_made_by_hand_is_checked_by_the_same_rules():
+    assert policyfile.problems(Policy(limits=Limits(processes=0), hostname="")) != []
+    assert policyfile.problems(Policy(loopback="yes")) == ["$.loopback: must be true or false, not 'yes'"]
+    assert policyfile.problems(Policy()) == []
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["memory", "source", "target", "allow", "x"]), inner, max_size=3)
+        ),
+        max_leaves=6,
+    ),
+    st.sampled_from(Policy.__struct_fields__ + Limits.__struct_fields__),
+)
+def test_no_value_does_worse_than_a_policy_error(value, field):
+    try:
+        policy = policyfile.override(Policy(), **{field: value})
+    except PolicyError as error:
+        assert error.problems  # noqa: PT017
+    else:
+        assert policyfile.problems(policy) == []
+
+
+def test_loading_a_policy_does_not_load_libseccomp():
+    code = "import sys; from nsjail_py import policyfile; policyfile.load('untrusted'); sys.exit('pyseccomp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
