@@ -6,6 +6,8 @@
 #include <signal.h>
 #include <sys/types.h>
 
+enum { MAX_MAPS = 16 }; /* id-mapped mounts in one cell */
+
 /* What a cell knows of itself. Its processes are copies of the launcher, so this is set before the clone and passed along. */
 struct cell {
 	const struct plan *plan;
@@ -19,6 +21,8 @@ struct cell {
 	int rootless;
 	int root;               /* the new root */
 	int scratch, app;       /* the writable tmpfs, and its part for the order's files */
+	int maps[MAX_MAPS];     /* user namespaces for the id-mapped mounts, in their order */
+	int next_map;
 	int sysctl;             /* /proc/sys/user of the host's proc */
 	uint32_t flags;         /* enum report_flag */
 	uint32_t detail;        /* element of the plan in hand, for the message */

@@ -182,27 +182,33 @@ static int mapping_namespace(uint32_t uid, uint32_t gid, const struct cell *cell
 	return result;
 }
 
-/* Never for root's own files: a program that may write as root outside could leave a set-user-id file there. */
-static int map_owner(const struct cell *cell, int tree) {
+/* Never for root's own files: a program that may write as root outside could leave a set-user-id file there. Done before the new root
+ * covers the old one, since from then on the kernel takes us for chrooted and refuses user namespaces. */
+static enum step maps_prepare(struct cell *cell) {
+	const struct plan *plan = cell->plan;
+	const struct mount_step *steps = at(plan, plan->mounts.offset);
 	struct stat status;
-	if (cell->rootless)
-		return 0; /* the owner is the user himself or it is not ours to change */
-	if (fstat(tree, &status) < 0)
-		return -1;
-	if (status.st_uid == 0) {
-		errno = EPERM;
-		return -1;
+	for (uint32_t i = 0, next = 0; i < plan->mounts.count && !cell->rootless; i++) {
+		if (steps[i].kind != MOUNT_BIND || !(steps[i].flags & MOUNT_IDMAP))
+			continue;
+		cell->detail = i;
+		if (stat(at(plan, steps[i].source), &status) < 0)
+			return STEP_MOUNT_SOURCE;
+		errno = status.st_uid == 0 ? EPERM : next == MAX_MAPS ? E2BIG : 0;
+		if (errno || (cell->maps[next++] = mapping_namespace(status.st_uid, status.st_gid ? status.st_gid : status.st_uid, cell)) < 0)
+			return STEP_MOUNT_IDMAP;
 	}
-	int ns = mapping_namespace(status.st_uid, status.st_gid ? status.st_gid : status.st_uid, cell);
-	if (ns < 0)
-		return -1;
-	struct mount_attr attributes = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = (uint64_t)ns};
-	int result = sys_mount_setattr(tree, "", AT_EMPTY_PATH, &attributes);
-	keep_errno_close(ns);
-	return result;
+	return STEP_NONE;
 }
 
-static enum step bind(const struct cell *cell, const struct mount_step *step) {
+static int map_owner(struct cell *cell, int tree) {
+	if (cell->rootless)
+		return 0; /* the owner is the user himself or it is not ours to change */
+	struct mount_attr attributes = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = (uint64_t)cell->maps[cell->next_map++]};
+	return sys_mount_setattr(tree, "", AT_EMPTY_PATH, &attributes);
+}
+
+static enum step bind(struct cell *cell, const struct mount_step *step) {
 	int tree = sys_open_tree(AT_FDCWD, at(cell->plan, step->source), OPEN_TREE_CLONE | AT_RECURSIVE);
 	if (tree < 0)
 		return STEP_MOUNT_SOURCE;
@@ -297,6 +303,9 @@ enum step root_build(struct cell *cell) {
 	cell->scratch = cell->app = -1;
 	if (sys_mount_setattr(AT_FDCWD, "/", AT_RECURSIVE, &private) < 0)
 		return STEP_MOUNT_PRIVATE;
+	enum step failed = maps_prepare(cell);
+	if (failed)
+		return failed;
 	cell->sysctl = open("/proc/sys/user", O_PATH | O_DIRECTORY | O_CLOEXEC); /* used, or missed, in nested_refuse */
 	cell->root = new_file_system("tmpfs", options, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
 	if (cell->root < 0 || sys_move_mount(cell->root, AT_FDCWD, "/", 0) < 0)
@@ -304,7 +313,7 @@ enum step root_build(struct cell *cell) {
 	const struct mount_step *steps = at(plan, plan->mounts.offset);
 	for (uint32_t i = 0; i < plan->mounts.count; i++) {
 		cell->detail = i;
-		enum step failed = perform(cell, &steps[i]);
+		failed = perform(cell, &steps[i]);
 		if (failed)
 			return failed;
 	}

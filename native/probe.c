@@ -1,29 +1,80 @@
-/* Questions to the kernel, asked without changing anything. landlock_create_ruleset(2), user_namespaces(7) */
+/* Questions to the kernel, asked without changing anything. landlock_create_ruleset(2), seccomp(2), user_namespaces(7) */
 #include "kernel.h"
 
 #include <errno.h>
+#include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/wait.h>
 
 #include "probe.h"
 
-int probe_landlock_abi(void) {
-	enum { VERSION = 1 };
-	long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, VERSION);
-	return abi < 0 ? 0 : (int)abi;
+int probe_call(int call) {
+	static const long numbers[PROBE_CALLS] = {
+	    [PROBE_CLONE3] = SYS_clone3,
+	    [PROBE_OPENAT2] = SYS_openat2,
+	    [PROBE_CLOSE_RANGE] = SYS_close_range,
+	    [PROBE_PIDFD_OPEN] = SYS_pidfd_open,
+	    [PROBE_OPEN_TREE] = SYS_open_tree,
+	    [PROBE_FSOPEN] = SYS_fsopen,
+	    [PROBE_MOUNT_SETATTR] = SYS_mount_setattr,
+	};
+	if (call < 0 || call >= PROBE_CALLS)
+		return EINVAL;
+	/* No descriptor, no pointer, no flag and no size of it is good; for close_range the first is above the last. */
+	return syscall(numbers[call], -1L, 0L, -1L, 0L, 0L) < 0 ? errno : 0;
 }
 
-/* In a child of its own, which does nothing that is unsafe after a fork of a threaded process. */
-int probe_userns(void) {
+static int landlock_version(unsigned flags) {
+	long answer = syscall(SYS_landlock_create_ruleset, NULL, 0, flags);
+	return answer < 0 ? 0 : (int)answer;
+}
+
+int probe_landlock_abi(void) {
+	enum { VERSION = 1 };
+	return landlock_version(VERSION);
+}
+
+int probe_landlock_errata(void) {
+	enum { ERRATA = 2 };
+	return landlock_version(ERRATA);
+}
+
+int probe_notify(void) {
+	struct seccomp_notif_sizes sizes;
+	return syscall(SYS_seccomp, SECCOMP_GET_NOTIF_SIZES, 0, &sizes) < 0 ? -errno : sizes.seccomp_notif;
+}
+
+/* The errno that the child left with. It takes no signal of its parent's, so that nobody else learns of it. */
+static int outcome(pid_t child) {
 	int status = 0;
+	if (child < 0)
+		return errno;
+	while (waitpid(child, &status, __WALL) < 0)
+		if (errno != EINTR)
+			return errno;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : EPERM;
+}
+
+int probe_userns(int namespaces) {
 	struct clone_args args = {.exit_signal = 0};
 	pid_t child = sys_clone3(&args);
 	if (child == 0)
-		_exit(unshare(CLONE_NEWUSER) < 0 ? errno : 0);
-	if (child < 0)
-		return errno;
-	while (waitpid(child, &status, __WALL) < 0 && errno == EINTR)
-		;
-	return WIFEXITED(status) ? WEXITSTATUS(status) : EPERM;
+		_exit(unshare(CLONE_NEWUSER) < 0 || (namespaces && unshare(namespaces) < 0) ? errno : 0);
+	return outcome(child);
+}
+
+static int mount_proc(int pids_only) {
+	int context = sys_fsopen("proc");
+	if (context < 0 || (pids_only && sys_fsconfig(context, FSCONFIG_SET_STRING, "subset", "pid") < 0))
+		return -1;
+	return sys_fsconfig(context, FSCONFIG_CMD_CREATE, NULL, NULL) < 0 || sys_fsmount(context, 0) < 0 ? -1 : 0;
+}
+
+int probe_proc(int pids_only) {
+	struct clone_args args = {.flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID};
+	pid_t child = sys_clone3(&args);
+	if (child == 0)
+		_exit(mount_proc(pids_only) < 0 ? errno : 0);
+	return outcome(child);
 }

@@ -1,3 +1,22 @@
 /* Questions to the kernel that Python cannot ask by itself. Plain declarations, read by cffi as they stand. */
-int probe_landlock_abi(void); /* 0: no Landlock */
-int probe_userns(void);       /* 0, or the errno with which a user namespace is refused */
+
+/* System calls that a jail uses, each asked with arguments that it must refuse: the errno tells whether it is there. */
+enum probe_call {
+	PROBE_CLONE3,
+	PROBE_OPENAT2,
+	PROBE_CLOSE_RANGE,
+	PROBE_PIDFD_OPEN,
+	PROBE_OPEN_TREE,
+	PROBE_FSOPEN,
+	PROBE_MOUNT_SETATTR,
+	PROBE_CALLS,
+};
+int probe_call(int call); /* its errno: ENOSYS when it is missing, EPERM when a filter or a missing right refuses it */
+
+int probe_landlock_abi(void);    /* 0: no Landlock */
+int probe_landlock_errata(void); /* bits of the fixes in this kernel; 0 where it does not say */
+int probe_notify(void);          /* bytes of a seccomp user notification, or -errno */
+
+/* Both do it for real, in a child of their own that leaves nothing behind. 0, or the errno of the refusal. */
+int probe_userns(int namespaces); /* a user namespace, then, with its rights, more namespaces (CLONE_NEW*) */
+int probe_proc(int pids_only);    /* a fresh /proc in new user and PID namespaces; pids_only: with subset=pid */

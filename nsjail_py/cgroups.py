@@ -43,10 +43,17 @@ class Claim:
     mode: Mode
     directories: dict[str, Path] = field(default_factory=dict)
     """For v1 a directory for each of `memory`, `pids`, and where there is one `cpu`; for v2 `unified`."""
-    reason: str = ""
-    """Why there is none, with the remedy, or what is missing from what there is."""
+    why: str = ""
+    """Why there is none, or what is missing from what there is."""
+    remedy: str = ""
+    """What to do about it."""
     swap: bool = False
     """Whether the use of swap can be limited."""
+
+    @property
+    def reason(self) -> str:
+        """Why, and what to do, in one line; empty when all is well."""
+        return ": ".join(part for part in (self.why, self.remedy) if part)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Membership:
 
 
 class _NoneError(Exception):
-    """This way leads nowhere; the text says why, and what to do."""
+    """This way leads nowhere: why, and what to do."""
 
 
 def memberships(text: str) -> list[Membership]:
@@ -92,16 +99,13 @@ def claim() -> Claim:
             return _claim_v1(groups, mounts, root)
         if on_v1.isdisjoint(REQUIRED):
             return _claim_v2(groups, mounts, root)
-        raise _NoneError(
-            "the memory and pids controllers are on different versions of cgroups: boot with systemd.unified_cgroup_hierarchy=1"
-        )
+        raise _NoneError("memory and pids are on different versions of control groups", "boot with systemd.unified_cgroup_hierarchy=1")
     except _NoneError as error:
-        reason = str(error)
+        why, remedy = error.args
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}"
-        if error.errno == errno.EROFS:
-            reason += ": give this container writable control groups"
-    return Claim("none", "root" if root else "rootless", reason=reason)
+        why = f"{error.filename}: {error.strerror}"
+        remedy = "give this container writable control groups" if error.errno == errno.EROFS else ""
+    return Claim("none", "root" if root else "rootless", why=why, remedy=remedy)
 
 
 def release(claim: Claim) -> None:
@@ -129,7 +133,7 @@ def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         if parent is not None and parent not in parents.values():
             parents[key] = parent
         elif key in REQUIRED:
-            raise _NoneError(f"the {controller} controller (cgroup v1) is not mounted, or not by itself: mount it below /sys/fs/cgroup")
+            raise _NoneError(f"the {controller} controller (v1) is not mounted, or not by itself", "mount it below /sys/fs/cgroup")
         else:
             lacks.append(controller)
     for parent in parents.values():
@@ -142,11 +146,10 @@ def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         release(Claim("v1", "root", made))
         if root:
             raise
-        raise _NoneError(
-            f"{error.filename}: {error.strerror}; cgroup v1 cannot be delegated safely: run as root, or boot with cgroup v2"
-        ) from None
-    reason = f"no {', '.join(lacks)} controller: processor time of unwaited processes is not counted" if lacks else ""
-    return Claim("v1", "root" if root else "delegated", made, reason, (made["memory"] / "memory.memsw.limit_in_bytes").exists())
+        remedy = "run as root, or boot with cgroup v2: v1 cannot be delegated safely"
+        raise _NoneError(f"{error.filename}: {error.strerror}", remedy) from None
+    why = f"no {', '.join(lacks)} controller: processor time of unwaited processes is not counted" if lacks else ""
+    return Claim("v1", "root" if root else "delegated", made, why, "", (made["memory"] / "memory.memsw.limit_in_bytes").exists())
 
 
 def _inherit_cpuset(directory: Path) -> None:
@@ -163,7 +166,7 @@ def _inherit_cpuset(directory: Path) -> None:
 def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: bool) -> Claim:
     mounts = [mount for mount in mounts if mount.kind == "cgroup2"]
     if not mounts:
-        raise _NoneError("no cgroup file system is mounted: mount -t cgroup2 none /sys/fs/cgroup")
+        raise _NoneError("no cgroup file system is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
     own = visible(next((group.path for group in groups if not group.controllers), ""), mounts)
     base = _delegated(own, root) if own else None
     if base is not None:
@@ -171,7 +174,7 @@ def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
     elif root:
         base = _make_base(Path(min(mounts, key=lambda mount: mount.read_only).target))
     else:
-        raise _NoneError(f"our control group {own or '(not visible)'} is not delegated to us: {DELEGATE}")
+        raise _NoneError(f"our control group {own or '(not visible)'} is not delegated to us", DELEGATE)
     _remove_stale(base)
     _hand_on(base)
     unified = _make(base / _name())
@@ -242,7 +245,9 @@ def _vacate(group: Path) -> None:
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 (leaf / "cgroup.procs").write_text(str(pid))
-    raise _NoneError(f"{group} does not become empty: its processes cannot be moved to {LEAF}")
+    raise _NoneError(
+        f"{group} does not become empty: its processes cannot be moved to {LEAF}", "run in a group of its own, with Delegate=yes"
+    )
 
 
 def _make_base(top: Path) -> Path:
@@ -259,8 +264,9 @@ def _hand_on(group: Path) -> None:
     lacks = [name for name in REQUIRED if name not in have]
     if lacks:
         raise _NoneError(
-            f"{group} has no {' and no '.join(lacks)} controller: for a user, put `[Service]` and `Delegate=cpu memory pids` into "
-            f"/etc/systemd/system/user@.service.d/delegate.conf, run systemctl daemon-reload, log in again, then {DELEGATE}"
+            f"{group} has no {' and no '.join(lacks)} controller",
+            f"for a user, put `[Service]` and `Delegate=cpu memory pids` into "
+            f"/etc/systemd/system/user@.service.d/delegate.conf, run systemctl daemon-reload, log in again, then {DELEGATE}",
         )
     control = group / "cgroup.subtree_control"
     missing = [name for name in WANTED if name in have and name not in control.read_text().split()]
@@ -269,7 +275,7 @@ def _hand_on(group: Path) -> None:
     try:
         control.write_text(" ".join(f"+{name}" for name in missing))
     except OSError as error:
-        raise _NoneError(f"{control}: {error.strerror}: start the program in a group of its own, with Delegate=yes in its unit") from None
+        raise _NoneError(f"{control}: {error.strerror}", "run in a group of its own, with Delegate=yes") from None
 
 
 # ---------------------------------------------------------------- directories

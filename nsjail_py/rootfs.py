@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ._native import lib
 from .errors import PolicyError
+from .launcher import UID_BASE
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -174,9 +175,22 @@ def _writable(root: Root, policy: Policy, with_files: bool) -> None:
         _source_exists(policy.workdir, "$.workdir")
         if not os.path.isdir(policy.workdir):
             raise PolicyError(f"$.workdir: {policy.workdir!r} is not a directory")
+        _leave_root(policy.workdir)
         flags = lib.MOUNT_WRITABLE | lib.MOUNT_IDMAP | noexec
         root.mounts.append(MountStep(lib.MOUNT_BIND, "/work", os.path.realpath(policy.workdir), flags))
     root.mounts += [MountStep(lib.MOUNT_PART, target, name, flags, mode) for name, target, flags, mode in parts]
+
+
+def _leave_root(directory: str) -> None:
+    """A work directory of root's is given to the first of our host ids: what the program leaves there must never be root's."""
+    if os.geteuid():
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_uid == 0:
+            os.fchown(descriptor, UID_BASE, UID_BASE)
+    finally:
+        os.close(descriptor)
 
 
 def _extra(root: Root, source: str, target: str, writable: bool, executable: bool) -> None:

@@ -1,0 +1,160 @@
+"""What this kernel offers, and what this process may do: read and asked once, in about a millisecond, without changing anything."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ._native import lib
+
+CALLS = {
+    "clone3": lib.PROBE_CLONE3,
+    "openat2": lib.PROBE_OPENAT2,
+    "close_range": lib.PROBE_CLOSE_RANGE,
+    "pidfd_open": lib.PROBE_PIDFD_OPEN,
+    "open_tree": lib.PROBE_OPEN_TREE,
+    "fsopen": lib.PROBE_FSOPEN,
+    "mount_setattr": lib.PROBE_MOUNT_SETATTR,
+}
+"""System calls without which there is no jail, and how probe.c calls them."""
+SINCE = {
+    "clone3": "5.3",
+    "openat2": "5.6",
+    "close_range": "5.11",
+    "pidfd_open": "5.3",
+    "open_tree": "5.2",
+    "fsopen": "5.2",
+    "mount_setattr": "5.12",
+}
+NEEDED_ACTIONS = ("kill_process", "errno", "user_notif", "allow")
+NEEDED_CAPABILITIES = {"sys_admin": 21, "setuid": 7, "setgid": 6, "setpcap": 8, "chown": 0, "dac_override": 1}
+"""What the launcher uses when it is root, by its number in capabilities(7)."""
+LANDLOCK = {
+    1: "files and directories",
+    2: "renaming and linking across directories",
+    3: "truncating",
+    4: "TCP bind and connect",
+    5: "ioctl on devices",
+    6: "abstract sockets and signals",
+}
+"""What each ABI of Landlock added. landlock(7)"""
+
+
+class Lack(NamedTuple):
+    """Something that a jail needs and this host does not give."""
+
+    name: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Host:
+    """This host as this process sees it."""
+
+    kernel: tuple[int, int, int]
+    release: str
+    machine: str
+    euid: int
+    capabilities: int
+    """Effective, as a bit mask."""
+    filtered: bool
+    """Whether a system call filter is on this process already, as in a container."""
+    cpus: int
+    """Processors that this process may use."""
+    memory: int
+    """Bytes."""
+    swap: int
+    """Bytes; 0: none is switched on."""
+    landlock_abi: int
+    """0: none."""
+    landlock_errata: int
+    seccomp_actions: tuple[str, ...]
+    notify_size: int
+    """Bytes of a user notification of seccomp; negative: the errno of the refusal."""
+    calls: tuple[tuple[str, int], ...]
+    """Each system call of CALLS with the errno of a senseless call of it."""
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Privilege modes that may come about here; the control groups decide between the last two."""
+        return ("root",) if self.euid == 0 else ("delegated", "rootless")
+
+    def lacks(self) -> list[Lack]:
+        """What is missing, without having made a single namespace: doctor.py asks for those."""
+        found = [Lack(name, *_explain_call(name, error, self.filtered)) for name, error in self.calls if _is_missing(name, error)]
+        if missing := [action for action in NEEDED_ACTIONS if action not in self.seccomp_actions]:
+            found.append(Lack("seccomp", f"no {', '.join(missing)}", "a kernel with CONFIG_SECCOMP_FILTER, Linux 5.0 or later"))
+        if not self.landlock_abi:
+            remedy = "Linux 5.13 or later, started with landlock in its lsm= list (see /sys/kernel/security/lsm)"
+            found.append(Lack("landlock", "this kernel has none, or it is not switched on", remedy))
+        if self.euid == 0:
+            dropped = [name for name, bit in NEEDED_CAPABILITIES.items() if not self.capabilities >> bit & 1]
+            if dropped:
+                names = ", ".join(f"CAP_{name.upper()}" for name in dropped)
+                found.append(
+                    Lack("capabilities", f"root without {names}", f"give the container or the unit {names}, or run as an ordinary user")
+                )
+        return found
+
+
+@functools.lru_cache(maxsize=1)
+def probe() -> Host:
+    """This host, asked once per process."""
+    status = _fields(Path("/proc/self/status"))
+    memory = _fields(Path("/proc/meminfo"))
+    version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", platform.release())
+    actions = Path("/proc/sys/kernel/seccomp/actions_avail")
+    return Host(
+        kernel=(int(version[1]), int(version[2]), int(version[3] or 0)) if version else (0, 0, 0),
+        release=platform.release(),
+        machine=platform.machine(),
+        euid=os.geteuid(),
+        capabilities=int(status.get("CapEff", "0"), 16),
+        filtered=status.get("Seccomp", "0") == "2",
+        cpus=len(os.sched_getaffinity(0)),
+        memory=_kilobytes(memory.get("MemTotal")),
+        swap=_kilobytes(memory.get("SwapTotal")),
+        landlock_abi=lib.probe_landlock_abi(),
+        landlock_errata=lib.probe_landlock_errata(),
+        seccomp_actions=tuple(read(actions).split()),
+        notify_size=lib.probe_notify(),
+        calls=tuple((name, lib.probe_call(number)) for name, number in CALLS.items()),
+    )
+
+
+def read(path: Path) -> str:
+    """The text of a small file of the kernel; empty where it is not to be had."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _fields(path: Path) -> dict[str, str]:
+    pairs = (line.partition(":") for line in read(path).splitlines())
+    return {name: value.strip() for name, _, value in pairs}
+
+
+def _kilobytes(text: str | None) -> int:
+    return int(text.split()[0]) * 1024 if text else 0
+
+
+def _is_missing(name: str, error: int) -> bool:
+    # Without the right to mount fsopen always answers EPERM. Inside the jail's own namespaces it has that right.
+    return error == errno.ENOSYS or (error == errno.EPERM and name != "fsopen")
+
+
+def _explain_call(name: str, error: int, filtered: bool) -> tuple[str, str]:
+    if error == errno.EPERM or filtered:
+        return (
+            f"{name} is refused by a system call filter",
+            "a container profile that lets it pass, such as docker run --security-opt seccomp=unconfined",
+        )
+    return f"{name} is missing", f"Linux {SINCE[name]} or later"
