@@ -23,6 +23,8 @@ OWN_TREES = ("/proc", "/dev")
 OWN_PLACES = ("/", "/work", "/tmp", "/app")  # noqa: S108 (a place inside)
 HOST_NAME_MAX = 64
 """_SC_HOST_NAME_MAX on Linux; sethostname(2)"""
+MOST = {"processes": 4 * 1024**2, "open_files": 1024**2}
+"""PID_MAX_LIMIT, and what fs.nr_open begins with: the kernel refuses more."""
 TYPE_NAMES: dict[type, str] = {
     msgspec.inspect.IntType: "a whole number",
     msgspec.inspect.FloatType: "a number",
@@ -44,6 +46,10 @@ def type_problems(table: Any) -> list[str]:
 
 def value_problems(policy: Policy) -> list[str]:
     """What the types cannot say, each with its place."""
+    try:
+        msgspec.msgpack.encode(policy)
+    except UnicodeEncodeError as error:
+        return [f"$: {_shown(error.object)} is not valid Unicode (a file name that is not UTF-8?), and a policy cannot hold it"]
     found: list[str] = []
     for rule in (_names, _root, _mounts, _namespaces, _limits, _environment, _python, _syscalls):
         found += rule(policy)
@@ -165,7 +171,7 @@ def _namespaces(policy: Policy) -> Iterator[str]:
 def _limits(policy: Policy) -> Iterator[str]:
     for name in policy.limits.__struct_fields__:
         value = getattr(policy.limits, name)
-        most = MAX_TIME if name.endswith("_time") else MAX_SIZE
+        most = MAX_TIME if name.endswith("_time") else MOST.get(name, MAX_SIZE)
         if value is not None and not (0 < value <= most and math.isfinite(value)):
             yield f'$.limits.{name}: must be more than 0 and at most {int(most)}, not {value}; no limit is "unlimited"'
 

@@ -76,6 +76,7 @@ def test_a_file_extends_a_file_beside_it(write):
         ("[limits]\nmemory = '64MB'", "$.limits.memory: size '64MB' is ambiguous"),
         ("[limits]\nprocesses = 0", "$.limits.processes: must be more than 0"),
         ("[limits]\nprocesses = true", "$.limits.processes: must be a whole number, not True"),
+        ("[limits]\nprocesses = 4194305", "at most 4194304"),
         ("[limits]\nwall_time = nan", "$.limits.wall_time: time nan is not a time"),
         ("[limits]\ncpu_time = 0.0", "$.limits.cpu_time: must be more than 0"),
         ("limits = 3", "$.limits: must be a table"),
@@ -179,6 +180,7 @@ def test_a_policy_made_by_hand_is_checked_by_the_same_rules():
     assert policyfile.problems(Policy(limits=Limits(processes=0), hostname="")) != []
     assert policyfile.problems(Policy(loopback="yes")) == ["$.loopback: must be true or false, not 'yes'"]
     assert policyfile.problems(Policy()) == []
+    assert "not valid Unicode" in policyfile.problems(Policy(workdir="/\udcff"))[0]
 
 
 @given(
