@@ -207,7 +207,7 @@ def _stdin(path: str | None) -> int:
     try:
         mode = os.fstat(0).st_mode
     except OSError:
-        return DEVNULL  # it is closed
+        return DEVNULL
     return 0 if stat.S_ISFIFO(mode) and _read_only(0) else PIPE
 
 
@@ -324,8 +324,16 @@ def _say(text: str, status: int) -> int:
     return status
 
 
+def _open_standard_streams() -> None:
+    """Where the caller closed one, /dev/null takes its number: else a pipe of ours would get it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The entry point. Returns the exit status."""
+    _open_standard_streams()
     try:
         options = parser().parse_args(argv)
     except SystemExit as error:

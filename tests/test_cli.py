@@ -1,0 +1,181 @@
+"""The command, as a shell sees it: streams and status pass through, and one line says what went wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+Cli = list[str]
+
+
+def call(cli: Cli, *args: str, **options: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*cli, *args], capture_output=True, timeout=60, **{"stdin": subprocess.DEVNULL, **options})  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "hello.py"
+    path.write_text("import sys\nprint('hello', sys.argv[1:])\nprint('err', file=sys.stderr)\nsys.exit(int(sys.argv[1]) if sys.argv[1:] else 0)\n")
+    return path
+
+
+def test_run_passes_arguments_streams_and_status(cli: Cli, script: Path) -> None:
+    done = call(cli, "run", str(script), "3", "--memory", "x")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"hello ['3', '--memory', 'x']\n", b"err\n")
+
+
+def test_a_script_comes_from_standard_input(cli: Cli) -> None:
+    done = call(cli, "run", "-", stdin=None, input=b"print('from stdin')")
+    assert (done.returncode, done.stdout) == (0, b"from stdin\n")
+
+
+def test_exec_is_a_filter_for_any_bytes(cli: Cli) -> None:
+    data = bytes(range(256)) * 4096
+    done = call(cli, "exec", "--", "/bin/cat", stdin=None, input=data)
+    assert done.returncode == 0 and done.stdout == data
+
+
+def test_exec_finds_programs_as_a_shell_does(cli: Cli) -> None:
+    assert call(cli, "exec", "--", "echo", "a b").stdout == b"a b\n"
+
+
+def test_signals_are_128_and_their_number(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("import os; os.kill(os.getpid(), 11)")
+    assert call(cli, "run", str(tmp_path / "s.py")).returncode == 128 + 11
+
+
+@pytest.mark.parametrize(
+    ("option", "source", "word"),
+    [
+        ("--cpu-time=200ms", "while True: pass", b"processor"),
+        ("--wall-time=0.2", "import time; time.sleep(60)", b"ran for"),
+        ("--output=10K", "while True: print('x' * 100)", b"10240 bytes"),
+    ],
+)
+def test_a_reached_limit_is_124_and_says_which(cli: Cli, option: str, source: str, word: bytes) -> None:
+    done = call(cli, "run", option, "-", stdin=None, input=source.encode())
+    assert done.returncode == 124 and word in done.stderr.splitlines()[-1]
+
+
+def test_what_cannot_be_executed_is_126_and_what_is_missing_127(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("x")
+    for path, status in ((str(tmp_path / "plain"), 126), (str(tmp_path), 126), ("/nonexistent", 127), ("nonexistent-program", 127)):
+        done = call(cli, "exec", "--", path)
+        assert done.returncode == status and len(done.stderr.splitlines()) == 1, path
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("run", "/nonexistent.py"),
+        ("run", "/tmp"),
+        ("run", "--policy", "untrused", "-"),
+        ("run", "--policy", "/nonexistent.toml", "-"),
+        ("run", "--memory", "lots", "-"),
+        ("run", "--memory", "-1", "-"),
+        ("run", "--cpu-time", "nan", "-"),
+        ("run", "--processes", "0", "-"),
+        ("run", "--bind", "/nonexistent:/x", "-"),
+        ("run", "--bind", "/usr:/a:rw:x", "-"),
+        ("run", "--bind", "/usr:/a", "--bind", "/etc:/a", "-"),
+        ("run", "--bind", "/usr:/proc/x", "-"),
+        ("run", "--import", "no-such-distribution", "-"),
+        ("run", "--python", "/bin/cat", "-"),
+        ("run", "--python", "/nonexistent", "-"),
+        ("run", "--stdin", "/nonexistent", "-"),
+        ("run", "--workdir", "/nonexistent", "-"),
+        ("run", "--env", "=x", "-"),
+        ("run", "--root", "/nonexistent", "-"),
+        ("exec",),
+        ("exec", "--"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_125_with_one_line_and_no_traceback(cli: Cli, args: tuple[str, ...]) -> None:
+    done = call(cli, *args)
+    assert done.returncode == 125 and done.stdout == b""
+    assert len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr, done.stderr
+
+
+def test_json_holds_the_result_and_says_how_output_is_written(cli: Cli, script: Path) -> None:
+    record = json.loads(call(cli, "run", "--json", str(script), "5").stdout)
+    assert (record["verdict"], record["exit_code"], record["stdout"], record["stdout_encoding"]) == ("exit", 5, "hello ['5']\n", "utf-8")
+    record = json.loads(call(cli, "exec", "--json", "--", "printf", r"\377").stdout)
+    assert (record["stdout"], record["stdout_encoding"]) == ("/w==", "base64")
+
+
+def test_report_is_written_when_the_program_fails_too(cli: Cli, script: Path, tmp_path: Path) -> None:
+    assert call(cli, "run", "--report", str(tmp_path / "r.json"), str(script), "4").returncode == 4
+    assert json.loads((tmp_path / "r.json").read_text())["exit_code"] == 4
+
+
+def test_bind_project_and_workdir_show_what_they_say(cli: Cli, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # inside, another user reads it
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "data").write_text("data")
+    (tmp_path / "helper.py").write_text("VALUE = 'helped'")
+    (tmp_path / "out").mkdir()
+    source = "import helper; print(helper.VALUE, open('/data/data').read()); open('new', 'w').write('kept')"
+    bind = str(tmp_path / "a:b").replace(":", "\\:") + ":/data"
+    options = ["--bind", bind, "--project", str(tmp_path), "--workdir", str(tmp_path / "out")]
+    done = call(cli, "run", *options, "-", stdin=None, input=source.encode())
+    assert (done.returncode, done.stdout) == (0, b"helped data\n"), done.stderr
+    assert (tmp_path / "out" / "new").read_text() == "kept"
+
+
+def test_neighbours_of_a_script_are_not_visible(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "secret.py").write_text("")
+    (tmp_path / "s.py").write_text("import secret")
+    assert b"ModuleNotFoundError" in call(cli, "run", str(tmp_path / "s.py")).stderr
+
+
+def test_ctrl_c_and_sigterm_kill_the_jail(cli: Cli) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen([*cli, "exec", "--", "/bin/sleep", "60"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(1.5)
+        process.send_signal(number)
+        assert process.wait(10) == 128 + number
+
+
+def test_closed_standard_streams_do_no_harm(cli: Cli, script: Path) -> None:
+    command = " ".join([*cli, "run", str(script)])
+    assert subprocess.run(["/bin/sh", "-c", f"{command} <&- 2>/dev/null"], capture_output=True, check=False).stdout == b"hello []\n"
+    assert subprocess.run(["/bin/sh", "-c", f"{command} >&- 2>&-"], check=False).returncode == 0
+
+
+def test_a_reader_that_leaves_ends_the_program(cli: Cli) -> None:
+    command = " ".join([*cli, "exec", "--output", "1T", "--", "/usr/bin/yes", "| head -1"])
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=30, check=False)
+    assert done.stdout == b"y\n"
+
+
+def test_policies_are_listed_shown_checked_and_explained(cli: Cli, tmp_path: Path) -> None:
+    assert [line.split()[0] for line in call(cli, "policy", "list").stdout.splitlines()] == [b"moderate", b"trusted", b"untrusted"]
+    assert b"extends" in call(cli, "policy", "show", "untrusted").stdout
+    assert b"network" in call(cli, "policy", "explain", "untrusted").stdout.lower()
+    (tmp_path / "p.toml").write_text('extends = "untrusted"\nmemry = 1\n[limits]\ncpu_time = "fast"\n')
+    done = call(cli, "policy", "check", str(tmp_path / "p.toml"))
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 2
+
+
+def test_a_policy_file_changes_what_it_says(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text('extends = "untrusted"\n[limits]\nwall_time = "200ms"\n')
+    done = call(cli, "run", "--policy", str(tmp_path / "p.toml"), "-", stdin=None, input=b"import time; time.sleep(9)")
+    assert done.returncode == 124 and b"0.200 s" in done.stderr
+
+
+def test_help_is_there_for_every_command(cli: Cli) -> None:
+    for command in ([], ["run"], ["exec"], ["doctor"], ["policy"]):
+        done = call(cli, *command, "--help")
+        assert done.returncode == 0 and done.stdout.startswith(b"usage: nsjail-py")
+
+
+def test_the_environment_of_the_command_does_not_cross(cli: Cli) -> None:
+    done = call(cli, "exec", "--env", "A=1", "--env", "PASSED", "--", "env", env={**os.environ, "SECRET": "x", "PASSED": "y"})
+    assert b"A=1" in done.stdout and b"PASSED=y" in done.stdout and b"SECRET" not in done.stdout
