@@ -71,8 +71,10 @@ int descriptors_place(const struct order *order, const int *descriptors) {
 /* Out of the way of the numbers that a program may be given. */
 int descriptor_high(int descriptor) {
 	int high = descriptor < 0 ? -1 : fcntl(descriptor, F_DUPFD_CLOEXEC, MAX_FD_NUMBER);
+	int error = errno;
 	if (descriptor >= 0)
 		close(descriptor);
+	errno = error;
 	return high;
 }
 

@@ -53,7 +53,7 @@ _Noreturn void cell_main(struct cell *cell) {
 	const struct plan *plan = cell->plan;
 	int kept[] = {cell->launcher, cell->groups[0], cell->groups[1], cell->groups[2], cell->groups[3]};
 	descriptors_keep(kept, 5); /* of the launcher's: other cells', other callers' */
-	cell->failures = cell->launcher;
+	cell->failures = cell->launcher = descriptor_high(cell->launcher);
 	step(cell, STEP_SIGNALS, signals_reset());
 	step(cell, STEP_SESSION, session_new());
 	step(cell, STEP_KEYRING, keyring_new());

@@ -224,7 +224,7 @@ static int scratch(struct cell *cell, const struct mount_step *step) {
 	snprintf(size, sizeof size, "%llu", (unsigned long long)step->size);
 	snprintf(inodes, sizeof inodes, "%llu", (unsigned long long)step->inodes);
 	struct option options[] = {{"size", size}, {"nr_inodes", inodes}, {"mode", "0755"}, {NULL, NULL}};
-	cell->scratch = new_file_system("tmpfs", options, attributes_of(step->flags | MOUNT_WRITABLE));
+	cell->scratch = descriptor_high(new_file_system("tmpfs", options, attributes_of(step->flags | MOUNT_WRITABLE)));
 	return cell->scratch < 0 ? -1 : place(cell, cell->scratch, at(cell->plan, step->target));
 }
 

@@ -203,6 +203,19 @@ def test_listed_descriptors_cross_and_no_other() -> None:
             os.close(descriptor)
 
 
+def test_any_number_can_be_given_to_a_descriptor() -> None:
+    """None of the numbers is one that the jail itself still needs."""
+    read, write = os.pipe()
+    numbers = [os.dup(write) for _ in range(40)]
+    try:
+        source = f"import os\nfor fd in {numbers}: os.write(fd, b'x')"
+        nsjail_py.run_python(source, pass_fds=numbers).check()
+        assert os.read(read, 100) == b"x" * 40
+    finally:
+        for descriptor in (read, write, *numbers):
+            os.close(descriptor)
+
+
 def test_work_directory_is_kept_when_it_is_given(tmp_path: object) -> None:
     nsjail_py.run_python("open('out.txt', 'w').write('kept')", workdir=str(tmp_path)).check()
     nsjail_py.run_python("assert open('out.txt').read() == 'kept'; open('out.txt', 'a').write('!')", workdir=str(tmp_path)).check()
