@@ -20,9 +20,10 @@ from . import cachedir, elf
 from .errors import PolicyError, SetupError
 from .interpreter import Interpreter
 
-FORMAT = 3
+FORMAT = 4
 UNWANTED = {"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "site-packages", "dist-packages", "lib2to3"}
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64")
+PATH = "/usr/local/bin:/usr/bin:/bin"
 ETC = {
     "passwd": "jail:x:1000:1000::/work:/usr/sbin/nologin\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
     "group": "jail:x:1000:\nnogroup:x:65534:\n",
@@ -93,12 +94,14 @@ def is_system(path: str) -> bool:
 
 
 def _shebang(program: str) -> list[str]:
+    """The interpreter that a script names. The script may be the enemy's: it must not choose any file of the host (see elf.may_show)."""
     with open(program, "rb") as file:
         first = file.readline(256)
     words = os.fsdecode(first[2:]).split() if first.startswith(b"#!") else []
-    found = [word for word in words[:1] if os.path.exists(word)]
-    if found and os.path.basename(found[0]) == "env" and len(words) > 1 and (real := shutil.which(words[1], path="/usr/local/bin:/usr/bin:/bin")):
-        found.append(real)
+    named = [os.path.normpath(word) for word in words[:1] if word.startswith("/")]
+    found = [path for path in named if is_system(path) and os.access(path, os.X_OK) and elf.may_show(path)]
+    if found and os.path.basename(found[0]) == "env" and len(words) > 1 and (real := shutil.which(os.path.basename(words[1]), path=PATH)):
+        found += [real] if elf.may_show(real) else []
     return found
 
 
@@ -156,6 +159,7 @@ class Builder:
 
     def place(self, path: str) -> Path:
         """Where a path of the inside lies in the tree, its directory made; /lib and its like go where the host has them."""
+        path = os.path.normpath("/" + path.lstrip("/"))  # `..` must not leave the tree
         first = path.split("/")[1]
         if first in MERGED and os.path.islink(f"/{first}"):
             path = "/" + os.readlink(f"/{first}") + path[len(first) + 1 :]
