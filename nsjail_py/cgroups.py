@@ -147,7 +147,7 @@ def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         if root:
             raise
         remedy = "run as root, or boot with cgroup v2: v1 cannot be delegated safely"
-        raise _NoneError(f"{error.filename}: {error.strerror}", remedy) from None
+        raise _NoneError(f"{Path(error.filename).parent}: {error.strerror}", remedy) from None
     why = f"no {', '.join(lacks)} controller: processor time of unwaited processes is not counted" if lacks else ""
     return Claim("v1", "root" if root else "delegated", made, why, "", (made["memory"] / "memory.memsw.limit_in_bytes").exists())
 

@@ -209,7 +209,7 @@ def text(found: Report) -> str:
     lines += ["", "A real jail under the default policy", ""]
     lines += _wrapped("  ", found.jail)
     for name, reason in found.missing.items():
-        lines += _wrapped(f"  {'not applied':<12}{name:<10} ", reason)
+        lines += _wrapped(f"  {MARKS['lack']}  {name:<15} ", f"not applied: {reason}")
     lines += ["", "The default policy can be applied in full." if found.full else "The default policy can NOT be applied in full here."]
     return "\n".join(lines)
 
