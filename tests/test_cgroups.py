@@ -1,0 +1,201 @@
+"""Control groups: what is ours is found and made, and removed again; what is not ours is never touched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import IS_ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsjail_py import cgroups, mountinfo
+
+NOBODY = 65534
+DEAD = 4_194_305
+"""No process has this number: it is above the largest that Linux gives."""
+
+LINE = "36 25 0:32 {root} {target} rw,nosuid shared:7 master:2 - cgroup2 cgroup rw,nsdelegate"
+
+
+def entry(root: str, target: Path, kind: str = "cgroup2", options: str = "rw") -> mountinfo.Entry:
+    return mountinfo.Entry(root, str(target), frozenset(options.split(",")), kind, frozenset({"rw"}))
+
+
+def escaped(path: str) -> str:
+    """A path as the kernel writes it."""
+    return "".join(f"\\{ord(letter):03o}" if letter in " \t\n\\" else letter for letter in path)
+
+
+def directory(parent: Path, pid: int, start: str, namespace: int | None = None) -> Path:
+    """A claim's directory, as the process `pid` would have named it."""
+    path = parent / f"nsjail_py.{pid}.{start}.{namespace or cgroups._pid_namespace()}.0123abcd"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def claim() -> Iterator[cgroups.Claim]:
+    made = cgroups.claim()
+    yield made
+    cgroups.release(made)
+
+
+# ---------------------------------------------------------------- what /proc says
+
+
+def test_a_line_of_every_version_is_understood() -> None:
+    text = "9:name=systemd:/init\n4:memory:/a:b/c\n2:cpu,cpuacct:/x (deleted)\n0::/user.slice\n"
+    assert cgroups.memberships(text) == [
+        cgroups.Membership(("name=systemd",), "/init"),
+        cgroups.Membership(("memory",), "/a:b/c"),
+        cgroups.Membership(("cpu", "cpuacct"), "/x (deleted)"),
+        cgroups.Membership((), "/user.slice"),
+    ]
+
+
+@given(st.text(alphabet="ab /\\\t\n0134", min_size=1))
+def test_a_mount_of_any_name_is_found(name: str) -> None:
+    (found,) = mountinfo.parse(LINE.format(root="/", target=escaped("/" + name)) + "\n")
+    assert (found.target, found.kind) == ("/" + name, "cgroup2")
+    assert "nsdelegate" in found.super_options
+    assert not found.read_only
+
+
+def test_lines_that_are_cut_are_left_out() -> None:
+    assert mountinfo.parse("36 25 0:32 / /sys rw - cgroup2\n\n36 25\n") == []
+
+
+def test_the_group_is_seen_through_a_mount_of_a_part_of_the_hierarchy(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    assert cgroups.visible("/docker/1/inner", [entry("/docker/1", tmp_path)]) == tmp_path / "inner"
+    assert cgroups.visible("/docker/1", [entry("/docker/1", tmp_path)]) == tmp_path
+    assert cgroups.visible("/docker/12", [entry("/docker/1", tmp_path)]) is None, "a longer name is another group"
+    assert cgroups.visible("/docker/1/gone", [entry("/docker/1", tmp_path)]) is None
+
+
+def test_a_group_outside_of_our_namespace_is_not_followed_upwards(tmp_path: Path) -> None:
+    assert cgroups.visible("/../inner", [entry("/", tmp_path)]) is None
+
+
+def test_a_writable_mount_is_preferred(tmp_path: Path) -> None:
+    for name in ("frozen", "free"):
+        (tmp_path / name).mkdir()
+    free, frozen = entry("/", tmp_path / "free"), entry("/", tmp_path / "frozen", options="ro")
+    assert cgroups.visible("/", [free, frozen]) == cgroups.visible("/", [frozen, free]) == tmp_path / "free"
+
+
+# ---------------------------------------------------------------- claim and release
+
+
+def test_a_claim_names_its_directories_or_says_why_there_are_none(claim: cgroups.Claim) -> None:
+    keys = {"v1": {"memory", "pids"}, "v2": {"unified"}, "none": set[str]()}[claim.kind]
+    assert keys <= set(claim.directories) <= keys | ({"cpu"} if claim.kind == "v1" else set())
+    assert all(path.is_dir() for path in claim.directories.values())
+    assert claim.kind != "none" or claim.why
+    assert (claim.mode == "root") == IS_ROOT
+
+
+def test_every_directory_lies_below_a_group_of_its_hierarchy_and_bears_our_number(claim: cgroups.Claim) -> None:
+    for path in claim.directories.values():
+        assert path.name.startswith(f"nsjail_py.{os.getpid()}.")
+        assert (path.parent / "cgroup.procs").exists()
+        assert (path / "cgroup.procs").read_text() == "", "no process is moved into it"
+
+
+def test_the_directories_have_the_files_that_limits_are_written_to(claim: cgroups.Claim) -> None:
+    files = {"memory": "memory.limit_in_bytes", "pids": "pids.max", "cpu": "cpuacct.usage", "unified": "memory.max"}
+    for key, path in claim.directories.items():
+        assert (path / files[key]).exists()
+
+
+def test_release_leaves_nothing_and_may_be_repeated() -> None:
+    claim = cgroups.claim()
+    for path in claim.directories.values():
+        (path / "cell-7").mkdir()
+    for _ in range(2):
+        cgroups.release(claim)
+        assert not [path for path in claim.directories.values() if path.exists()]
+
+
+def test_two_claims_do_not_meet(claim: cgroups.Claim) -> None:
+    other = cgroups.claim()
+    assert not set(other.directories.values()) & set(claim.directories.values())
+    cgroups.release(other)
+    assert all(path.is_dir() for path in claim.directories.values()), "the release of one leaves the other"
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can become somebody else")
+def test_without_delegation_a_user_gets_no_group_but_a_reason_and_a_remedy() -> None:
+    read_end, write_end = os.pipe()
+    if not (child := os.fork()):
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        found = cgroups.claim()
+        os.write(write_end, repr((found.kind, found.mode, bool(found.why), bool(found.remedy))).encode())
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as answer:
+        assert answer.read().decode() == "('none', 'rootless', True, True)"
+    os.waitpid(child, 0)
+
+
+def test_the_next_claim_removes_what_a_killed_process_left() -> None:
+    code = "import os; from nsjail_py import cgroups; print(*cgroups.claim().directories.values(), sep='\\n', flush=True); os._exit(9)"
+    left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split("\n")[:-1]
+    cgroups.release(cgroups.claim())
+    assert not [path for path in left if Path(path).exists()]
+
+
+# ---------------------------------------------------------------- what is not ours
+
+
+def test_only_what_a_dead_process_of_ours_left_is_stale(tmp_path: Path) -> None:
+    me, mine = os.getpid(), cgroups._start(os.getpid())
+    stale = [directory(tmp_path, DEAD, "1"), directory(tmp_path, me, f"{mine}9")]
+    kept = [directory(tmp_path, me, mine), directory(tmp_path, DEAD, "1", namespace=1)]
+    for name in ("docker", "nsjail_py", "nsjail_py.x", f"nsjail_py.{DEAD}", f"nsjail_py.{DEAD}.1.2.3.4", f"other.{DEAD}.1.2.3"):
+        kept.append(tmp_path / name)
+        kept[-1].mkdir()
+    cgroups._remove_stale(tmp_path)
+    assert not [path for path in stale if path.exists()]
+    assert all(path.is_dir() for path in kept)
+
+
+def test_a_stale_directory_with_anything_but_cells_in_it_stays(tmp_path: Path) -> None:
+    stale = directory(tmp_path, DEAD, "1")
+    (stale / "cell-1").mkdir()
+    (stale / "stranger").mkdir()
+    cgroups._remove_stale(tmp_path)
+    assert (stale / "stranger").is_dir()
+
+
+def test_a_group_with_strangers_in_it_is_not_taken_for_delegated(tmp_path: Path) -> None:
+    for name, text in {"cgroup.procs": "1\n2\n", "cgroup.subtree_control": ""}.items():
+        (tmp_path / name).write_text(text)
+    assert not cgroups._lineage_only(tmp_path)
+    (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n{os.getppid()}\n")
+    assert cgroups._lineage_only(tmp_path)
+    assert cgroups._delegated(tmp_path, root=True) is None, "to root everything is writable: only systemd's mark counts"
+    assert cgroups._delegated(tmp_path, root=False) == tmp_path
+
+
+def test_a_missing_controller_is_named_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpuset pids hugetlb\n")
+    with pytest.raises(cgroups._NoneError) as raised:
+        cgroups._hand_on(tmp_path)
+    why, remedy = raised.value.args
+    assert "no memory controller" in why
+    assert "Delegate=" in remedy
+
+
+def test_controllers_that_are_there_are_handed_on(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu memory pids\n")
+    (tmp_path / "cgroup.subtree_control").write_text("pids\n")
+    cgroups._hand_on(tmp_path)
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +cpu"
