@@ -1,0 +1,102 @@
+"""The doctor tells the truth about this host: its word agrees with a real jail's, and each lack comes with what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+import nsjail_py
+from nsjail_py import cgroups, doctor, hostinfo
+
+
+@pytest.fixture(scope="module")
+def found() -> doctor.Report:
+    return doctor.report()
+
+
+def test_the_exit_status_says_whether_the_default_policy_can_be_applied_in_full(cli: list[str]) -> None:
+    done = subprocess.run([*cli, "doctor"], capture_output=True, text=True, check=False)
+    result = nsjail_py.run(["/bin/true"])
+    full = not [protection for protection in result.protections if protection.state == "unavailable"]
+    assert done.returncode == (0 if full else 1), done.stdout + done.stderr
+    assert ("can be applied in full" in done.stdout) == full
+
+
+def test_the_json_is_whole_and_is_all_there_is_on_standard_output(cli: list[str]) -> None:
+    done = subprocess.run([*cli, "doctor", "--json"], capture_output=True, text=True, check=False)
+    record = json.loads(done.stdout)
+    assert record["full"] == (done.returncode == 0)
+    assert record["host"]["kernel"] == list(hostinfo.probe().kernel)
+    assert set(record["host"]["calls"]) == set(hostinfo.CALLS)
+    assert {finding["state"] for finding in record["findings"]} <= {"ok", "lack", "note"}
+
+
+def test_every_lack_has_a_remedy(found: doctor.Report) -> None:
+    assert not [finding for finding in found.findings if finding.state == "lack" and not finding.remedy]
+
+
+def test_a_jail_runs_in_the_mode_that_the_doctor_names(found: doctor.Report) -> None:
+    assert nsjail_py.run(["/bin/true"]).mode == found.mode
+    assert [mode.mode for mode in found.modes if mode.here] == [found.mode]
+    assert [mode.mode for mode in found.modes] == ["root", "delegated", "rootless"]
+
+
+def test_what_a_real_jail_missed_is_listed_with_the_reason(found: doctor.Report) -> None:
+    lacking = {p.name: p.reason for p in nsjail_py.run(["/bin/true"]).protections if p.state == "unavailable"}
+    assert found.missing == lacking
+    assert all(lacking.values())
+
+
+def test_the_report_for_people_has_every_finding_and_fits_a_screen(found: doctor.Report) -> None:
+    lines = doctor.text(found).splitlines()
+    assert {finding.name for finding in found.findings} <= {line[8:].split("  ")[0].strip() for line in lines}
+    assert not [line for line in lines if len(line) > doctor.WIDTH and " " in line[24:].strip()]
+
+
+def test_the_report_leaves_nothing(leaves_nothing: None) -> None:
+    doctor.report()
+
+
+# ---------------------------------------------------------------- hosts that lack something
+
+
+def lacking(**changes: object) -> hostinfo.Host:
+    return dataclasses.replace(hostinfo.probe(), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("look", "part"),
+    [
+        (lambda: doctor._landlock(lacking(landlock_abi=0)), "lsm="),
+        (lambda: doctor._seccomp(lacking(seccomp_actions=("allow",))), "CONFIG_SECCOMP_FILTER"),
+        (lambda: doctor._kernel(lacking(calls=(("mount_setattr", errno.ENOSYS),), filtered=False)), "Linux 5.12"),
+        (lambda: doctor._memory(lacking(swap=2**30), cgroups.Claim("v1", "root")), "swapaccount=1"),
+        (lambda: doctor._control_groups(cgroups.Claim("none", "rootless", why="not ours", remedy=cgroups.DELEGATE)), "Delegate=yes"),
+    ],
+    ids=["Landlock", "seccomp", "an old kernel", "swap", "control groups"],
+)
+def test_a_host_that_lacks_it_is_told_how_to_get_it(look: Callable[[], list[doctor.Finding]], part: str) -> None:
+    lacks = [finding for finding in look() if finding.state == "lack"]
+    assert lacks
+    assert part in lacks[0].remedy
+
+
+def test_an_old_landlock_is_a_note_and_no_lack() -> None:
+    states = {finding.state for finding in doctor._landlock(lacking(landlock_abi=2))}
+    assert states == {"ok", "note"}
+
+
+def test_a_jail_that_cannot_be_made_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*_args: object, **_changes: object) -> None:
+        raise nsjail_py.SetupError("user namespace", errno.EPERM, advice="ask the administrator")
+
+    monkeypatch.setattr(nsjail_py, "run", refused)
+    assert doctor.main() == 1
+    told = capsys.readouterr().out
+    assert "ask the administrator" in told
+    assert "can NOT be applied in full" in told
