@@ -27,6 +27,23 @@ def directory(kind: str) -> Path:
     return base / kind
 
 
+def write(path: Path, data: bytes) -> None:
+    """Writes a file of the cache as a whole: a reader sees the old content or the new. Raises SetupError; nothing is left behind."""
+    import tempfile
+
+    try:
+        descriptor, new = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+            Path(new).rename(path)
+        except BaseException:
+            Path(new).unlink()
+            raise
+    except OSError as error:
+        raise SetupError("cache directory", error.errno or 0, str(path), "set NSJAIL_PY_CACHE to a directory with room") from None
+
+
 def _base() -> Path:
     if chosen := os.environ.get("NSJAIL_PY_CACHE"):
         return Path(chosen).absolute()

@@ -7,14 +7,20 @@ import importlib.metadata as metadata
 import os
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import PolicyError
 
+if TYPE_CHECKING:
+    from .interpreter import Interpreter
+
+_EXTRA = re.compile(r"\bextra\s*(==|in\b)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Distribution(NamedTuple):
+    """One installed distribution."""
+
     name: str
     version: str
     folder: str
@@ -28,10 +34,11 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def closure(search: Iterable[str], names: Iterable[str]) -> list[Distribution]:
-    """These distributions and all that they require and is installed. Raises PolicyError for one that is not there or cannot be shown."""
+def closure(interpreter: Interpreter, names: Iterable[str]) -> list[Distribution]:
+    """These distributions and all that they require and is installed, sorted by name. names: of distributions, or of what they let one
+    import. Raises PolicyError for one that is not there or cannot be shown."""
     installed: dict[str, metadata.Distribution] = {}
-    for found in metadata.distributions(path=list(search)):
+    for found in metadata.distributions(path=list(interpreter.search)):
         if found.metadata["Name"]:
             installed.setdefault(normal(found.metadata["Name"]), found)
     chosen: dict[str, Distribution] = {}
@@ -43,7 +50,7 @@ def closure(search: Iterable[str], names: Iterable[str]) -> list[Distribution]:
         chosen[name] = _describe(installed[name])
         for requirement in installed[name].requires or []:
             match = _NAME.match(requirement)
-            if match and "extra" not in requirement.partition(";")[2] and normal(match[0]) in installed:
+            if match and not _EXTRA.search(requirement.partition(";")[2]) and normal(match[0]) in installed:
                 rest.append(normal(match[0]))
     return [chosen[name] for name in sorted(chosen)]
 

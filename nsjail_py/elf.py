@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterable
 from typing import NamedTuple
 
+CACHE_FILE = "/etc/ld.so.cache"
 PT_LOAD, PT_DYNAMIC, PT_INTERP = 1, 2, 3
 DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
 MOST_HEADERS, MOST_DYNAMIC, MOST_TEXT = 128, 4096, 4096
@@ -80,14 +81,21 @@ def read(path: str) -> Needs | None:
 def may_show(path: str) -> bool:
     """Whether a file that another file merely names may be copied for it: a regular ELF file that everybody, or only we, may read."""
     try:
-        status = os.stat(path)
-        own = status.st_uid == os.geteuid() != 0
-        if not stat.S_ISREG(status.st_mode) or not (own or status.st_mode & stat.S_IROTH):
-            return False
-        with open(path, "rb") as file:
-            return file.read(4) == b"\x7fELF"
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError):
         return False
+    try:
+        return may_show_open(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def may_show_open(descriptor: int) -> bool:
+    """The same for an open file, which nobody can exchange for another any more."""
+    status = os.fstat(descriptor)
+    own = status.st_uid == os.geteuid() != 0
+    readable = own or bool(status.st_mode & stat.S_IROTH)
+    return readable and stat.S_ISREG(status.st_mode) and os.pread(descriptor, 4, 0) == b"\x7fELF"
 
 
 def loader(path: str) -> str | None:
@@ -119,7 +127,8 @@ def closure(programs: Iterable[str], optional: Iterable[str] = ()) -> set[str]:
     """Every library and loader that these need, as paths of the host. programs must find all theirs; what an optional file (an extension
     module) lacks, or one that is malformed, is left out. Raises ValueError naming the library that is missing and who needs it."""
     found: set[str] = set()
-    rest: list[tuple[str, tuple[str, ...], bool]] = [(path, (), False) for path in optional] + [(path, (), True) for path in programs]
+    rest: list[tuple[str, tuple[str, ...], bool]] = [(path, (), False) for path in optional]
+    rest += [(path, (), True) for path in programs]
     seen: set[str] = set()
     while rest:
         path, inherited, strict = rest.pop()
@@ -137,7 +146,7 @@ def closure(programs: Iterable[str], optional: Iterable[str] = ()) -> set[str]:
         search = tuple(dict.fromkeys((*needs.search, *inherited)))[:MOST_FOLDERS]
         wanted = [needs.loader] if needs.loader else []
         for name in (*wanted, *needs.libraries):
-            where = _locate(name, search)
+            where = locate(name, search)
             if where is None:
                 if strict:
                     raise ValueError(f"{path} needs {name}, which is not a library on this host")
@@ -149,7 +158,7 @@ def closure(programs: Iterable[str], optional: Iterable[str] = ()) -> set[str]:
     return found
 
 
-def _locate(name: str, search: Iterable[str]) -> str | None:
+def locate(name: str, search: Iterable[str]) -> str | None:
     """The path of a library, or of the loader; None where there is none, or none that may be shown."""
     if "/" in name:
         path = os.path.normpath(name)
@@ -160,3 +169,8 @@ def _locate(name: str, search: Iterable[str]) -> str | None:
             return path
     path = cached_libraries().get(name, "")
     return path if may_show(path) else None
+
+
+def needs_cache(libraries: Iterable[str]) -> bool:
+    """Whether the loader finds one of these through its cache only."""
+    return bool({path for path in libraries if os.path.dirname(path) not in DEFAULT} & set(cached_libraries().values()))

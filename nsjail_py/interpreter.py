@@ -25,6 +25,26 @@ print(json.dumps({
 }))
 """
 
+ASK = f"""
+import sys
+sys.path.pop(0)  # the current directory; -I, which would do it, is unknown to the oldest
+if sys.version_info < (3, 8):
+    print('"%d.%d"' % sys.version_info[:2]); sys.exit()
+exec({PROBE!r})
+"""
+
+Stamp = tuple[str, int, int]
+"""A path with its size in bytes and its modification time in nanoseconds; both -1 when it does not exist."""
+
+
+def stamp(path: str) -> Stamp:
+    """Enough to see that a file was replaced."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (path, -1, -1)
+    return (path, status.st_size, status.st_mtime_ns)
+
 
 class Interpreter(NamedTuple):
     """One interpreter, as it will be inside: under the same path as on the host."""
@@ -62,8 +82,12 @@ def _inspect(path: str, modified: int, size: int) -> Interpreter:
         if file.read(4) != b"\x7fELF":
             raise PolicyError(f"$.python.interpreter: {path!r} is a script (a shim?); name the real program: `python -c 'import sys; print(sys.executable)'`")
     try:
-        done = subprocess.run([path, "-I", "-c", PROBE], capture_output=True, text=True, env={"LANG": "C.UTF-8"}, timeout=30, check=False)
+        done = subprocess.run([path, "-Es", "-c", ASK], capture_output=True, text=True, env={"LANG": "C.UTF-8"}, timeout=30, check=False, cwd="/", stdin=subprocess.DEVNULL)
         facts = json.loads(done.stdout)
+        if isinstance(facts, str):
+            raise PolicyError(f"$.python.interpreter: {path!r} is Python {facts}, which is too old; 3.8 or later is needed")
+    except PolicyError:
+        raise
     except (OSError, subprocess.TimeoutExpired, ValueError):
         said = (done.stderr.strip().splitlines() or [""])[-1] if "done" in locals() else ""
         raise PolicyError(f"$.python.interpreter: {path!r} does not work as a Python interpreter{f': {said}' if said else ''}") from None

@@ -1,29 +1,49 @@
 """Minimal roots: directory trees that hold one program and what it needs, copied once into the cache and then only bind-mounted.
 
-A tree is named by a hash over the identity (path, size, time of change) of what goes into it, so a changed interpreter or package gives
-another tree. It is built beside its destination and renamed, so a tree that has its name is whole.
+A tree is named by a hash over the path, size and time of change of all that goes into it, so a changed interpreter, library or package
+gives another tree. It is built under another name and renamed, so a tree that has its name is whole. Which tree answers a question is
+noted beside the trees, with the stamps of what it was made from: asking again costs one small file and some stat calls.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
-import json
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from . import cachedir, elf
 from .errors import PolicyError, SetupError
-from .interpreter import Interpreter
+from .interpreter import Interpreter, Stamp, stamp
 
-FORMAT = 4
-UNWANTED = {"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "site-packages", "dist-packages", "lib2to3"}
-MERGED = ("bin", "sbin", "lib", "lib32", "lib64")
+FORMAT = 5
+"""Raised whenever the same inputs give another tree."""
+UNWANTED = frozenset({"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "site-packages", "dist-packages"})
+"""Directories of a standard library that nothing inside needs; packages come from the list of imports only."""
+UNWANTED_FILES = ("_tkinter.", "_test", "_ctypes_test.", "_xxtestfuzz.")
+"""Extension modules of the same kind; _tkinter alone would bring half of X11."""
+PRIVATE = frozenset({"proc", "dev", "tmp", "work", "app", "project", "sys", "run"})
+"""Top-level names that are the jail's own."""
+MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/", "/opt/")
 PATH = "/usr/local/bin:/usr/bin:/bin"
+BY_NAME = ("libgcc_s.so.1", "libnss_files.so.2")
+"""Libraries that the C library opens by itself when a thread is cancelled, or a user is looked up (before glibc 2.34)."""
+STALE = 60.0
+"""Seconds after which an unfinished tree that nobody holds locked is rubbish."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+NO_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 ETC = {
     "passwd": "jail:x:1000:1000::/work:/usr/sbin/nologin\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
     "group": "jail:x:1000:\nnogroup:x:65534:\n",
@@ -49,87 +69,168 @@ class Tree(NamedTuple):
     entries: tuple[Entry, ...]
 
 
+class Note(msgspec.Struct, frozen=True):
+    """Which tree answers a question, as long as what it was made from stays the same."""
+
+    name: str
+    stamps: tuple[Stamp, ...]
+
+
 def python_tree(interpreter: Interpreter, imports: tuple[str, ...] = (), mountpoints: tuple[str, ...] = ()) -> Tree:
-    """The interpreter, its libraries, its standard library and the listed distributions; no shell, no other program."""
+    """The interpreter, its libraries, its standard library and the listed distributions; no shell, no other program.
+
+    mountpoints: absolute paths that must exist in it, directories with a `/` at the end. Raises PolicyError for what cannot be shown,
+    SetupError when the tree cannot be written.
+    """
+    question = ("python", interpreter, imports, mountpoints)
+    if known := _recall(question):
+        return known
     from . import distributions
 
-    chosen = distributions.closure(interpreter.search, imports) if imports else []
-    identity = [_identity(interpreter.executable), interpreter, [(d, _identity(d.record)) for d in chosen], mountpoints]
+    if interpreter.executable.split("/")[1] in PRIVATE:
+        raise PolicyError(f"interpreter {interpreter.executable}: it lies in a directory that is the jail's own; use one installed elsewhere")
+    chosen = distributions.closure(interpreter, imports) if imports else []
+    library = {path: path for folder in interpreter.stdlib for path in _library(folder)}
+    packages = {path: f"{interpreter.site}/{relative}" for one in chosen for path, relative in distributions.files(one)}
+    modules = [path for path in (*library, *packages) if path.endswith(".so") or ".so." in os.path.basename(path)]
+    needs = sorted(_closure([interpreter.executable], modules))
+    named = {path: _inside(path, interpreter.site, chosen) for path in needs if path not in packages}
+    watched = [interpreter.executable, *interpreter.stdlib, *(f"{folder}/os.py" for folder in interpreter.stdlib)]
+    watched += [*(interpreter.search if imports else ()), *(one.record for one in chosen), *named, elf.CACHE_FILE]
+    stamps = tuple(stamp(path) for path in watched)
 
     def fill(builder: Builder) -> None:
-        builder.program(interpreter.executable)
-        modules: list[str] = []
-        for folder in interpreter.stdlib:
-            modules += builder.library(folder)
-        for distribution in chosen:
-            for path, relative in distributions.files(distribution):
-                builder.copy(path, f"{interpreter.site}/{relative}")
-                if ".so" in relative:
-                    modules.append(path)
-        for path in _closure([interpreter.executable], modules):
-            builder.copy(path, path)
+        builder.copy(interpreter.executable, interpreter.executable)
+        for source, path in (library | packages).items():
+            builder.copy(source, path)
+        builder.libraries(named)
         builder.compile(interpreter)
 
-    return _tree("python", identity, mountpoints, fill)
+    return _remember(question, stamps, _tree("python", (interpreter, stamps), mountpoints, fill))
 
 
 def program_tree(program: str, mountpoints: tuple[str, ...] = ()) -> Tree:
-    """The shared libraries of a program, and the program itself when it is one of the system's; with a `#!` line, also what that names."""
-    programs = [program, *_shebang(program)]
-    libraries = sorted(_closure(programs, []))
-    identity = [[_identity(path) for path in (*programs, *libraries)], mountpoints]
+    """The shared libraries of a program, and the program itself when it is one of the system's; with a `#!` line, also what that names.
+
+    Programs from elsewhere with the same libraries share one tree. Errors and mountpoints as for `python_tree`.
+    """
+    question = ("program", program, mountpoints)
+    if is_system(program) and (known := _recall(question)):
+        return known
+    if not stat.S_ISREG(os.stat(program).st_mode):
+        raise PolicyError(f"{program}: not a regular file")
+    named_by_it = _shebang(program)
+    needs = sorted(_closure([program, *named_by_it], []))
+    named = {path: path for path in (*named_by_it, *needs)}
+    own = [program] if is_system(program) else []
+    stamps = tuple(stamp(path) for path in (*own, *named, elf.CACHE_FILE))
 
     def fill(builder: Builder) -> None:
-        for path in programs:
-            if is_system(path):
-                builder.program(path)
-        for path in libraries:
+        for path in own:
             builder.copy(path, path)
+        builder.libraries(named)
 
-    return _tree("program", identity, mountpoints, fill)
+    tree = _tree("program", stamps, mountpoints, fill)
+    return _remember(question, stamps, tree) if own else tree
 
 
 def is_system(path: str) -> bool:
-    return path.startswith(("/usr/", "/bin/", "/sbin/", "/lib", "/opt/"))
+    """Whether a program is one of the system's: such keep their path inside, any other is shown at /app."""
+    return path.startswith(SYSTEM)
 
 
 def _shebang(program: str) -> list[str]:
-    """The interpreter that a script names. The script may be the enemy's: it must not choose any file of the host (see elf.may_show)."""
+    """The programs that a script's first line names. The script may be the enemy's: it must not choose just any file (elf.may_show)."""
     with open(program, "rb") as file:
         first = file.readline(256)
     words = os.fsdecode(first[2:]).split() if first.startswith(b"#!") else []
-    named = [os.path.normpath(word) for word in words[:1] if word.startswith("/")]
-    found = [path for path in named if is_system(path) and os.access(path, os.X_OK) and elf.may_show(path)]
-    if found and os.path.basename(found[0]) == "env" and len(words) > 1 and (real := shutil.which(os.path.basename(words[1]), path=PATH)):
-        found += [real] if elf.may_show(real) else []
-    return found
+    if not words or not words[0].startswith("/"):
+        return []
+    found = [os.path.normpath(words[0])]
+    if os.path.basename(found[0]) == "env" and len(words) > 1:
+        found += [real] if (real := shutil.which(os.path.basename(words[1]), path=PATH)) else []
+    return [path for path in found if is_system(path) and os.access(path, os.X_OK) and elf.may_show(path)]
 
 
-def _closure(programs: list[str], optional: list[str]) -> set[str]:
+def _closure(programs: list[str], modules: list[str]) -> set[str]:
+    extra = [path for name in BY_NAME if (path := elf.locate(name, ()))] if any(map(elf.loader, programs)) else []
     try:
-        return elf.closure(programs, optional)
+        return elf.closure(programs, [*modules, *extra]) | set(extra)
     except ValueError as error:
         raise PolicyError(str(error)) from None
 
 
-def _identity(path: str) -> tuple[str, int, int]:
-    status = os.stat(path)
-    return os.path.realpath(path), status.st_size, status.st_mtime_ns
+def _library(folder: str) -> list[str]:
+    """The files of a standard library, without what only development needs; a .zip is its own."""
+    if os.path.isfile(folder):
+        return [folder]
+    found = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in UNWANTED and not name.startswith("config-")]
+        for name in names:
+            if not name.startswith(UNWANTED_FILES) and ".opt-" not in name:
+                found.append(f"{here}/{name}")
+    return [path for path in found if os.path.isfile(path)]
 
 
-def _tree(kind: str, identity: object, mountpoints: tuple[str, ...], fill) -> Tree:  # type: ignore[no-untyped-def]
-    key = hashlib.sha256(json.dumps([FORMAT, kind, identity, mountpoints, ETC]).encode()).hexdigest()[:32]
+def _inside(path: str, site: str, chosen: Iterable[object]) -> str:
+    """Where a library goes: one beside the packages moves with them, so that $ORIGIN still leads to it."""
+    for one in chosen:
+        folder = str(getattr(one, "folder", "")).rstrip("/") + "/"
+        if folder != "/" and path.startswith(folder):
+            return f"{site}/{path[len(folder) :]}"
+    return path
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode((FORMAT, ETC, _links(), value))).hexdigest()[:32]
+
+
+def _links() -> dict[str, str]:
+    """Top-level links of the host, such as lib -> usr/lib, in words that stay within a root."""
+    return {name: os.readlink(f"/{name}").lstrip("/") for name in MERGED if os.path.islink(f"/{name}")}
+
+
+def _recall(question: tuple[object, ...]) -> Tree | None:
     store = cachedir.directory("roots")
-    path = store / f"{kind}-{key}"
+    try:
+        note = msgspec.json.decode((store / f"{_digest(question)}.json").read_bytes(), type=Note)
+    except (OSError, msgspec.DecodeError):
+        return None
+    if any(stamp(known[0]) != known for known in note.stamps) or not (store / note.name).is_dir():
+        return None
+    return _describe(store / note.name)
+
+
+def _remember(question: tuple[object, ...], stamps: tuple[Stamp, ...], tree: Tree) -> Tree:
+    cachedir.write(tree.path.parent / f"{_digest(question)}.json", msgspec.json.encode(Note(tree.path.name, stamps)))
+    return tree
+
+
+def _describe(path: Path) -> Tree:
+    with os.scandir(path) as found:
+        entries = [Entry(one.name, os.readlink(one.path) if one.is_symlink() else None) for one in found]
+    return Tree(path, tuple(sorted(entries)))
+
+
+def _tree(kind: str, contents: object, mountpoints: tuple[str, ...], fill: Callable[[Builder], None]) -> Tree:
+    store = cachedir.directory("roots")
+    path = store / f"{kind}-{_digest((kind, contents, mountpoints))}"
     if not path.is_dir():
         _build(store, path, mountpoints, fill)
-    names = sorted(os.listdir(path))
-    return Tree(path, tuple(Entry(name, os.readlink(path / name) if (path / name).is_symlink() else None) for name in names))
+    return _describe(path)
 
 
-def _build(store: Path, path: Path, mountpoints: tuple[str, ...], fill) -> None:  # type: ignore[no-untyped-def]
-    work = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
+def _build(store: Path, path: Path, mountpoints: tuple[str, ...], fill: Callable[[Builder], None]) -> None:
+    """Make the tree under another name, then rename it. Whoever builds the same meanwhile is welcome: the first one's stays."""
+    _sweep(store)
     try:
+        work = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _failed(error, path) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         builder = Builder(work)
         fill(builder)
         for name, text in ETC.items():
@@ -138,14 +239,36 @@ def _build(store: Path, path: Path, mountpoints: tuple[str, ...], fill) -> None:
             builder.mountpoint(point)
         for here, _, _ in os.walk(work):  # whatever the caller's umask is
             os.chmod(here, 0o755)
-        with contextlib.suppress(FileExistsError):  # somebody was quicker: it is the same
+        with contextlib.suppress(FileExistsError):
             os.rename(work, path)
     except OSError as error:
-        if path.is_dir():
-            return
-        raise SetupError("minimal root", error.errno or 0, str(error.filename or path), "is there room in the cache directory?") from None
+        if not path.is_dir():  # else somebody was quicker: ENOTEMPTY
+            raise _failed(error, path) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _failed(error: OSError, path: Path) -> SetupError:
+    advice = "make room there, or set NSJAIL_PY_CACHE to a directory with room" if error.errno in FULL else ""
+    return SetupError("minimal root", error.errno or 0, str(error.filename or path), advice)
+
+
+def _sweep(store: Path) -> None:
+    """Remove trees that were never finished: their builder was killed, so that nobody holds the lock."""
+    for work in store.glob(".new-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - work.stat().st_mtime < STALE:
+                continue
+            if not work.is_dir():
+                work.unlink()
+                continue
+            lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(work, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 class Builder:
@@ -153,50 +276,54 @@ class Builder:
 
     def __init__(self, top: Path) -> None:
         self.top = top
-        for name in MERGED:
-            if os.path.islink(f"/{name}"):
-                (top / name).symlink_to(os.readlink(f"/{name}"))
+        self.links = _links()
+        for name, text in self.links.items():
+            (top / name).symlink_to(text)
+            (top / text).mkdir(parents=True, exist_ok=True)
 
     def place(self, path: str) -> Path:
         """Where a path of the inside lies in the tree, its directory made; /lib and its like go where the host has them."""
-        path = os.path.normpath("/" + path.lstrip("/"))  # `..` must not leave the tree
-        first = path.split("/")[1]
-        if first in MERGED and os.path.islink(f"/{first}"):
-            path = "/" + os.readlink(f"/{first}") + path[len(first) + 1 :]
-        target = self.top / path.lstrip("/")
-        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        parts = os.path.normpath("/" + path.lstrip("/")).split("/")[1:]  # `..` must not leave the tree
+        parts[0] = self.links.get(parts[0], parts[0])
+        target = self.top.joinpath(*parts)
+        target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
-    def copy(self, source: str, path: str) -> None:
+    def copy(self, source: str, path: str, *, named: bool = False) -> None:
+        """A copy without owner, set-id bits or links. named: only because another file names it, so it is looked at again once it is open."""
         target = self.place(path)
         if target.exists():
             return
-        shutil.copyfile(source, target)
-        status = os.stat(source)
-        target.chmod(0o755 if status.st_mode & 0o111 else 0o644)
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))  # so that compiled modules stay valid
+        source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(source_fd)
+            if not stat.S_ISREG(status.st_mode) or named and not elf.may_show_open(source_fd):
+                raise PolicyError(f"{source}: changed while it was copied")
+            target_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                _copy_bytes(source_fd, target_fd)
+                os.fchmod(target_fd, 0o755 if status.st_mode & 0o111 else 0o644)
+                os.utime(target_fd, ns=(status.st_mtime_ns, status.st_mtime_ns))  # so that compiled modules stay valid
+            finally:
+                os.close(target_fd)
+        finally:
+            os.close(source_fd)
 
-    def program(self, path: str) -> None:
-        self.copy(path, path)
-
-    def library(self, folder: str) -> list[str]:
-        """A standard library, without what only development needs. Returns its extension modules."""
-        modules = []
-        for here, folders, names in os.walk(folder):
-            folders[:] = [name for name in folders if name not in UNWANTED and not name.startswith("config-")]
-            for name in names:
-                path = os.path.join(here, name)
-                if os.path.isfile(path):
-                    self.copy(path, path)
-                    if name.endswith(".so"):
-                        modules.append(path)
-        return modules
+    def libraries(self, named: dict[str, str]) -> None:
+        """Libraries, loaders and interpreters; what lies in a directory that is the jail's own could not be seen there, and stays out."""
+        for source, path in named.items():
+            if os.path.normpath(path).split("/")[1] not in PRIVATE:
+                self.copy(source, path, named=True)
+        if elf.needs_cache(named):
+            self.copy(elf.CACHE_FILE, elf.CACHE_FILE)
 
     def compile(self, interpreter: Interpreter) -> None:
-        """Modules that have no compiled form get one: inside, nobody could write it."""
-        command = [interpreter.executable, "-I", "-m", "compileall", "-q", "-s", str(self.top), "-j", "1"]
-        folders = [self.place(folder) for folder in (*interpreter.stdlib, interpreter.site)]
-        subprocess.run([*command, *(str(folder) for folder in folders if folder.is_dir())], capture_output=True, check=False, env={}, timeout=600)
+        """Modules that have no compiled form get one: inside, nobody could write it. Those that cannot be compiled stay as they are."""
+        command = [interpreter.executable, "-I", "-S", "-m", "compileall", "-q", "-s", str(self.top)]
+        places = {str(self.place(folder)) for folder in (*interpreter.stdlib, interpreter.site)}
+        folders = [place for place in sorted(places) if os.path.isdir(place) and not any(place.startswith(f"{other}/") for other in places)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([*command, *folders], stdin=subprocess.DEVNULL, capture_output=True, check=False, env={}, cwd="/", timeout=600)
 
     def write(self, path: str, text: str) -> None:
         target = self.place(path)
@@ -204,8 +331,21 @@ class Builder:
         target.chmod(0o644)
 
     def mountpoint(self, path: str) -> None:
-        target = self.place(path.rstrip("/"))
+        target = self.place(path)
         if path.endswith("/"):
             target.mkdir(exist_ok=True)
         elif not target.exists():
-            target.touch(0o644)
+            target.touch()
+            target.chmod(0o644)
+
+
+def _copy_bytes(source: int, target: int) -> None:
+    """The kernel copies, or shares the blocks where the file system can (copy_file_range(2))."""
+    try:
+        while os.copy_file_range(source, target, 1 << 30):
+            pass
+    except OSError as error:
+        if error.errno not in NO_RANGE:
+            raise
+    while os.sendfile(target, source, None, 1 << 20):  # the rest, where it cannot: both go on from where they are
+        pass
