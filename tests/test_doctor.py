@@ -6,12 +6,14 @@ import dataclasses
 import errno
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 
 import nsjail_py
-from nsjail_py import cgroups, doctor, hostinfo
+from nsjail_py import cgroups, doctor, hostinfo, mountinfo, userns
+from nsjail_py._native import lib
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,43 @@ def test_a_jail_that_cannot_be_made_is_told_and_not_raised(monkeypatch: pytest.M
     told = capsys.readouterr().out
     assert "ask the administrator" in told
     assert "can NOT be applied in full" in told
+
+
+# ---------------------------------------------------------------- who is to blame
+
+
+def test_refused_user_namespaces_are_the_finding_and_not_their_consequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(userns, "refusal", lambda host: hostinfo.Lack("user namespace", "refused", "ask root"))
+    assert doctor._namespaces(hostinfo.probe()) == [doctor.Finding("user namespace", "lack", "refused", "ask root")]
+
+
+def test_the_covers_of_proc_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Covered:
+        @staticmethod
+        def probe_proc(pids_only: int) -> int:
+            return errno.EPERM
+
+    monkeypatch.setattr(doctor, "lib", Covered)
+    monkeypatch.setattr(mountinfo, "entries", lambda: [mountinfo.Entry("/", "/proc/kcore", frozenset(), "tmpfs", frozenset())])
+    (lack,) = doctor._proc()
+    assert lack.text == "a fresh /proc cannot be mounted: Operation not permitted; covered here: /proc/kcore"
+    assert "systempaths=unconfined" in lack.remedy
+
+
+def test_a_covered_proc_is_found_by_trying() -> None:
+    """What a container does to /proc, done for real in namespaces of our own."""
+    code = "from nsjail_py._native import lib; print(lib.probe_proc(0))"
+    script = f'mount --bind /dev/null /proc/uptime && exec "$0" -c "{code}"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(errno.EPERM), done.stderr
+    assert lib.probe_proc(0) == 0
+
+
+def test_a_chroot_is_named_as_the_one_who_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not userns.chrooted()
+    monkeypatch.setattr(mountinfo, "entries", lambda: [mountinfo.Entry("/", "/proc", frozenset(), "proc", frozenset())])
+    assert userns.chrooted()
+    lack = userns._blame("user namespace", errno.EPERM, hostinfo.probe())
+    assert "chroot" in lack.reason
+    assert "pivot_root" in lack.remedy
