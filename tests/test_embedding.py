@@ -1,0 +1,136 @@
+"""Inside a large, busy program: threads, asyncio, a big heap, an ignored SIGCHLD; a thousand runs each way, all right, nothing left."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import nsjail_py
+from nsjail_py import Verdict, aio
+
+HEAVY = '''
+import asyncio, os, signal, sys, threading, time
+sys.path.insert(0, {tests!r})
+import nsjail_py
+from nsjail_py import aio
+from conftest import traces
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+heap = bytearray(512 << 20)
+for i in range(0, len(heap), 4096): heap[i] = 1
+stop = threading.Event()
+idle = [threading.Thread(target=stop.wait) for _ in range(20)]
+for thread in idle: thread.start()
+
+jail = nsjail_py.Jail("untrusted")
+jail.run(["/bin/true"])
+before = traces()
+wrong = []
+
+def work(number):
+    for turn in range({each}):
+        text = b"%d-%d" % (number, turn)
+        result = jail.run(["/bin/cat"], input=text)
+        if not (result.ok and result.stdout == text): wrong.append(result)
+
+threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not wrong, wrong[0]
+
+async def one(number, gate):
+    async with gate:
+        result = await aio.run(["/bin/cat"], input=b"%d" % number)
+        if not (result.ok and result.stdout == b"%d" % number): wrong.append(result)
+
+async def all_of_them():
+    gate = asyncio.Semaphore(16)
+    await asyncio.gather(*(one(n, gate) for n in range({each} * 8)))
+
+asyncio.run(all_of_them())
+assert not wrong, wrong[0]
+stop.set()
+for thread in idle: thread.join()
+for _ in range(50):
+    if traces() == before: break
+    time.sleep(0.1)
+assert traces() == before, (before, traces())
+print("whole")
+'''
+
+
+def test_a_thousand_runs_from_threads_and_a_thousand_from_asyncio_leave_nothing() -> None:
+    source = HEAVY.format(tests=str(Path(__file__).parent), each=125)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == "whole\n", done.stderr[-3000:]
+
+
+def test_asyncio_runs_do_not_block_the_loop() -> None:
+    async def main() -> int:
+        ticks = 0
+        task = asyncio.create_task(aio.run_python("import time; time.sleep(0.5)"))
+        while not task.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        assert (await task).ok
+        return ticks
+
+    assert asyncio.run(main()) > 10
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+def test_cancelling_a_task_kills_its_jail() -> None:
+    async def main() -> None:
+        task = asyncio.create_task(aio.run(["/bin/sleep", "60"]))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    started = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - started < 10
+
+
+def test_asyncio_carries_input_and_output_and_limits() -> None:
+    data = b"x" * 1_000_000
+    assert asyncio.run(aio.run(["/bin/cat"], input=data)).stdout == data
+    assert asyncio.run(aio.run_python("while True: print(1)", output="1K")).verdict is Verdict.output
+
+
+def test_death_of_the_caller_is_the_end_of_every_jail() -> None:
+    source = "import nsjail_py, os\np = nsjail_py.Jail('untrusted').start(['/bin/sleep', '60'])\nprint(p.pid, flush=True)\nos.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=30, check=False)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_odd_states_of_the_caller_do_no_harm() -> None:
+    source = """
+import os, signal, prctl, nsjail_py
+prctl.set_child_subreaper(1)
+prctl.set_dumpable(0)
+prctl.set_name("odd")
+signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+os.umask(0o777)
+os.chdir("/")
+print(nsjail_py.run_python("import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))").stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "b'set()\\n'\n", done.stderr[-2000:]
+
+
+def test_run_is_usable_at_interpreter_exit_and_after_shutdown() -> None:
+    from nsjail_py import launcher
+
+    launcher.shutdown()
+    assert nsjail_py.run(["/bin/true"]).ok
