@@ -6,19 +6,20 @@ import errno
 
 E = errno
 ANY = 0
+APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 
 ROWS: dict[tuple[str, int], str] = {
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
     ("cgroup", E.ENODEV): "this host gives us no control group: see `nsjail-py doctor`",
     ("cgroup", E.ENOSPC): "the control group's cpuset is empty, or the limit of groups is reached",
     ("clone", E.EPERM): "user namespaces are refused to this user: see `nsjail-py doctor`",
-    ("clone", E.EACCES): "AppArmor refuses user namespaces: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or load a profile that allows them",
+    ("clone", E.EACCES): f"AppArmor refuses user namespaces: sysctl -w {APPARMOR}=0, or load a profile that allows them",
     ("clone", E.ENOSPC): "the limit of namespaces is reached: raise user.max_user_namespaces and its siblings",
     ("clone", E.EAGAIN): "no more processes: raise the limit of processes of this user or group",
     ("clone", E.EINVAL): "the kernel lacks a kind of namespace: see `nsjail-py doctor`",
     ("clone", E.ENOSYS): "clone3 is missing: Linux 5.3 or later, and a container filter that lets it pass",
-    ("user namespace", E.EPERM): "user namespaces are restricted here (Ubuntu: kernel.apparmor_restrict_unprivileged_userns): see `nsjail-py doctor`",
-    ("id map", E.EPERM): "the host ids cannot be mapped: CAP_SETUID and CAP_SETGID are needed",
+    ("user namespace", E.EPERM): f"user namespaces are restricted here (Ubuntu: {APPARMOR}): see `nsjail-py doctor`",
+    ("id map", E.EPERM): f"root needs CAP_SETUID and CAP_SETGID; from a user AppArmor may withhold every right (Ubuntu: {APPARMOR})",
     ("mount private", E.ENOSYS): "mount_setattr is missing: Linux 5.12 or later",
     ("mount private", E.EPERM): "no right to mount in the new namespace: AppArmor or a container's filter refuses it",
     ("mount source", E.ENOENT): "the source does not exist on the host",
@@ -27,8 +28,8 @@ ROWS: dict[tuple[str, int], str] = {
     ("mount bind", E.ENOTDIR): "source and target must both be files or both be directories",
     ("mount idmap", E.EPERM): "a writable directory must not belong to root: chown it to the user who is to own the files",
     ("mount idmap", E.EINVAL): "this file system cannot be mounted with other ids: use ext4, xfs, btrfs, or tmpfs on Linux 6.3 or later",
-    ("mount proc", E.EPERM): "parts of the host's /proc are covered (a container): run with an uncovered /proc, or set proc = \"none\"",
-    ("nested userns", ANY): "add \"nested_userns\" to best_effort, or make /proc/sys writable",
+    ("mount proc", E.EPERM): 'parts of the host\'s /proc are covered (a container): run with an uncovered /proc, or set proc = "none"',
+    ("nested userns", ANY): 'add "nested_userns" to best_effort, or make /proc/sys writable',
     ("landlock", E.ENOSYS): "Landlock is missing: Linux 5.13 or later",
     ("landlock", E.EOPNOTSUPP): "Landlock is switched off: add landlock to the kernel's lsm= list",
     ("seccomp", E.EBUSY): "another program listens to this process's filter already (a container manager): it cannot be nested",
