@@ -12,7 +12,7 @@ from .errors import SetupError
 def directory(kind: str) -> Path:
     """The cache directory for one kind of thing (`roots`, `filters`), made when it is missing.
 
-    /var/cache/nsjail_py for root, else $XDG_CACHE_HOME or ~/.cache; NSJAIL_PY_CACHE overrides. Raises SetupError where it is not ours alone.
+    /var/cache/nsjail_py for root, else $XDG_CACHE_HOME or ~/.cache; NSJAIL_PY_CACHE overrides. Raises SetupError where it is not ours.
     """
     base = _base()
     for path in (base, base / kind):

@@ -72,7 +72,9 @@ def _describe(found: metadata.Distribution) -> Distribution:
     name, folder = found.metadata["Name"], str(found.locate_file(""))
     direct = found.read_text("direct_url.json") or ""
     if '"editable": true' in direct or '"editable":true' in direct:
-        raise PolicyError(f"$.python.imports: {name!r} is an editable install, so its files are elsewhere; show them with --project or a mount")
+        raise PolicyError(
+            f"$.python.imports: {name!r} is an editable install, so its files are elsewhere; show them with --project or a mount"
+        )
     record = next((str(found.locate_file(file)) for file in found.files or [] if file.name == "RECORD"), "")
     if not record or not os.path.isfile(record):
         raise PolicyError(f"$.python.imports: {name!r} was installed without a list of its files (by apt?); install it with pip")

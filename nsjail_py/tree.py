@@ -88,7 +88,9 @@ def python_tree(interpreter: Interpreter, imports: tuple[str, ...] = (), mountpo
     from . import distributions
 
     if interpreter.executable.split("/")[1] in PRIVATE:
-        raise PolicyError(f"interpreter {interpreter.executable}: it lies in a directory that is the jail's own; use one installed elsewhere")
+        raise PolicyError(
+            f"interpreter {interpreter.executable}: it lies in a directory that is the jail's own; use one installed elsewhere"
+        )
     chosen = distributions.closure(interpreter, imports) if imports else []
     library = {path: path for folder in interpreter.stdlib for path in _library(folder)}
     packages = {path: f"{interpreter.site}/{relative}" for one in chosen for path, relative in distributions.files(one)}
@@ -167,9 +169,7 @@ def _library(folder: str) -> list[str]:
     found = []
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in UNWANTED and not name.startswith("config-")]
-        for name in names:
-            if not name.startswith(UNWANTED_FILES) and ".opt-" not in name:
-                found.append(f"{here}/{name}")
+        found += [f"{here}/{name}" for name in names if not name.startswith(UNWANTED_FILES) and ".opt-" not in name]
     return [path for path in found if os.path.isfile(path)]
 
 
@@ -290,14 +290,14 @@ class Builder:
         return target
 
     def copy(self, source: str, path: str, *, named: bool = False) -> None:
-        """A copy without owner, set-id bits or links. named: only because another file names it, so it is looked at again once it is open."""
+        """A copy without owner, set-id bits or links. named: only because another file names it, so it is checked again once open."""
         target = self.place(path)
         if target.exists():
             return
         source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(source_fd)
-            if not stat.S_ISREG(status.st_mode) or named and not elf.may_show_open(source_fd):
+            if not stat.S_ISREG(status.st_mode) or (named and not elf.may_show_open(source_fd)):
                 raise PolicyError(f"{source}: changed while it was copied")
             target_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
