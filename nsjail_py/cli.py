@@ -7,17 +7,22 @@ import contextlib
 import json
 import os
 import re
-import select
 import signal
 import stat
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import JailError, PolicyError, SetupError
+from .errors import JailError, PolicyError
+from .result import Result, Verdict
+
+if TYPE_CHECKING:
+    from .jail import Jail, Process
 
 LIMIT, SETUP, CANNOT_EXECUTE, NOT_FOUND = 124, 125, 126, 127
+MAX_SCRIPT = 32 * 1024**2
+COUNTS = ("processes", "open_files")
 
 LIMITS = {
     "--wall-time": "seconds from start to end (1.5, 500ms, 2m)",
@@ -32,25 +37,36 @@ LIMITS = {
 
 EPILOG = """\
 exit status: the program's own; 128+n after signal n; 124 a limit was reached; 125 the jail could not be set up;
-126 the program could not be executed; 127 it was not found. One line on standard error says why.
+126 the program could not be executed; 127 it was not found. From 124 on one line on standard error says why.
 
 examples:
   nsjail-py run hello.py
-  nsjail-py run --import numpy --memory 1G --cpu-time 10 model.py data.csv --bind ./data.csv:/work/data.csv
+  nsjail-py run --import numpy --memory 1G --cpu-time 10 --bind data.csv:/data.csv model.py /data.csv
   nsjail-py exec --policy moderate -- /usr/bin/sort < words
+  nsjail-py policy explain untrusted
   nsjail-py doctor
+"""
+STREAMS = """\
+Inside, /work is the current directory and HOME; it is empty and thrown away, unless --workdir names a directory to keep.
+Nothing of the host is visible but what the policy, --bind, --project and --import show. Options stand before the program;
+what follows it is its own. Standard input is read ahead of the program, as ssh does: --stdin /dev/null leaves it to others.
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="nsjail-py",
-        description="Run code that nobody trusts in a jail made by the Linux kernel.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+class Parser(argparse.ArgumentParser):
+    """One line for a fault, as for every other; no option is guessed from its beginning, for a guess may be a wrong limit."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise PolicyError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> Parser:
+    top = Parser(prog="nsjail-py", description="Run code that nobody trusts in a jail made by the Linux kernel.", epilog=EPILOG)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run a Python script", usage="nsjail-py run [OPTIONS] SCRIPT [ARGS...]")
+    run = commands.add_parser("run", help="run a Python script", usage="nsjail-py run [OPTIONS] SCRIPT [ARGS...]", epilog=STREAMS)
     _jail_options(run)
     run.add_argument("--project", metavar="DIR", help="show DIR read-only at /project, on sys.path")
     run.add_argument("--import", dest="imports", action="append", default=[], metavar="NAME", help="installed distribution visible inside")
@@ -58,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("script", metavar="SCRIPT", help="the script; - reads it from standard input")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     run.set_defaults(act=command_run)
-    execute = commands.add_parser("exec", help="run any program", usage="nsjail-py exec [OPTIONS] -- CMD [ARGS...]")
+    execute = commands.add_parser("exec", help="run any program", usage="nsjail-py exec [OPTIONS] -- CMD [ARGS...]", epilog=STREAMS)
     _jail_options(execute)
     execute.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CMD [ARGS...]")
     execute.set_defaults(act=command_exec)
@@ -83,7 +99,7 @@ def _jail_options(to: argparse.ArgumentParser) -> None:
     for option, text in LIMITS.items():
         to.add_argument(option, metavar="N", help=text)
     to.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set, or pass on, a variable")
-    to.add_argument("--bind", action="append", default=[], metavar="SRC[:DST[:rw]]", help=r"show SRC inside, at DST; \: is a colon in a path")
+    to.add_argument("--bind", action="append", default=[], metavar="SRC[:DST[:rw]]", help=r"show SRC inside, at DST (\: is a colon)")
     to.add_argument("--root", metavar="ROOT", help="minimal, system, host, or a directory")
     to.add_argument("--workdir", metavar="DIR", help="DIR is /work: writable, and kept")
     to.add_argument("--stdin", metavar="FILE", help="standard input comes from FILE")
@@ -97,10 +113,9 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
 
     fields = {option[2:].replace("-", "_") for option in LIMITS} | {"workdir", "project", "interpreter", "root"}
     made = {name: value for name in fields if (value := getattr(options, name, None)) is not None}
-    if made.get("processes") or made.get("open_files"):
-        for name in ("processes", "open_files"):
-            if name in made and made[name].isdigit():
-                made[name] = int(made[name])
+    for name in COUNTS:
+        if re.fullmatch("-?[0-9]{1,30}", made.get(name, "")):
+            made[name] = int(made[name])
     for name in ("workdir", "project"):
         if name in made:
             made[name] = str(Path(made[name]).resolve())
@@ -135,11 +150,11 @@ def variable(text: str) -> tuple[str, str] | None:
 def command_run(options: argparse.Namespace) -> int:
     from .jail import Jail
 
-    source, name = _script(options.script)
     if options.script == "-" and options.stdin is None:
-        options.stdin = os.devnull
+        options.stdin = os.devnull  # the script is what stands there
+    source, name = _script(options.script)
     jail = Jail(options.policy, **changes(options))
-    return _supervise(options, lambda **streams: jail.start_python(source, args=options.arguments, filename=name, **streams))
+    return _supervise(options, jail, lambda **streams: jail.start_python(source, args=options.arguments, filename=name, **streams))
 
 
 def command_exec(options: argparse.Namespace) -> int:
@@ -149,135 +164,90 @@ def command_exec(options: argparse.Namespace) -> int:
     if not arguments:
         raise PolicyError("exec: no program was given: nsjail-py exec [OPTIONS] -- CMD [ARGS...]")
     jail = Jail(options.policy, **changes(options))
-    return _supervise(options, lambda **streams: jail.start(arguments, **streams))
+    return _supervise(options, jail, lambda **streams: jail.start(arguments, **streams))
 
 
 def _script(path: str) -> tuple[bytes, str]:
-    if path == "-":
-        return sys.stdin.buffer.read() if sys.stdin else b"", "stdin.py"
     try:
-        return Path(path).read_bytes(), Path(path).name
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            source = file.read(MAX_SCRIPT + 1)
     except (OSError, ValueError) as error:
         raise PolicyError(f"script {path!r}: {getattr(error, 'strerror', None) or error}") from None
+    if len(source) > MAX_SCRIPT:
+        raise PolicyError(f"script {path!r}: larger than {MAX_SCRIPT} bytes")
+    return source, "stdin.py" if path == "-" else Path(path).name
 
 
-def _supervise(options: argparse.Namespace, start: Callable[..., Any]) -> int:
+def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Process]) -> int:
     """Starts the run, carries its streams, and turns its result into a report and an exit status."""
     from .jail import PIPE
+    from .relay import Relay, writer
 
-    stdin = _stdin(options.stdin)
-    try:
-        with start(stdin=stdin, stdout=PIPE, stderr=PIPE) as process:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, lambda signo, frame: _stop(process, signo))
-            result = process.communicate() if options.json else relay(process)
-    except FileNotFoundError as error:
-        return _say(f"{error.filename}: {error.strerror}", NOT_FOUND)
-    except PermissionError as error:
-        return _say(f"{error.filename}: {error.strerror}", CANNOT_EXECUTE)
-    record = json.dumps(result.to_dict(), indent=2)
-    if options.report:
-        Path(options.report).write_text(record + "\n")
+    _standard_input(options.stdin)
+    kept = bytearray(), bytearray()
+    stdout, stderr = (kept[0].extend, kept[1].extend) if options.json else (writer(1), writer(2))
+    with contextlib.ExitStack() as open_files:
+        # Opened before the run: afterwards it is too late to fail.
+        report = open_files.enter_context(open(options.report, "w")) if options.report else None
+        try:
+            with start(stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, lambda signo, frame: _stop(process, signo))
+                result = Relay(process, 0, stdout, stderr, jail.policy.limits.output).run()
+        except FileNotFoundError as error:
+            return _say(f"{error.filename}: {error.strerror}", NOT_FOUND)
+        except PermissionError as error:
+            return _say(f"{error.filename}: {error.strerror}", CANNOT_EXECUTE)
+        if report:
+            report.write(json.dumps(_record(result), indent=2) + "\n")
     if options.json:
-        print(record)
+        over = result.verdict is Verdict.output
+        result = replace(result, stdout=bytes(kept[0]), stderr=bytes(kept[1]), stdout_cut=over, stderr_cut=over)
+        _print(json.dumps(result.to_dict(), indent=2))
     return exit_status(result)
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 (no error: somebody pressed Ctrl-C)
     """A signal asked the command to end."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
-def _stop(process: Any, number: int) -> None:
+def _stop(process: Process, number: int) -> None:
     process.kill()
     raise Stopped(number)
 
 
-def _stdin(path: str | None) -> int:
-    """A descriptor that is safe to hand over: read-only, and never a terminal."""
-    from .jail import DEVNULL, PIPE
-
+def _standard_input(path: str | None) -> None:
+    """Makes a file our own standard input, as a shell's `<` does. A directory would be a way out of any jail."""
     if path is not None:
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
         except (OSError, ValueError) as error:
             raise PolicyError(f"--stdin {path!r}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        mode = os.fstat(0).st_mode
-    except OSError:
-        return DEVNULL
-    return 0 if stat.S_ISFIFO(mode) and _read_only(0) else PIPE
+        os.dup2(descriptor, 0)
+        os.close(descriptor)
+    if stat.S_ISDIR(os.fstat(0).st_mode):
+        raise PolicyError(f"{'standard input' if path is None else f'--stdin {path!r}'}: is a directory")
 
 
-def _read_only(descriptor: int) -> bool:
-    import fcntl
-
-    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-
-
-def relay(process: Any) -> Any:
-    """Carries the three streams as they come, unchanged, and counts the output."""
-    limit, count = process.compiled.policy.limits.output, 0
-    outputs = {process.stdout.fileno(): 1, process.stderr.fileno(): 2}
-    inputs = {0: process.stdin} if process.stdin is not None else {}
-    poll = select.poll()
-    for descriptor in (*outputs, *inputs):
-        poll.register(descriptor, select.POLLIN)
-    poll.register(process.channel, select.POLLIN)
-    over = False
-    while outputs and not (over and not _drainable(outputs)):
-        for descriptor, _ in poll.poll(0 if over else None):
-            if descriptor == process.channel.fileno():
-                over = over or process.hear()
-                if over:
-                    poll.unregister(process.channel)
-                continue
-            data = os.read(descriptor, 65536)
-            if descriptor in inputs:
-                if not (data and _write_all(inputs[descriptor].fileno(), data)):
-                    poll.unregister(descriptor)
-                    inputs.pop(descriptor).close()
-                continue
-            room = len(data) if limit is None else max(0, limit - count)
-            count += len(data)
-            if len(data) > room:
-                process.exceeded_output()
-            if not data or not _write_all(outputs[descriptor], data[:room]):
-                poll.unregister(descriptor)
-                (process.stdout if outputs.pop(descriptor) == 1 else process.stderr).close()
-    return process.wait()
+def _record(result: Result) -> dict[str, Any]:
+    """The result for a report, without output: that went where the caller wanted it."""
+    return {name: value for name, value in result.to_dict().items() if not name.startswith(("stdout", "stderr"))}
 
 
-def _drainable(outputs: dict[int, int]) -> bool:
-    return bool(select.select(list(outputs), [], [], 0)[0])
-
-
-def _write_all(descriptor: int, data: bytes) -> bool:
-    """False when nobody reads there any more."""
-    view = memoryview(data)
-    try:
-        while view:
-            view = view[os.write(descriptor, view) :]
-    except OSError:
-        return False
-    return True
-
-
-def exit_status(result: Any) -> int:
+def exit_status(result: Result) -> int:
     """The command's exit status for a result, with the reason on standard error where the program itself could not give it."""
-    from .result import Verdict
-
     if result.verdict.is_limit:
         return _say(result.summary, LIMIT)
     if result.verdict is Verdict.exec_failed:
         return _say(result.summary, NOT_FOUND if result.evidence.get("errno") == 2 else CANNOT_EXECUTE)
     if result.verdict is Verdict.killed:
-        return 128 + signal.SIGKILL
+        return _say(result.summary, 128 + signal.SIGKILL)
     if result.signal is not None:
         return 128 + int(result.signal)
-    return int(result.exit_code)
+    return int(result.exit_code or 0)
 
 
 def command_doctor(options: argparse.Namespace) -> int:
@@ -289,15 +259,16 @@ def command_doctor(options: argparse.Namespace) -> int:
 def policy_list(options: argparse.Namespace) -> int:
     from .policyfile import load, names
 
-    for name in names():
-        print(f"{name:12} {load(name).description}")
+    _print("\n".join(f"{name:12} {load(name).description}" for name in names()))
     return 0
 
 
 def policy_show(options: argparse.Namespace) -> int:
-    from .policyfile import names, source
+    from .policyfile import load, locate
 
-    print(source(options.name) if options.name in names() else Path(options.name).read_text(), end="")
+    path = locate(options.name)
+    load(path)  # a file that is no policy is told as one
+    _print(path.read_text(), end="")
     return 0
 
 
@@ -305,8 +276,7 @@ def policy_check(options: argparse.Namespace) -> int:
     from .policyfile import check
 
     problems = check(options.file)
-    for problem in problems:
-        print(problem)
+    _print("\n".join(problems) if problems else f"{options.file}: good")
     return 1 if problems else 0
 
 
@@ -314,8 +284,16 @@ def policy_explain(options: argparse.Namespace) -> int:
     from .explain import sentences
     from .policyfile import load
 
-    print("\n".join(sentences(load(options.name))))
+    _print("\n".join(sentences(load(options.name))))
     return 0
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """UTF-8 whatever the locale says. A reader that has left is no fault of ours."""
+    from .relay import writer
+
+    with contextlib.suppress(BrokenPipeError):
+        writer(1)((text + end).encode(errors="backslashreplace"))
 
 
 def _say(text: str, status: int) -> int:
@@ -336,15 +314,14 @@ def main(argv: list[str] | None = None) -> int:
     _open_standard_streams()
     try:
         options = parser().parse_args(argv)
-    except SystemExit as error:
-        return SETUP if error.code else 0
-    try:
         return int(options.act(options))
+    except SystemExit as ended:  # --help
+        return int(ended.code or 0)
     except Stopped as stopped:
         return 128 + stopped.number
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (JailError, SetupError) as error:
+    except JailError as error:
         return _say(str(error), SETUP)
     except OSError as error:
         return _say(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), SETUP)
