@@ -73,6 +73,11 @@ class TestEveryFilter:
     def test_reports_numbers_that_nobody_knows(self, bpf, policy):
         assert {decide(bpf[policy], nr) for nr in (500, 999, 0x3FFFFFFF, 0xFFFFFFFF)} == {NOTIFY}
 
+    def test_reports_what_is_newer_than_some_libraries(self, bpf, policy):
+        # open_tree, move_mount, fsopen, fsconfig, fsmount, fspick; mount_setattr, quotactl_fd, memfd_secret; statmount, listmount;
+        # open_tree_attr
+        assert {decide(bpf[policy], nr) for nr in (*range(428, 434), 442, 443, 447, 457, 458, 467)} == {NOTIFY}
+
     def test_never_allows_what_no_shipped_set_has(self, bpf, policy):
         numbers = [number for name in syscalls.never() if (number := syscalls._number(name)) >= 0]
         assert len(numbers) > 60
