@@ -59,7 +59,7 @@ BLOCKERS = (
         (errno.EPERM,),
         lambda host: chrooted(),
         "this process is in a chroot, where the kernel makes none",
-        "enter the directory with pivot_root, as unshare --mount --root, systemd-nspawn or a container do, not with chroot",
+        "enter the directory with pivot_root, as systemd-nspawn, bwrap and containers do; unshare --root is a chroot, too",
     ),
     Blocker(
         (errno.EPERM,),
