@@ -119,11 +119,12 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
 
 
 def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:
-    """Where exec is refused: the program, and the loader that the kernel opens with it."""
-    from . import elf
+    """Where exec is refused: the program, what a `#!` line names, and the loaders that the kernel opens with them."""
+    from . import elf, tree
 
-    loader = elf.loader(outside[0] if outside else program)
-    return [program, *([loader] if loader else [])]
+    host = outside[0] if outside else program
+    named = [path for path in tree.shebang(host) if tree.is_system(path)]
+    return [program, *named, *(loader for path in (host, *named) if (loader := elf.loader(path)))]
 
 
 def _cgroup(policy: Policy, host: Host) -> list[plan.CgroupWrite]:

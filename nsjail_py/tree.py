@@ -121,7 +121,7 @@ def program_tree(program: str, mountpoints: tuple[str, ...] = ()) -> Tree:
         return known
     if not stat.S_ISREG(os.stat(program).st_mode):
         raise PolicyError(f"{program}: not a regular file")
-    named_by_it = _shebang(program)
+    named_by_it = shebang(program)
     needs = sorted(_closure([program, *named_by_it], []))
     named = {path: path for path in (*named_by_it, *needs)}
     own = [program] if is_system(program) else []
@@ -141,7 +141,7 @@ def is_system(path: str) -> bool:
     return path.startswith(SYSTEM)
 
 
-def _shebang(program: str) -> list[str]:
+def shebang(program: str) -> list[str]:
     """The programs that a script's first line names. The script may be the enemy's: it must not choose just any file (elf.may_show)."""
     with open(program, "rb") as file:
         first = file.readline(256)

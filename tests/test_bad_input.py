@@ -37,12 +37,11 @@ def test_a_mount_whose_source_is_missing_is_named() -> None:
 
 
 def test_a_target_below_a_read_only_mount_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    mounts = [Mount(source=str(tmp_path / "a"), target="/data"), Mount(source="/usr/share", target="/data/missing")]
+    mounts = [Mount(source=str(tmp_path), target="/usr/share/not-there")]
     with pytest.raises(SetupError) as caught:
-        nsjail_py.run(["/bin/true"], mounts=mounts)
-    assert caught.value.step.startswith("mount") and "/data/missing" in str(caught.value)
-    assert list((tmp_path / "a").iterdir()) == []
+        nsjail_py.run(["/bin/true"], policy="moderate", root="system", mounts=mounts)
+    assert caught.value.step == "mount bind" and "/usr/share/not-there" in str(caught.value)
+    assert nsjail_py.run(["/bin/true"], policy="moderate", mounts=mounts).ok  # a minimal root is made with a place for it
 
 
 def test_a_nul_in_an_argument_or_variable_is_refused() -> None:
