@@ -21,7 +21,25 @@ from pathlib import Path
 import nsjail_py
 
 TRUE = "/bin/true"
-BWRAP = ["--unshare-all", "--ro-bind", "/usr", "/usr", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64", "--symlink", "usr/bin", "/bin", "--proc", "/proc", "--dev", "/dev"]
+BWRAP = [
+    "--unshare-all",
+    "--ro-bind",
+    "/usr",
+    "/usr",
+    "--symlink",
+    "usr/lib",
+    "/lib",
+    "--symlink",
+    "usr/lib64",
+    "/lib64",
+    "--symlink",
+    "usr/bin",
+    "/bin",
+    "--proc",
+    "/proc",
+    "--dev",
+    "/dev",
+]
 
 
 def spawn(command: list[str]) -> Callable[[], None]:
@@ -82,7 +100,9 @@ def main() -> None:
         name: {"median_ms": statistics.median(t), "p99_ms": sorted(t)[int(len(t) * 0.99)], "times_bare": statistics.median(t) / bare}
         for name, t in times.items()
     }
-    print(f"/bin/true, {chosen.rounds} rounds, heap {len(heap) >> 20} MiB, Linux {platform.release()}, {os.cpu_count()} processors, uid {os.getuid()}")
+    print(
+        f"/bin/true, {chosen.rounds} rounds, heap {len(heap) >> 20} MiB, Linux {platform.release()}, {os.cpu_count()} processors, uid {os.getuid()}"
+    )
     for name, row in rows.items():
         print(f"  {name:34} median {row['median_ms']:8.2f} ms   p99 {row['p99_ms']:8.2f} ms   {row['times_bare']:6.1f} x bare")
     if chosen.json:

@@ -100,21 +100,21 @@ static const struct plan *plan_map(int descriptor) {
 static pid_t cell_clone(const struct launcher *launcher, struct run *run, int socket) {
 	int rootless = launcher->hello.uid_count == 0;
 	struct cell cell = {
-		.plan = run->plan,
-		.launcher = socket,
-		.cgroup_kind = run->has_groups ? launcher->hello.cgroup_kind : CGROUP_NONE,
-		.uid = rootless ? geteuid() : launcher->hello.uid_base + run->index,
-		.gid = rootless ? getegid() : launcher->hello.uid_base + run->index,
-		.rootless = rootless,
+	    .plan = run->plan,
+	    .launcher = socket,
+	    .cgroup_kind = run->has_groups ? launcher->hello.cgroup_kind : CGROUP_NONE,
+	    .uid = rootless ? geteuid() : launcher->hello.uid_base + run->index,
+	    .gid = rootless ? getegid() : launcher->hello.uid_base + run->index,
+	    .rootless = rootless,
 	};
 	if (cgroup_open(launcher, run, cell.groups) < 0)
 		return -1;
 	/* Time needs a process of its own to begin in, the cgroup namespace one that has joined; the user's comes last as root. */
 	uint64_t later = CLONE_NEWTIME | CLONE_NEWCGROUP | (rootless ? 0 : CLONE_NEWUSER);
 	struct clone_args args = {
-		.flags = (run->plan->namespaces & ~later) | CLONE_PIDFD,
-		.pidfd = (uint64_t)(uintptr_t)&run->init,
-		.exit_signal = SIGCHLD,
+	    .flags = (run->plan->namespaces & ~later) | CLONE_PIDFD,
+	    .pidfd = (uint64_t)(uintptr_t)&run->init,
+	    .exit_signal = SIGCHLD,
 	};
 	pid_t pid = sys_clone3(&args);
 	if (pid == 0)
@@ -129,9 +129,10 @@ static pid_t cell_clone(const struct launcher *launcher, struct run *run, int so
 
 static int run_watch(struct launcher *launcher, struct run *run) {
 	run->timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-	return run->timer < 0 || watch(launcher, run->timer, EVENT_TIMER, run) < 0 || watch(launcher, run->cell, EVENT_CELL, run) < 0 ||
-				   watch(launcher, run->init, EVENT_INIT, run) < 0 || watch(launcher, run->channel, EVENT_CHANNEL, run) < 0
-			   ? -1
+	return run->timer < 0 || watch(launcher, run->timer, EVENT_TIMER, run) < 0 ||
+	               watch(launcher, run->cell, EVENT_CELL, run) < 0 || watch(launcher, run->init, EVENT_INIT, run) < 0 ||
+	               watch(launcher, run->channel, EVENT_CHANNEL, run) < 0
+	           ? -1
 			   : 0;
 }
 

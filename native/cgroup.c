@@ -64,9 +64,8 @@ int cgroup_open(const struct launcher *launcher, const struct run *run, int *des
 		descriptors[group] = -1;
 		if (run->groups[group] < 0)
 			continue;
-		descriptors[group] = launcher->hello.cgroup_kind == CGROUP_V1
-								 ? openat(run->groups[group], "tasks", O_WRONLY | O_CLOEXEC)
-								 : fcntl(run->groups[group], F_DUPFD_CLOEXEC, 0);
+		descriptors[group] = launcher->hello.cgroup_kind == CGROUP_V1 ? openat(run->groups[group], "tasks", O_WRONLY | O_CLOEXEC)
+		                                                              : fcntl(run->groups[group], F_DUPFD_CLOEXEC, 0);
 		if (descriptors[group] < 0)
 			return -1;
 	}

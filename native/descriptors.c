@@ -49,9 +49,7 @@ int order_receive(int socket, struct cell_order *order, int *descriptors, int *c
 	return 0;
 }
 
-int descriptors_seal(void) {
-	return (int)syscall(SYS_close_range, 3, ~0U, CLOSE_RANGE_CLOEXEC);
-}
+int descriptors_seal(void) { return (int)syscall(SYS_close_range, 3, ~0U, CLOSE_RANGE_CLOEXEC); }
 
 /* What was received may sit on a number that another is to have: all move up first, then each to its place. */
 int descriptors_place(const struct order *order, const int *descriptors) {

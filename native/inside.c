@@ -38,8 +38,8 @@ static void become_nobody(struct cell *cell) {
 /* With a v2 group the program is born in it: joining later would have to stop every other fork on the machine. */
 static pid_t program_start(const struct cell *cell) {
 	struct clone_args args = {
-		.flags = CLONE_FILES, /* the tables part again when the seccomp listener has been handed over */
-		.exit_signal = SIGCHLD,
+	    .flags = CLONE_FILES, /* the tables part again when the seccomp listener has been handed over */
+	    .exit_signal = SIGCHLD,
 	};
 	if (cell->cgroup_kind == CGROUP_V2) {
 		args.flags |= CLONE_INTO_CGROUP;

@@ -22,9 +22,7 @@ static inline int sys_fsopen(const char *type) { return (int)syscall(SYS_fsopen,
 static inline int sys_fsconfig(int fd, unsigned command, const char *key, const char *value) {
 	return (int)syscall(SYS_fsconfig, fd, command, key, value, 0);
 }
-static inline int sys_fsmount(int fd, unsigned attributes) {
-	return (int)syscall(SYS_fsmount, fd, FSMOUNT_CLOEXEC, attributes);
-}
+static inline int sys_fsmount(int fd, unsigned attributes) { return (int)syscall(SYS_fsmount, fd, FSMOUNT_CLOEXEC, attributes); }
 static inline int sys_open_tree(int at, const char *path, unsigned flags) {
 	return (int)syscall(SYS_open_tree, at, path, flags | OPEN_TREE_CLOEXEC);
 }

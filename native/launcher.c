@@ -5,8 +5,8 @@
  * climbs the ladder (inside.c) and becomes init (reaper.c) and program. From there on we only listen: to the cell, to its denied
  * calls (denials.c), to its clocks (clocks.c), to the caller. When init is dead the kernel has killed everything in the cell; we
  * count, clear away and report. When the caller is gone so are we, and with us every cell. */
-#include "kernel.h"
 #include "launcher.h"
+#include "kernel.h"
 
 #include <errno.h>
 #include <sched.h>

@@ -23,8 +23,8 @@ static int keep_errno_close(int fd) {
 
 static int target_open(const struct cell *cell, const char *path, unsigned flags) {
 	struct open_how how = {
-		.flags = O_PATH | O_CLOEXEC | flags,
-		.resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS,
+	    .flags = O_PATH | O_CLOEXEC | flags,
+	    .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS,
 	};
 	return sys_openat2(cell->root, path, &how);
 }
@@ -57,7 +57,7 @@ static int place(const struct cell *cell, int tree, const char *target) {
 
 static unsigned attributes_of(uint32_t flags) {
 	return MOUNT_ATTR_NOSUID | (flags & MOUNT_DEVICES ? 0 : MOUNT_ATTR_NODEV) | (flags & MOUNT_WRITABLE ? 0 : MOUNT_ATTR_RDONLY) |
-		   (flags & MOUNT_NOEXEC ? MOUNT_ATTR_NOEXEC : 0);
+	       (flags & MOUNT_NOEXEC ? MOUNT_ATTR_NOEXEC : 0);
 }
 
 static int restrict_tree(int tree, uint32_t flags) {
@@ -195,7 +195,8 @@ static enum step maps_prepare(struct cell *cell) {
 		if (stat(at(plan, steps[i].source), &status) < 0)
 			return STEP_MOUNT_SOURCE;
 		errno = status.st_uid == 0 ? EPERM : next == MAX_MAPS ? E2BIG : 0;
-		if (errno || (cell->maps[next++] = mapping_namespace(status.st_uid, status.st_gid ? status.st_gid : status.st_uid, cell)) < 0)
+		if (errno ||
+		    (cell->maps[next++] = mapping_namespace(status.st_uid, status.st_gid ? status.st_gid : status.st_uid, cell)) < 0)
 			return STEP_MOUNT_IDMAP;
 	}
 	return STEP_NONE;
@@ -232,7 +233,8 @@ static int part(struct cell *cell, const struct mount_step *step) {
 	const char *name = at(cell->plan, step->source);
 	if (mkdirat(cell->scratch, name, 0700) < 0 || fchmodat(cell->scratch, name, step->mode, 0) < 0)
 		return -1;
-	if (step->flags & MOUNT_OWNED && !cell->rootless && fchownat(cell->scratch, name, cell->uid, cell->gid, AT_SYMLINK_NOFOLLOW) < 0)
+	if (step->flags & MOUNT_OWNED && !cell->rootless &&
+	    fchownat(cell->scratch, name, cell->uid, cell->gid, AT_SYMLINK_NOFOLLOW) < 0)
 		return -1;
 	if (step->flags & MOUNT_APP) {
 		cell->app = openat(cell->scratch, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
@@ -262,8 +264,8 @@ static int mask(const struct cell *cell, const struct mount_step *step) {
 		return errno == ENOENT ? 0 : -1;
 	int tree = -1;
 	if (fstat(target, &status) == 0)
-		tree = S_ISDIR(status.st_mode) ? new_file_system("tmpfs", empty, 0)
-									   : sys_open_tree(AT_FDCWD, "/dev/null", OPEN_TREE_CLONE);
+		tree =
+		    S_ISDIR(status.st_mode) ? new_file_system("tmpfs", empty, 0) : sys_open_tree(AT_FDCWD, "/dev/null", OPEN_TREE_CLONE);
 	keep_errno_close(target);
 	return finish(cell, tree, step);
 }

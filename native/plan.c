@@ -4,9 +4,7 @@
 #include <linux/filter.h>
 #include <string.h>
 
-static int inside(uint64_t size, uint64_t offset, uint64_t length) {
-	return offset <= size && length <= size - offset;
-}
+static int inside(uint64_t size, uint64_t offset, uint64_t length) { return offset <= size && length <= size - offset; }
 
 static int string_ok(const void *block, uint32_t size, uint32_t offset) {
 	return offset && offset < size && memchr((const char *)block + offset, 0, size - offset) != NULL;

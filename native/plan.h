@@ -195,13 +195,13 @@ struct request { /* with plan, order, channel, then the program's descriptors */
 };
 
 enum cause { /* why the launcher ended a run */
-	CAUSE_NONE,
-	CAUSE_WALL,
-	CAUSE_CPU,
-	CAUSE_IDLE,
-	CAUSE_SYSCALL,
-	CAUSE_CALLER,
-	CAUSE_OUTPUT,
+             CAUSE_NONE,
+             CAUSE_WALL,
+             CAUSE_CPU,
+             CAUSE_IDLE,
+             CAUSE_SYSCALL,
+             CAUSE_CALLER,
+             CAUSE_OUTPUT,
 };
 
 struct command {

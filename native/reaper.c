@@ -60,7 +60,7 @@ static int records_read(struct cell *cell) {
 static int disk_full(const struct cell *cell) {
 	struct statfs status;
 	return cell->scratch >= 0 && fstatfs(cell->scratch, &status) == 0 &&
-		   ((status.f_blocks && status.f_bavail == 0) || (status.f_files && status.f_ffree == 0));
+	       ((status.f_blocks && status.f_bavail == 0) || (status.f_files && status.f_ffree == 0));
 }
 
 _Noreturn static void ended(const struct cell *cell, int status) {
@@ -104,9 +104,9 @@ static void signal_forward(const struct cell *cell, pid_t program) {
 _Noreturn void reap(struct cell *cell, pid_t program) {
 	enum { LAUNCHER, STATUS, CHILDREN, WATCHED };
 	struct pollfd watched[WATCHED] = {
-		[LAUNCHER] = {.fd = cell->launcher}, /* until the program has its order, what comes there is the program's to read */
-		[STATUS] = {.fd = cell->status[0], .events = POLLIN},
-		[CHILDREN] = {.fd = cell->children, .events = POLLIN},
+	    [LAUNCHER] = {.fd = cell->launcher}, /* until the program has its order, what comes there is the program's to read */
+	    [STATUS] = {.fd = cell->status[0], .events = POLLIN},
+	    [CHILDREN] = {.fd = cell->children, .events = POLLIN},
 	};
 	/* The launcher's death is ours; if it has come already, the socket says so. */
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)

@@ -14,11 +14,7 @@ int signals_reset(void) {
 	return sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-int session_new(void) {
-	return setsid() < 0 && errno != EPERM ? -1 : 0; /* EPERM: we lead one already */
-}
+int session_new(void) { return setsid() < 0 && errno != EPERM ? -1 : 0; /* EPERM: we lead one already */ }
 
 /* The caller's session keys would be possessed inside. A kernel without keyrings has nothing to leak. */
-int keyring_new(void) {
-	return syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 && errno != ENOSYS ? -1 : 0;
-}
+int keyring_new(void) { return syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 && errno != ENOSYS ? -1 : 0; }

@@ -43,8 +43,7 @@ static int map_by_launcher(const struct cell *cell) {
 	struct cell_message need = {.kind = CELL_NEED_MAP};
 	struct cell_order answer;
 	int none = 0;
-	if (message_send(cell->launcher, &need, sizeof need, NULL, 0) < 0 ||
-	    order_receive(cell->launcher, &answer, NULL, &none) < 0)
+	if (message_send(cell->launcher, &need, sizeof need, NULL, 0) < 0 || order_receive(cell->launcher, &answer, NULL, &none) < 0)
 		return -1;
 	if (answer.kind != CELL_MAPPED) {
 		errno = EPROTO;
@@ -74,8 +73,8 @@ int nested_refuse(struct cell *cell) {
 
 int securebits_lock(void) {
 	return prctl(PR_SET_SECUREBITS, SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | SECBIT_NO_SETUID_FIXUP |
-						SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_KEEP_CAPS_LOCKED |
-						SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED);
+	                                    SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_KEEP_CAPS_LOCKED | SECBIT_NO_CAP_AMBIENT_RAISE |
+	                                    SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED);
 }
 
 /* Before the user namespace: inside it the right is gone, or, for an ordinary user, was never there. */
@@ -116,6 +115,4 @@ int capabilities_drop(void) {
 	return 0;
 }
 
-int no_new_privs(void) {
-	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-}
+int no_new_privs(void) { return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); }

@@ -1,8 +1,8 @@
 """Run code that nobody trusts in a jail made by the Linux kernel: no Docker, no setuid, three lines of Python.
 
-    import nsjail_py
-    result = nsjail_py.run_python("print(6 * 7)", policy="untrusted", cpu_time=1.0)
-    result.verdict, result.stdout, result.cpu_time, result.peak_memory
+import nsjail_py
+result = nsjail_py.run_python("print(6 * 7)", policy="untrusted", cpu_time=1.0)
+result.verdict, result.stdout, result.cpu_time, result.peak_memory
 """
 
 from __future__ import annotations

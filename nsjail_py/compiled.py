@@ -103,8 +103,12 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         compiled = compile_filter(policy.syscalls)
         bpf, exec_once, unknown_from = compiled.bpf, compiled.exec_once, compiled.unknown_from
     if policy.landlock and not host.landlock_abi:
-        raise Unavailable("landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy")
-    decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside)) if policy.landlock else landlock.Decision((0, 0, 0), [])
+        raise Unavailable(
+            "landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy"
+        )
+    decided = (
+        landlock.decide(policy, host.landlock_abi, _executables(program, outside)) if policy.landlock else landlock.Decision((0, 0, 0), [])
+    )
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,
@@ -144,18 +148,28 @@ def _cgroup(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
 
 
 NAMESPACES = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time")
-ALWAYS = ("environment", "descriptors", "session", "keyring", "capabilities", "no_new_privs", "read_only_root", "private_dev", "private_tmp")
+ALWAYS = (
+    "environment",
+    "descriptors",
+    "session",
+    "keyring",
+    "capabilities",
+    "no_new_privs",
+    "read_only_root",
+    "private_dev",
+    "private_tmp",
+)
 
 
 def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     """Each protection: asked for, and given or not. Raises Unavailable for one that is missing and not under best_effort."""
     abi = host.landlock_abi
-    wanted = {name: True for name in ALWAYS}
+    wanted = dict.fromkeys(ALWAYS, True)
     wanted |= {f"{name}_namespace": name in policy.namespaces for name in NAMESPACES}
     wanted |= {"own_uid": policy.own_uid, "groups": True, "nested_userns": True, "private_proc": policy.proc != "none"}
     wanted |= {"minimal_root": policy.root == "minimal", "seccomp": policy.syscalls is not None}
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
-    wanted |= {name: policy.landlock for name in ("landlock_fs", "landlock_net", "landlock_scope")}
+    wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)
     wanted |= {"cgroup": True, "swap": policy.limits.memory is not None}
     lacks = {}
     if not host.root:
@@ -174,7 +188,9 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
         reasons = "; ".join(f"{name}: {lacks[name]}" for name in required)
         raise Unavailable("protections", detail=reasons, advice=f"or list them under best_effort in policy {policy.name!r}")
     return tuple(
-        Protection(name, "not requested" if not asked else "unavailable" if name in lacks else "applied", lacks.get(name, "") if asked else "")
+        Protection(
+            name, "not requested" if not asked else "unavailable" if name in lacks else "applied", lacks.get(name, "") if asked else ""
+        )
         for name, asked in wanted.items()
     )
 

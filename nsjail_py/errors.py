@@ -1,11 +1,11 @@
 """Errors: *we* failed. When the program inside failed, that is a `Result`.
 
-    JailError                     everything below
-    ├── PolicyError               a policy, a limit or an argument makes no sense; `problems` lists all of them
-    ├── SetupError                the jail could not be made on this host: step, errno, advice
-    │   └── Unavailable           the host lacks a protection that the policy requires
-    ├── LauncherDied              the launcher ended in the middle of a run; the next run starts a new one
-    └── RunFailed                 raised by Result.check() only: the verdict was not `ok`
+JailError                     everything below
+├── PolicyError               a policy, a limit or an argument makes no sense; `problems` lists all of them
+├── SetupError                the jail could not be made on this host: step, errno, advice
+│   └── Unavailable           the host lacks a protection that the policy requires
+├── LauncherDied              the launcher ended in the middle of a run; the next run starts a new one
+└── RunFailed                 raised by Result.check() only: the verdict was not `ok`
 """
 
 from __future__ import annotations

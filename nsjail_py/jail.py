@@ -246,7 +246,9 @@ class Jail:
         claim = launcher.current().claim
         return Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi())
 
-    def _start(self, compiled: Compiled, argv: list[str], files: Sequence[OrderFile], streams: Sequence[Stream], pass_fds: tuple[int, ...]) -> Process:
+    def _start(
+        self, compiled: Compiled, argv: list[str], files: Sequence[OrderFile], streams: Sequence[Stream], pass_fds: tuple[int, ...]
+    ) -> Process:
         if any(not 3 <= fd < lib.MAX_FD_NUMBER for fd in pass_fds) or len(set(pass_fds)) > lib.MAX_FDS - 3:
             raise PolicyError(f"pass_fds: at most {lib.MAX_FDS - 3} descriptors with numbers from 3 to {lib.MAX_FD_NUMBER - 1}")
         numbers = sorted(set(pass_fds))

@@ -66,7 +66,9 @@ class Launcher:
                 continue
             self.uid_lock = lock
             return UID_BASE + number * UID_BLOCK, UID_BLOCK
-        raise SetupError("uid pool", detail=f"all {UID_BLOCKS} blocks of host ids are in use", advice="end some of the processes that use nsjail_py")
+        raise SetupError(
+            "uid pool", detail=f"all {UID_BLOCKS} blocks of host ids are in use", advice="end some of the processes that use nsjail_py"
+        )
 
     def _spawn(self, control: int) -> int:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

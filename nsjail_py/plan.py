@@ -41,8 +41,8 @@ class Block:
         self.parts: list[bytes] = []
         self.known: dict[bytes, int] = {}
 
-    def bytes(self, data: bytes) -> int:
-        offset = self.size
+    def put(self, data: bytes) -> int:
+        offset: int = self.size
         padded = data + bytes(-len(data) % 8)
         self.parts.append(padded)
         self.size += len(padded)
@@ -53,17 +53,17 @@ class Block:
         if b"\0" in data:
             raise PolicyError(f"{text!r} has a NUL character in it, which no system call takes")
         if data not in self.known:
-            self.known[data] = self.bytes(data + b"\0")
+            self.known[data] = self.put(data + b"\0")
         return self.known[data]
 
     def strings(self, span: Any, texts: Sequence[str | bytes]) -> None:
         offsets = [self.string(text) for text in texts]
-        span.offset, span.count = self.bytes(b"".join(offset.to_bytes(8, "little") for offset in [*offsets, 0])), len(offsets)
+        span.offset, span.count = self.put(b"".join(offset.to_bytes(8, "little") for offset in [*offsets, 0])), len(offsets)
 
     def table(self, span: Any, kind: str, rows: Iterable[dict[str, int]]) -> None:
         filled = list(rows)
         array = ffi.new(f"{kind}[]", filled)
-        span.offset, span.count = self.bytes(bytes(ffi.buffer(array))), len(filled)
+        span.offset, span.count = self.put(bytes(ffi.buffer(array))), len(filled)
 
     def finish(self) -> bytes:
         self.head.size = self.size
@@ -138,7 +138,7 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
         ({"group": w.group, "file": block.string(w.file), "value": block.string(w.value)} for w in parts.cgroup),
     )
     if parts.bpf:
-        head.filter.offset, head.filter.count = block.bytes(parts.bpf), len(parts.bpf) // 8
+        head.filter.offset, head.filter.count = block.put(parts.bpf), len(parts.bpf) // 8
     return block.finish()
 
 
@@ -179,10 +179,10 @@ def compile_order(
     block.table(
         head.files,
         "struct order_file",
-        ({"name": block.string(f.name), "mode": f.mode, "offset": block.bytes(f.data), "size": len(f.data)} for f in files),
+        ({"name": block.string(f.name), "mode": f.mode, "offset": block.put(f.data), "size": len(f.data)} for f in files),
     )
     numbers = b"".join(number.to_bytes(4, "little") for number in descriptors)
-    head.descriptors.offset, head.descriptors.count = block.bytes(numbers), len(descriptors)
+    head.descriptors.offset, head.descriptors.count = block.put(numbers), len(descriptors)
     return block.finish()
 
 

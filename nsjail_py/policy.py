@@ -18,7 +18,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A frozen record whose unknown fields are errors."""
 
 
-class Limits(Struct):
+class Limits(Struct, frozen=True, kw_only=True):
     """How much of each resource one run may use. Reaching one ends the run, and the verdict names it."""
 
     wall_time: float | None = 60.0
@@ -46,7 +46,7 @@ class Limits(Struct):
     """Bytes of the main thread's stack (RLIMIT_STACK)."""
 
 
-class Mount(Struct):
+class Mount(Struct, frozen=True, kw_only=True):
     """One file or directory of the host that is visible inside."""
 
     source: str
@@ -59,7 +59,7 @@ class Mount(Struct):
     """Whether programs in it may be executed and its libraries mapped (mount option noexec when false)."""
 
 
-class Syscalls(Struct):
+class Syscalls(Struct, frozen=True, kw_only=True):
     """Which system calls the program may make: an allow-list of named sets from syscalls.toml."""
 
     allow: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ class Syscalls(Struct):
     """Whether the program may execute further programs once it runs."""
 
 
-class Python(Struct):
+class Python(Struct, frozen=True, kw_only=True):
     """How Python scripts are run."""
 
     interpreter: str | None = None
@@ -83,7 +83,7 @@ class Python(Struct):
     """Directory of the host shown read-only at /project and put on sys.path."""
 
 
-class Policy(Struct):
+class Policy(Struct, frozen=True, kw_only=True):
     """What a jail allows. `nsjail_py.policy("untrusted")` gives a shipped one; `msgspec.structs.replace` changes a copy."""
 
     name: str = "custom"

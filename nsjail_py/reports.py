@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from .rootfs import MountStep
 
 SOURCES = {lib.SOURCE_NONE: "none", lib.SOURCE_RUSAGE: "rusage", lib.SOURCE_CGROUP1: "cgroup1", lib.SOURCE_CGROUP2: "cgroup2"}
-STEP_NAMES = {
-    number: name.removeprefix("STEP_").lower().replace("_", " ") for number, name in ffi.typeof("enum step").elements.items()
-}
+STEP_NAMES = {number: name.removeprefix("STEP_").lower().replace("_", " ") for number, name in ffi.typeof("enum step").elements.items()}
 MOUNT_STEPS = ("mount target", "mount source", "mount bind", "mount idmap", "mount scratch", "mount proc", "mount devpts", "mount mask")
 
 

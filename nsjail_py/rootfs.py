@@ -32,7 +32,22 @@ DEVICE_LINKS = {
 }
 
 MASKED = (
-    *("acpi", "asound", "bus", "config.gz", "fs", "interrupts", "iomem", "ioports", "irq", "kallsyms", "kcore", "key-users", "keys", "kmsg"),
+    *(
+        "acpi",
+        "asound",
+        "bus",
+        "config.gz",
+        "fs",
+        "interrupts",
+        "iomem",
+        "ioports",
+        "irq",
+        "kallsyms",
+        "kcore",
+        "key-users",
+        "keys",
+        "kmsg",
+    ),
     *("latency_stats", "modules", "sched_debug", "scsi", "slabinfo", "sysrq-trigger", "timer_list", "timer_stats", "vmallocinfo"),
 )
 """Files and directories of /proc that tell about the host or reach into it."""
@@ -128,7 +143,11 @@ def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
     if tree is not None:
         # Beside a root of the host's, the tree only adds what is not there for the jail's user: an interpreter in somebody's home, mostly.
         names = [entry.name for entry in tree.entries]
-        extra = names if policy.root == "minimal" else [name for name in names if name not in ("usr", "bin", "sbin", "etc") and name[:3] != "lib"]
+        extra = (
+            names
+            if policy.root == "minimal"
+            else [name for name in names if name not in ("usr", "bin", "sbin", "etc") and name[:3] != "lib"]
+        )
         if policy.root == "system":
             extra.append("etc")
         shown.update({name: tree.path / name for name in extra})
@@ -163,9 +182,7 @@ def _writable(root: Root, policy: Policy, with_files: bool) -> None:
     for path in ("/tmp", "/work", "/dev/shm", "/app"):
         root.directory(path)
     size = policy.limits.disk if policy.limits.disk is not None else 0
-    root.mounts.append(
-        MountStep(lib.MOUNT_SCRATCH, "/tmp", flags=lib.MOUNT_WRITABLE | noexec, size=size, inodes=policy.limits.files or 0)
-    )
+    root.mounts.append(MountStep(lib.MOUNT_SCRATCH, "/tmp", flags=lib.MOUNT_WRITABLE | noexec, size=size, inodes=policy.limits.files or 0))
     parts = [("shm", "/dev/shm", own, 0o1777), ("tmp", "/tmp", own, 0o1777)]
     if with_files:
         parts.insert(0, ("app", "/app", lib.MOUNT_APP | lib.MOUNT_OWNED | noexec, 0o755))

@@ -17,7 +17,15 @@ pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 @pytest.mark.parametrize(
     "changes",
-    [{"memory": "64MB"}, {"memory": -1}, {"cpu_time": float("nan")}, {"cpu_time": "1 parsec"}, {"processes": 0}, {"memry": 1}, {"root": "relative"}],
+    [
+        {"memory": "64MB"},
+        {"memory": -1},
+        {"cpu_time": float("nan")},
+        {"cpu_time": "1 parsec"},
+        {"processes": 0},
+        {"memry": 1},
+        {"root": "relative"},
+    ],
     ids=str,
 )
 def test_a_limit_that_makes_no_sense_is_never_no_limit(changes: dict[str, object]) -> None:

@@ -26,7 +26,9 @@ def test_the_python_example_of_the_readme_runs() -> None:
 
 def test_the_example_prints_what_the_readme_shows() -> None:
     shown = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
-    done = subprocess.run([sys.executable, "-m", "nsjail_py", "run", "examples/hello.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "nsjail_py", "run", "examples/hello.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     refused = [line for line in done.stdout.splitlines() if ": " in line and not line.startswith(("the whole", "hello"))]
     assert len(refused) == 5 and all(line in shown for line in refused), done.stdout
 

@@ -13,7 +13,7 @@ import pytest
 import nsjail_py
 from nsjail_py import Verdict, aio
 
-HEAVY = '''
+HEAVY = """
 import asyncio, os, signal, sys, threading, time
 sys.path.insert(0, {tests!r})
 import nsjail_py
@@ -62,7 +62,7 @@ for _ in range(50):
     time.sleep(0.1)
 assert traces() == before, (before, traces())
 print("whole")
-'''
+"""
 
 
 def test_a_thousand_runs_from_threads_and_a_thousand_from_asyncio_leave_nothing() -> None:

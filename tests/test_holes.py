@@ -43,7 +43,9 @@ def test_no_process_of_the_host_is_seen(level: str) -> None:
 
 def test_a_variable_that_the_policy_names_is_there(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ_HINT", "UTC")
-    result = nsjail_py.run_python("import os; print(os.environ['TZ_HINT'], os.environ['MODE'])", policy=level, env_pass=("TZ_HINT",), env={"MODE": "x"})
+    result = nsjail_py.run_python(
+        "import os; print(os.environ['TZ_HINT'], os.environ['MODE'])", policy=level, env_pass=("TZ_HINT",), env={"MODE": "x"}
+    )
     assert result.stdout == b"UTC x\n"
 
 

@@ -59,7 +59,15 @@ def test_the_suite_holds_for_an_ordinary_user(suite: str, home: Path) -> None:
     for here, folders, files in os.walk(user):
         for name in (".", *folders, *files):
             os.chown(os.path.join(here, name), NOBODY, NOBODY, follow_symlinks=False)
-    command = [str(user / "venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={user}/tmp", str(project / "tests" / suite)]
+    command = [
+        str(user / "venv/bin/python"),
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={user}/tmp",
+        str(project / "tests" / suite),
+    ]
     done = subprocess.run(
         command,
         user=NOBODY,

@@ -167,7 +167,9 @@ def test_kill_signal_and_timeout_behave_as_popen_has_taught() -> None:
         process.kill()
         assert process.wait(5).verdict is Verdict.killed
         process.kill()
-    with jail.start_python("import signal, time\nsignal.signal(15, lambda *a: exit(3))\nprint(1, flush=True)\ntime.sleep(60)", stdout=PIPE) as process:
+    with jail.start_python(
+        "import signal, time\nsignal.signal(15, lambda *a: exit(3))\nprint(1, flush=True)\ntime.sleep(60)", stdout=PIPE
+    ) as process:
         assert process.stdout is not None and process.stdout.read(2) == b"1\n"
         process.terminate()
         assert process.wait(5).exit_code == 3
@@ -194,7 +196,9 @@ def test_listed_descriptors_cross_and_no_other() -> None:
     leaked = os.dup(read)
     os.set_inheritable(leaked, True)
     try:
-        result = nsjail_py.run_python(f"import os; print(sorted(map(int, os.listdir('/proc/self/fd')))); os.write({write}, b'x')", pass_fds=[write])
+        result = nsjail_py.run_python(
+            f"import os; print(sorted(map(int, os.listdir('/proc/self/fd')))); os.write({write}, b'x')", pass_fds=[write]
+        )
         assert os.read(read, 1) == b"x"
         seen = eval(result.stdout)
         assert {0, 1, 2, write} <= set(seen) and len(seen) == 5  # and the directory being listed

@@ -163,6 +163,16 @@ def test_a_script_cannot_name_a_file_that_is_no_program(store, tmp_path, line):
     assert found.path.parent == store
 
 
+def test_a_script_cannot_name_a_file_of_the_system_that_is_no_program(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tree, "SYSTEM", f"{tmp_path}/")
+    monkeypatch.setattr(tree, "PRIVATE", frozenset())
+    (tmp_path / "secret").write_text("a key")
+    (tmp_path / "secret").chmod(0o755)
+    (tmp_path / "script").write_text(f"#!{tmp_path}/secret\n")
+    tree.program_tree(str(tmp_path / "script"))
+    assert not [path for path in files(store) if path.name == "secret"]
+
+
 def test_a_program_cannot_bring_the_password_file_of_the_host(store, tmp_path):
     program = tmp_path / "program"
     for data in (made(["/etc/shadow"]), made(["shadow"], "/etc"), made([], None, "/etc/shadow"), made(["shadow"], "/usr/../etc")):
