@@ -36,7 +36,7 @@ UNWANTED_FILES = ("_tkinter.", "_test", "_ctypes_test.", "_xxtestfuzz.")
 PRIVATE = frozenset({"proc", "dev", "tmp", "work", "app", "project", "sys", "run"})
 """Top-level names that are the jail's own."""
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/", "/opt/")
+SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib64/", "/opt/")
 PATH = "/usr/local/bin:/usr/bin:/bin"
 BY_NAME = ("libgcc_s.so.1", "libnss_files.so.2")
 """Libraries that the C library opens by itself when a thread is cancelled, or a user is looked up (before glibc 2.34)."""
