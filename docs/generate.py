@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +22,7 @@ def reference() -> str:
     for name, table in TABLES.items():
         lines += [f"## {f'[{table}]' if table else 'Top level'}", "", ast.get_docstring(classes[name]) or "", ""]
         body = classes[name].body
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 default = f", default `{ast.unparse(field.value)}`" if field.value is not None else ""
                 lines.append(

@@ -117,9 +117,9 @@ _Noreturn void program_main(struct cell *cell) {
 	step(cell, STEP_DESCRIPTORS, descriptors_place(order, descriptors));
 	step(cell, STEP_WORK_DIRECTORY, chdir(at(plan, plan->directory)));
 	char **argv = order_pointers(order, order->argv), **environment = order_pointers(order, order->environment);
-	step(cell, STEP_RESOURCE_LIMITS, limits_apply(plan));
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_apply(cell));
+	step(cell, STEP_RESOURCE_LIMITS, limits_apply(plan));
 	if (plan->flags & PLAN_FILTER)
 		step(cell, STEP_SECCOMP, filter_install(plan, &listener));
 	ready(cell, listener);

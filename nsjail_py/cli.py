@@ -207,7 +207,7 @@ def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Pro
     return exit_status(result)
 
 
-class Stopped(Exception):  # noqa: N818 (no error: somebody pressed Ctrl-C)
+class Stopped(Exception):
     """A signal asked the command to end."""
 
     def __init__(self, number: int) -> None:

@@ -27,7 +27,7 @@ from .policy import Policy
 from .policyfile import load, override
 from .reports import Context, parse, to_result
 from .result import Result
-from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory
 
 __all__ = ["DEVNULL", "PIPE", "STDOUT", "Jail", "Process", "run", "run_python"]
 
@@ -88,10 +88,7 @@ class Process:
         """Takes one message from the launcher; true when it was the last."""
         if self.reported:
             return True
-        try:
-            message = self.channel.recv(1 << 16)
-        except ConnectionResetError:
-            message = b""
+        message = self._receive()
         if not message:
             self._lost = True
             self.reported = ffi.new("struct report *")
@@ -103,6 +100,13 @@ class Process:
             return False
         self.reported = report
         return True
+
+    def _receive(self) -> bytes:
+        """One message, empty at the end. A command that the launcher no longer read shows as one reset, before what it had sent."""
+        for _ in range(2):
+            with contextlib.suppress(ConnectionResetError):
+                return self.channel.recv(1 << 16)
+        return b""
 
     def poll(self) -> Result | None:
         """The result if the run is over, else None. Does not wait."""
@@ -252,6 +256,8 @@ class Jail:
         if any(not 3 <= fd < lib.MAX_FD_NUMBER for fd in pass_fds) or len(set(pass_fds)) > lib.MAX_FDS - 3:
             raise PolicyError(f"pass_fds: at most {lib.MAX_FDS - 3} descriptors with numbers from 3 to {lib.MAX_FD_NUMBER - 1}")
         numbers = sorted(set(pass_fds))
+        for number in numbers:
+            no_directory(number)
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
         return Process(compiled, order, argv, Ends(*streams), numbers)
 

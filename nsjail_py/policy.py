@@ -92,8 +92,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     """One sentence for `policy list`."""
     root: str = "minimal"
     """The file system inside. `minimal`: only the program, its shared libraries, for Python its standard library and the listed
-    distributions; no shell. `system`: the host's /usr, read-only, with an /etc of a few harmless files. `host`: every directory of the host,
-    read-only. Or the absolute path of a directory that holds a root file system."""
+    distributions; no shell. `system`: the host's /usr, read-only, and of its /etc only `alternatives` and `ld.so.cache`. `host`: every
+    directory of the host, read-only. Or the absolute path of a directory that holds a root file system."""
     mounts: tuple[Mount, ...] = ()
     """What else of the host is visible."""
     proc: Literal["pid", "masked", "none"] = "pid"

@@ -20,7 +20,7 @@ ALWAYS_MADE = ("user", "mount", "pid")
 ROOTS = ("minimal", "system", "host")
 OWN_TREES = ("/proc", "/dev")
 """Filled by the jail itself, all the way down."""
-OWN_PLACES = ("/", "/work", "/tmp", "/app")  # noqa: S108 (a place inside)
+OWN_PLACES = ("/", "/work", "/tmp", "/app")
 HOST_NAME_MAX = 64
 """_SC_HOST_NAME_MAX on Linux; sethostname(2)"""
 MOST = {"processes": 4 * 1024**2, "open_files": 1024**2}

@@ -46,6 +46,8 @@ def to_result(report: Any, context: Context) -> Result:
     step = STEP_NAMES[report.step]
     if report.kind == lib.REPORT_FAILED and step != "exec":
         raise setup_error(step, report, context)
+    if report.cause == lib.CAUSE_NONE and (context.stdout_cut or context.stderr_cut):
+        report.cause = lib.CAUSE_OUTPUT  # it ended by itself before it could be ended
     verdict, evidence = judge(report, context.policy, denied := denied_names(report))
     return Result(
         verdict=verdict,

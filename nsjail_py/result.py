@@ -14,7 +14,7 @@ from typing import Any, Literal
 from .errors import RunFailed
 
 
-class Verdict(str, enum.Enum):
+class Verdict(enum.StrEnum):
     """How a run ended. The set is closed."""
 
     ok = "ok"
@@ -30,9 +30,6 @@ class Verdict(str, enum.Enum):
     syscall = "syscall"
     exec_failed = "exec_failed"
     killed = "killed"
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def is_limit(self) -> bool:

@@ -52,7 +52,8 @@ MASKED = (
 )
 """Files and directories of /proc that tell about the host or reach into it."""
 
-SYSTEM_ETC = ("alternatives", "ld.so.cache", "ssl/certs")
+SYSTEM_ETC = ("alternatives", "ld.so.cache")
+"""What programs in /usr cannot do without: Debian's links to the chosen variants, and the loader's list of libraries."""
 
 
 class MountStep(NamedTuple):
@@ -148,9 +149,9 @@ def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
             if policy.root == "minimal"
             else [name for name in names if name not in ("usr", "bin", "sbin", "etc") and name[:3] != "lib"]
         )
-        if policy.root == "system":
-            extra.append("etc")
         shown.update({name: tree.path / name for name in extra})
+    if policy.root == "system":
+        shown |= {f"etc/{name}": Path("/etc", name) for name in SYSTEM_ETC}
     for name, path in shown.items():
         if name in PRIVATE:
             continue

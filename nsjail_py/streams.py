@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import stat
 import subprocess
 import time
 from typing import IO, TYPE_CHECKING, Any
+
+from .errors import PolicyError
 
 if TYPE_CHECKING:
     from .jail import Process
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 Stream = int | IO[Any] | None
 CHUNK = 65536
+
+
+def no_directory(descriptor: int) -> None:
+    """A directory would open the host's files below it to the program: mounts are the way to show one."""
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise PolicyError(f"descriptor {descriptor} is a directory; show it with a mount instead")
 
 
 class Ends:
@@ -45,7 +54,9 @@ class Ends:
             read, write = os.pipe2(os.O_CLOEXEC)
             self.ours[number], theirs = (write, read) if number == 0 else (read, write)
             return self._keep(theirs)
-        return stream if isinstance(stream, int) else stream.fileno()
+        descriptor = stream if isinstance(stream, int) else stream.fileno()
+        no_directory(descriptor)
+        return descriptor
 
     def _keep(self, descriptor: int) -> int:
         self.opened.append(descriptor)
@@ -150,8 +161,9 @@ class Exchange:
         if room:
             self.output[name].append(data[:room])
         if len(data) > room:
+            if not any(self.cut.values()):
+                self.process.exceeded_output()
             self.cut[name] = True
-            self.process.exceeded_output()
         return True
 
     def _drain(self) -> None:

@@ -272,3 +272,32 @@ def test_many_threads_run_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_command_that_comes_too_late_does_not_hide_the_result() -> None:
+    jail = Jail("untrusted")
+    for _ in range(50):
+        with jail.start(["/bin/true"]) as process:
+            process.terminate()
+            process.kill()
+            process.kill()
+            assert process.wait(5).verdict in (Verdict.ok, Verdict.killed, Verdict.signal)
+
+
+def test_output_beyond_the_limit_is_named_even_when_the_program_ends_by_itself() -> None:
+    for _ in range(20):
+        assert nsjail_py.run(["/usr/bin/printf", "%0101d", "1"], output=100).verdict is Verdict.output
+
+
+def test_a_directory_is_no_stream() -> None:
+    descriptor = os.open("/etc", os.O_RDONLY)
+    try:
+        for streams in ({"stdin": descriptor}, {"pass_fds": [descriptor]}):
+            with pytest.raises(nsjail_py.PolicyError, match="directory"):
+                nsjail_py.run(["/bin/true"], **streams)
+    finally:
+        os.close(descriptor)
+
+
+def test_few_open_files_are_enough_to_start() -> None:
+    assert nsjail_py.run(["/bin/true"], open_files=8).ok
