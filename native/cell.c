@@ -178,23 +178,11 @@ void run_kill(struct run *run, enum cause cause) {
 	sys_pidfd_send_signal(run->init, SIGKILL); /* and the kernel kills all of the pid namespace */
 }
 
-static int put_map(pid_t pid, const char *file, uint32_t inside, uint32_t outside) {
-	char path[64], line[64];
-	snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
-	int length = snprintf(line, sizeof line, "%u %u 1", inside, outside);
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	if (fd < 0)
-		return errno;
-	int error = write(fd, line, (size_t)length) == length ? 0 : errno;
-	close(fd);
-	return error;
-}
-
 static void map(const struct launcher *launcher, struct run *run) {
 	uint32_t host = launcher->hello.uid_base + run->index;
-	int error = put_map(run->pid, "gid_map", run->plan->gid, host);
+	int error = put_map(run->pid, "gid_map", run->plan->gid, host) < 0 ? errno : 0;
 	if (!error)
-		error = put_map(run->pid, "uid_map", run->plan->uid, host);
+		error = put_map(run->pid, "uid_map", run->plan->uid, host) < 0 ? errno : 0;
 	struct cell_order mapped = {.kind = CELL_MAPPED, .value = (uint32_t)error};
 	message_send(run->cell, &mapped, sizeof mapped, NULL, 0);
 	order_send(run);

@@ -12,17 +12,6 @@
 
 static void name_of(uint32_t number, char *name, size_t size) { snprintf(name, size, "cell-%u", number); }
 
-static int put(int directory, const char *file, const char *value) {
-	int fd = openat(directory, file, O_WRONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -1;
-	ssize_t written = write(fd, value, strlen(value));
-	int error = errno;
-	close(fd);
-	errno = error;
-	return written == (ssize_t)strlen(value) ? 0 : -1;
-}
-
 int cgroup_make(struct launcher *launcher, struct run *run) {
 	char name[32];
 	run->has_groups = 0;

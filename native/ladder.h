@@ -43,6 +43,10 @@ struct cell_order {
 	uint32_t kind, value;
 };
 
+/* put.c */
+int put(int directory, const char *path, const char *text);
+int put_map(pid_t pid, const char *file, uint32_t from, uint32_t to);
+
 /* session.c */
 int signals_reset(void);
 int session_new(void);

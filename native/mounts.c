@@ -128,18 +128,6 @@ static int make_symlink(const struct cell *cell, const struct mount_step *step) 
 	return result;
 }
 
-static int write_map(pid_t pid, const char *file, uint32_t from, uint32_t to) {
-	char path[64], line[64];
-	snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
-	int length = snprintf(line, sizeof line, "%u %u 1", from, to);
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -1;
-	ssize_t written = write(fd, line, (size_t)length);
-	keep_errno_close(fd);
-	return written == length ? 0 : -1;
-}
-
 /* Our only child, under the name that the mounted /proc has for it. */
 static pid_t child_in_proc(void) {
 	char text[32] = {0};
@@ -169,7 +157,7 @@ static int mapping_namespace(uint32_t uid, uint32_t gid, const struct cell *cell
 		_exit(read(ready[0], &byte, 1) < 0);
 	}
 	pid_t pid = child > 0 ? child_in_proc() : -1;
-	if (pid > 0 && write_map(pid, "gid_map", gid, cell->gid) == 0 && write_map(pid, "uid_map", uid, cell->uid) == 0) {
+	if (pid > 0 && put_map(pid, "gid_map", gid, cell->gid) == 0 && put_map(pid, "uid_map", uid, cell->uid) == 0) {
 		snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
 		result = open(path, O_RDONLY | O_CLOEXEC);
 	}

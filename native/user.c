@@ -14,27 +14,16 @@
 #include <string.h>
 #include <sys/prctl.h>
 
-static int put(const char *path, const char *text) {
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -1;
-	ssize_t written = write(fd, text, strlen(text));
-	int error = errno;
-	close(fd);
-	errno = error;
-	return written == (ssize_t)strlen(text) ? 0 : -1;
-}
-
 static int map_self(const struct cell *cell) {
 	char line[64];
 	/* The files below /proc/self belong to root while we are not dumpable; no program runs yet that could make use of it. */
-	if (prctl(PR_SET_DUMPABLE, 1) < 0 || put("/proc/self/setgroups", "deny") < 0)
+	if (prctl(PR_SET_DUMPABLE, 1) < 0 || put(AT_FDCWD, "/proc/self/setgroups", "deny") < 0)
 		return -1;
 	snprintf(line, sizeof line, "%u %u 1", cell->plan->gid, cell->gid);
-	if (put("/proc/self/gid_map", line) < 0)
+	if (put(AT_FDCWD, "/proc/self/gid_map", line) < 0)
 		return -1;
 	snprintf(line, sizeof line, "%u %u 1", cell->plan->uid, cell->uid);
-	if (put("/proc/self/uid_map", line) < 0)
+	if (put(AT_FDCWD, "/proc/self/uid_map", line) < 0)
 		return -1;
 	return prctl(PR_SET_DUMPABLE, 0);
 }
