@@ -23,7 +23,6 @@ int cgroup_make(struct launcher *launcher, struct run *run) {
 		errno = ENODEV;
 		return -1;
 	}
-	run->generation = launcher->sequence++;
 	name_of(run->generation, name, sizeof name);
 	run->has_groups = 1;
 	for (int group = 0; group < GROUPS; group++) {

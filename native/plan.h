@@ -140,7 +140,6 @@ enum plan_flag {
 	PLAN_NO_NESTED = 32,      /* no user namespace inside */
 	PLAN_NESTED_OPTIONAL = 64, /* ... but go on where the kernel will not have it so */
 	PLAN_CGROUP = 128,
-	PLAN_OWN_UID = 256,
 };
 
 struct plan {

@@ -122,7 +122,6 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
         lib.PLAN_NO_NESTED: True,
         lib.PLAN_NESTED_OPTIONAL: "nested_userns" in policy.best_effort,
         lib.PLAN_CGROUP: bool(parts.cgroup),
-        lib.PLAN_OWN_UID: policy.own_uid,
     }
     head.flags = sum(flag for flag, wanted in flags.items() if wanted)
     block.table(head.mounts, "struct mount_step", (_mount(block, step) for step in parts.mounts))
