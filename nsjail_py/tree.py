@@ -24,6 +24,7 @@ from typing import NamedTuple
 import msgspec
 
 from . import cachedir, elf
+from .compiled import PATH, SYSTEM
 from .errors import PolicyError, SetupError
 from .interpreter import Interpreter, Stamp, stamp
 
@@ -36,8 +37,6 @@ UNWANTED_FILES = ("_tkinter.", "_test", "_ctypes_test.", "_xxtestfuzz.")
 PRIVATE = frozenset({"proc", "dev", "tmp", "work", "app", "project", "sys", "run"})
 """Top-level names that are the jail's own."""
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib64/", "/opt/")
-PATH = "/usr/local/bin:/usr/bin:/bin"
 BY_NAME = ("libgcc_s.so.1", "libnss_files.so.2")
 """Libraries that the C library opens by itself when a thread is cancelled, or a user is looked up (before glibc 2.34)."""
 STALE = 60.0
