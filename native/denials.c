@@ -1,14 +1,12 @@
 /* Denied system calls, as the filter reports them: counted by number, answered with an error. seccomp_unotify(2)
  *
- * No answer rests on memory that the program could change: the first exec is let through because it is the first, and is made by
- * program_main, before any of the program's own code has run. */
+ * The answer is always no, so none rests on memory that the program could change. */
 #include "launcher.h"
 
 #include <errno.h>
 #include <linux/seccomp.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/syscall.h>
 
 static void record(struct report *report, const struct seccomp_data *call) {
 	for (uint32_t i = 0; i < report->denied_count; i++)
@@ -41,14 +39,9 @@ void denials_answer(struct run *run) {
 	if (ioctl(run->listener, SECCOMP_IOCTL_NOTIF_RECV, &call) < 0)
 		return; /* it died in between */
 	answer.id = call.id;
-	if ((run->plan->flags & PLAN_EXEC_ONCE) && !run->exec_passed && call.data.nr == SYS_execve) {
-		run->exec_passed = 1;
-		answer.flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE;
-	} else {
-		record(&run->report, &call.data);
-		if ((run->plan->flags & PLAN_KILL_DENIED) || total(&run->report) > run->plan->max_denied)
-			return run_kill(run, CAUSE_SYSCALL); /* no answer: it never returns from the call */
-		answer.error = (uint32_t)call.data.nr >= run->plan->unknown_from ? -ENOSYS : -EPERM;
-	}
+	record(&run->report, &call.data);
+	if ((run->plan->flags & PLAN_KILL_DENIED) || total(&run->report) > run->plan->max_denied)
+		return run_kill(run, CAUSE_SYSCALL); /* no answer: it never returns from the call */
+	answer.error = (uint32_t)call.data.nr >= run->plan->unknown_from ? -ENOSYS : -EPERM;
 	ioctl(run->listener, SECCOMP_IOCTL_NOTIF_SEND, &answer);
 }

@@ -1,18 +1,16 @@
-/* Descriptors: how they reach a cell, where they are put, and that no other crosses. unix(7), close_range(2)
- *
- * Until exec the program shares init's table, since that is how its seccomp listener reaches init. So nothing is closed here:
- * everything else is marked close-on-exec, and our own descriptors have numbers above MAX_FD_NUMBER. */
+/* Descriptors: how they reach a cell, where they are put, and that no other crosses. unix(7), close_range(2) */
 #include "kernel.h"
 #include "ladder.h"
 
 #include <errno.h>
-#include <linux/close_range.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-int message_send(int socket, const void *message, size_t size, const int *descriptors, int count) {
-	char control[CMSG_SPACE(sizeof(int) * (MAX_FDS + 2))] = {0};
+#define ROOM CMSG_SPACE(sizeof(int) * (MAX_FDS + 3))
+
+int message_send(const struct cell *cell, int socket, const void *message, size_t size, const int *descriptors, int count) {
+	_Alignas(struct cmsghdr) char control[ROOM];
 	struct iovec vector = {.iov_base = (void *)message, .iov_len = size};
 	struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1};
 	if (count) {
@@ -24,44 +22,48 @@ int message_send(int socket, const void *message, size_t size, const int *descri
 		first->cmsg_len = CMSG_LEN(sizeof(int) * (size_t)count);
 		memcpy(CMSG_DATA(first), descriptors, sizeof(int) * (size_t)count);
 	}
-	ssize_t sent = sendmsg(socket, &header, MSG_NOSIGNAL);
-	return sent == (ssize_t)size ? 0 : -1;
+	return late(cell, SYS_sendmsg, socket, (long)&header, MSG_NOSIGNAL, 0, 0) == (long)size ? 0 : -1;
 }
 
-int order_receive(int socket, struct cell_order *order, int *descriptors, int *count) {
-	char control[CMSG_SPACE(sizeof(int) * (MAX_FDS + 2))];
-	struct iovec vector = {.iov_base = order, .iov_len = sizeof *order};
-	struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-	ssize_t size = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
-	if (size != sizeof *order || header.msg_flags & MSG_CTRUNC) {
-		errno = size < 0 ? errno : EPROTO;
-		return -1;
+/* count: how many descriptors there is room for, then how many there are. A message that is cut is an error. */
+ssize_t message_receive(const struct cell *cell, int socket, void *message, size_t size, int flags, int *descriptors,
+                        int *count) {
+	_Alignas(struct cmsghdr) char control[ROOM];
+	struct iovec vector = {.iov_base = message, .iov_len = size};
+	struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control};
+	header.msg_controllen = *count ? CMSG_SPACE(sizeof(int) * (size_t)*count) : 0;
+	*count = 0;
+	long received = late(cell, SYS_recvmsg, socket, (long)&header, flags, 0, 0);
+	struct cmsghdr *first = received < 0 ? NULL : CMSG_FIRSTHDR(&header);
+	if (first) {
+		*count = (int)((first->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+		memcpy(descriptors, CMSG_DATA(first), sizeof(int) * (size_t)*count);
 	}
-	struct cmsghdr *first = CMSG_FIRSTHDR(&header);
-	int received = first ? (int)((first->cmsg_len - CMSG_LEN(0)) / sizeof(int)) : 0;
-	if (received > *count) {
+	if (received >= 0 && header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
 		errno = EPROTO;
 		return -1;
 	}
-	*count = received;
-	if (received)
-		memcpy(descriptors, CMSG_DATA(first), sizeof(int) * (size_t)received);
-	return 0;
+	return received;
 }
 
-int descriptors_seal(void) { return (int)syscall(SYS_close_range, 3, ~0U, CLOSE_RANGE_CLOEXEC); }
-
-/* What was received may sit on a number that another is to have: all move up first, then each to its place. */
-int descriptors_place(const struct order *order, const int *descriptors) {
+/* They came on the lowest free numbers, which mostly are the right ones. Where not, one may sit on a number that another is to
+ * have: all move up first, then each to its place. What else there is will be closed by exec. */
+int descriptors_place(const struct cell *cell, const struct order *order, const int *descriptors) {
 	const uint32_t *numbers = at(order, order->descriptors.offset);
+	const uint32_t count = order->descriptors.count;
 	int moved[MAX_FDS];
-	for (uint32_t i = 0; i < order->descriptors.count; i++)
-		if ((moved[i] = fcntl(descriptors[i], F_DUPFD_CLOEXEC, MAX_FD_NUMBER)) < 0)
+	uint32_t right = 0;
+	while (right < count && descriptors[right] == (int)numbers[right])
+		right++;
+	if (right == count)
+		return 0;
+	for (uint32_t i = 0; i < count; i++)
+		if ((moved[i] = (int)late(cell, SYS_fcntl, descriptors[i], F_DUPFD_CLOEXEC, MAX_FD_NUMBER, 0, 0)) < 0)
 			return -1;
-	if (descriptors_seal() < 0)
+	if (late(cell, SYS_close_range, 0, MAX_FD_NUMBER - 1, 0, 0, 0) < 0)
 		return -1;
-	for (uint32_t i = 0; i < order->descriptors.count; i++)
-		if (dup2(moved[i], (int)numbers[i]) < 0)
+	for (uint32_t i = 0; i < count; i++)
+		if (late(cell, SYS_dup3, moved[i], numbers[i], 0, 0, 0) < 0)
 			return -1;
 	return 0;
 }

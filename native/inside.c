@@ -3,10 +3,11 @@
 #include "ladder.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
+#include <stdint.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <sys/wait.h>
 #include <time.h>
 
 uint64_t now_ns(void) {
@@ -17,9 +18,9 @@ uint64_t now_ns(void) {
 
 _Noreturn void fail(const struct cell *cell, enum step step, int error) {
 	struct cell_message message = {.kind = CELL_FAILED, .step = step, .error = (uint32_t)error, .detail = cell->detail};
-	if (write(cell->failures, &message, sizeof message) < 0)
-		_exit(2);
-	_exit(1);
+	message_send(cell, cell->failures, &message, sizeof message, NULL, 0);
+	late(cell, SYS_exit_group, 1, 0, 0, 0, 0);
+	__builtin_trap();
 }
 
 static void step(const struct cell *cell, enum step step, int result) {
@@ -27,8 +28,7 @@ static void step(const struct cell *cell, enum step step, int result) {
 		fail(cell, step, errno);
 }
 
-static void become_nobody(struct cell *cell) {
-	step(cell, STEP_SECUREBITS, securebits_lock());
+static void become_nobody(const struct cell *cell) {
 	step(cell, STEP_IDENTITY, identity_take(cell->plan));
 	step(cell, STEP_CAPABILITIES, capabilities_drop());
 	step(cell, STEP_NO_NEW_PRIVS, no_new_privs());
@@ -37,10 +37,7 @@ static void become_nobody(struct cell *cell) {
 
 /* With a v2 group the program is born in it: joining later would have to stop every other fork on the machine. */
 static pid_t program_start(const struct cell *cell) {
-	struct clone_args args = {
-	    .flags = CLONE_FILES, /* the tables part again when the seccomp listener has been handed over */
-	    .exit_signal = SIGCHLD,
-	};
+	struct clone_args args = {.exit_signal = SIGCHLD};
 	if (cell->cgroup_kind == CGROUP_V2) {
 		args.flags |= CLONE_INTO_CGROUP;
 		args.cgroup = (uint64_t)cell->groups[GROUP_UNIFIED];
@@ -48,20 +45,44 @@ static pid_t program_start(const struct cell *cell) {
 	return sys_clone3(&args);
 }
 
+/* The root: what is the same in all cells of a plan is mounted once, by the first of them; the rest by each for itself. */
+static void root_make(struct cell *cell) {
+	enum step failed;
+	if (cell->template >= 0)
+		step(cell, STEP_SHARED_ROOT, root_join(cell));
+	else {
+		failed = root_build(cell);
+		step(cell, failed, failed ? -1 : 0);
+		step(cell, STEP_PIVOT_ROOT, root_pivot(cell));
+		if (root_is_shared(cell))
+			step(cell, STEP_SHARED_ROOT, root_share(cell));
+	}
+	if (!root_is_shared(cell))
+		return;
+	failed = root_furnish(cell);
+	step(cell, failed, failed ? -1 : 0);
+}
+
+/* Time needs a process of its own to begin in, the cgroup namespace one that has joined; the user's comes last as root; and the
+ * mounts begin as a copy of the shared ones, where there are some. */
+static int namespaces_now(const struct cell *cell) {
+	uint64_t others = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWTIME | CLONE_NEWCGROUP | (cell->template < 0 ? 0 : CLONE_NEWNS);
+	return (int)(cell->plan->namespaces & ~others);
+}
+
 /* Init, process 1: makes the cell, starts the program's process, and keeps no right at all. */
 _Noreturn void cell_main(struct cell *cell) {
 	const struct plan *plan = cell->plan;
-	int kept[] = {cell->launcher, cell->groups[0], cell->groups[1], cell->groups[2], cell->groups[3]};
-	descriptors_keep(kept, 5); /* of the launcher's: other cells', other callers' */
-	cell->failures = cell->launcher = descriptor_high(cell->launcher);
-	step(cell, STEP_SIGNALS, signals_reset());
+	int kept[] = {cell->launcher,  cell->orders,    cell->template,  cell->sysctl,
+	              cell->groups[0], cell->groups[1], cell->groups[2], cell->groups[3]};
+	descriptors_keep(kept, 8); /* of the launcher's: other cells', other callers' */
+	cell->failures = cell->launcher;
 	step(cell, STEP_SESSION, session_new());
 	step(cell, STEP_KEYRING, keyring_new());
 	if (cell->rootless)
 		step(cell, STEP_USER_NAMESPACE, user_namespace_enter(cell));
-	enum step failed = root_build(cell);
-	step(cell, failed, failed ? -1 : 0);
-	step(cell, STEP_PIVOT_ROOT, root_pivot(cell));
+	step(cell, STEP_NAMESPACES, unshare(namespaces_now(cell)));
+	root_make(cell);
 	if (plan->namespaces & CLONE_NEWUTS)
 		step(cell, STEP_HOSTNAME, sethostname(at(plan, plan->hostname), strlen(at(plan, plan->hostname))));
 	if (plan->flags & PLAN_LOOPBACK)
@@ -73,7 +94,8 @@ _Noreturn void cell_main(struct cell *cell) {
 		step(cell, STEP_NESTED_USERNS, nested_refuse(cell));
 	if (plan->namespaces & CLONE_NEWTIME)
 		step(cell, STEP_TIME_NAMESPACE, unshare(CLONE_NEWTIME));
-	step(cell, STEP_DESCRIPTORS, init_descriptors(cell));
+	step(cell, STEP_SECUREBITS, securebits_lock());
+	step(cell, STEP_CAPABILITIES, bounding_set_empty());
 	pid_t program = program_start(cell);
 	step(cell, STEP_PROGRAM_PROCESS, program);
 	if (program == 0)
@@ -92,37 +114,56 @@ static int cgroup_join(const struct cell *cell) {
 	return 0;
 }
 
-static void ready(const struct cell *cell, int listener) {
-	struct cell_message message = {.kind = CELL_READY, .listener = listener};
-	if (write(cell->status[1], &message, sizeof message) != sizeof message)
-		_exit(1);
+/* The program's descriptors will take the low numbers, as they come. */
+static int descriptors_clear(struct cell *cell) {
+	int kept[] = {cell->orders, cell->app, cell->ruleset};
+	descriptors_keep(kept, 3);
+	cell->orders = cell->failures = descriptor_high(cell->orders);
+	if (cell->app >= 0 && (cell->app = descriptor_high(cell->app)) < 0)
+		return -1;
+	if (cell->ruleset >= 0 && (cell->ruleset = descriptor_high(cell->ruleset)) < 0)
+		return -1;
+	return cell->orders < 0 ? -1 : 0;
+}
+
+static int ready(const struct cell *cell, int *listener) {
+	struct cell_message message = {.kind = CELL_READY, .flags = cell->flags};
+	int result = message_send(cell, cell->orders, &message, sizeof message, listener, *listener >= 0);
+	if (*listener >= 0)
+		late(cell, SYS_close, *listener, 0, 0, 0, 0);
+	return result;
 }
 
 /* The program's process: drops everything, waits for its order, and becomes the program. Nobody has run before it here, and
- * nobody will after it. */
+ * nobody will after it. From the filter on it makes its system calls through late(), which is how the filter knows us. */
 _Noreturn void program_main(struct cell *cell) {
 	const struct plan *plan = cell->plan;
 	struct order *order;
 	int descriptors[MAX_FDS], listener = -1;
-	cell->failures = cell->status[1];
-	step(cell, STEP_SIGNALS, signals_reset());
+	cell->failures = cell->orders;
+	cell->ruleset = -1;
 	step(cell, STEP_CGROUP_JOIN, cgroup_join(cell));
 	if (plan->namespaces & CLONE_NEWCGROUP)
 		step(cell, STEP_CGROUP_NAMESPACE, unshare(CLONE_NEWCGROUP));
 	step(cell, STEP_SESSION, session_new());
 	become_nobody(cell);
+	step(cell, STEP_WORK_DIRECTORY, chdir(at(plan, plan->directory)));
+	if (plan->flags & PLAN_LANDLOCK)
+		step(cell, STEP_LANDLOCK, landlock_prepare(cell));
+	step(cell, STEP_DESCRIPTORS, descriptors_clear(cell));
+	if (plan->flags & PLAN_FILTER)
+		step(cell, STEP_SECCOMP, filter_install(cell, &listener));
+	step(cell, STEP_ORDER, ready(cell, &listener));
 
 	step(cell, STEP_ORDER, order_take(cell, &order, descriptors));
 	step(cell, STEP_APP_FILES, app_write(cell, order));
-	step(cell, STEP_DESCRIPTORS, descriptors_place(order, descriptors));
-	step(cell, STEP_WORK_DIRECTORY, chdir(at(plan, plan->directory)));
+	step(cell, STEP_DESCRIPTORS, descriptors_place(cell, order, descriptors));
 	char **argv = order_pointers(order, order->argv), **environment = order_pointers(order, order->environment);
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_apply(cell));
-	step(cell, STEP_RESOURCE_LIMITS, limits_apply(plan));
-	if (plan->flags & PLAN_FILTER)
-		step(cell, STEP_SECCOMP, filter_install(plan, &listener));
-	ready(cell, listener);
-	execve(at(order, order->program), argv, environment);
+	step(cell, STEP_RESOURCE_LIMITS, limits_apply(cell));
+	*cell->stamp = now_ns();
+	/* The path is absolute, so the directory does not count. */
+	late(cell, SYS_execveat, AT_FDCWD, (long)at(order, order->program), (long)argv, (long)environment, 0);
 	fail(cell, STEP_EXEC, errno);
 }

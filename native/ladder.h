@@ -11,29 +11,34 @@ enum { MAX_MAPS = 16 }; /* id-mapped mounts in one cell */
 /* What a cell knows of itself. Its processes are copies of the launcher, so this is set before the clone and passed along. */
 struct cell {
 	const struct plan *plan;
-	int launcher;           /* socket to the launcher */
-	int failures;           /* where a failed step is written: the launcher's socket in init, the status pipe in the program */
-	int status[2];          /* the program's records for init */
+	int launcher;           /* init's socket to the launcher */
+	int orders;             /* the program's: its order comes here, and its end of file says that the program runs */
+	int template;           /* mount namespace with the shared part of the root; -1: there is none yet */
 	int children;           /* init's signalfd for SIGCHLD */
 	int groups[GROUPS];     /* v1: each group's `tasks`; v2: the group's directory; -1: none */
 	uint32_t cgroup_kind;
 	uint32_t uid, gid;      /* on the host */
 	int rootless;
+	int failures;           /* where a failed step is told: launcher in init, orders in the program */
 	int root;               /* the new root */
 	int scratch, app;       /* the writable tmpfs, and its part for the order's files */
 	int maps[MAX_MAPS];     /* user namespaces for the id-mapped mounts, in their order */
 	int next_map;
 	int sysctl;             /* /proc/sys/user of the host's proc */
+	int ruleset;            /* Landlock's, ready to be applied */
+	uint64_t secret;        /* what tells our own late system calls from the program's */
+	uint64_t *stamp;        /* when the program's exec began: shared with the launcher */
 	uint32_t flags;         /* enum report_flag */
 	uint32_t detail;        /* element of the plan in hand, for the message */
 };
 
 /* What travels from a cell to the launcher. */
-enum cell_message_kind { CELL_NEED_MAP = 1, CELL_LISTENER, CELL_READY, CELL_EXECED, CELL_FAILED, CELL_ENDED };
+enum cell_message_kind { CELL_NEED_MAP = 1, CELL_TEMPLATE, CELL_READY, CELL_FAILED, CELL_ENDED };
 struct cell_message {
 	uint32_t kind, flags;
 	uint32_t step, error, detail;
-	int32_t exit_code, signal, listener;
+	int32_t exit_code, signal;
+	uint32_t reserved;
 	uint64_t time_ns, user_ns, system_ns, peak_memory;
 };
 
@@ -48,7 +53,6 @@ int put(int directory, const char *path, const char *text);
 int put_map(pid_t pid, const char *file, uint32_t from, uint32_t to);
 
 /* session.c */
-int signals_reset(void);
 int session_new(void);
 int keyring_new(void);
 
@@ -58,21 +62,27 @@ int nested_refuse(struct cell *cell);
 int securebits_lock(void);
 int groups_clear(const struct cell *cell);
 int identity_take(const struct plan *plan);
+int bounding_set_empty(void);
 int capabilities_drop(void);
 int no_new_privs(void);
 
-/* mounts.c */
-enum step root_build(struct cell *cell); /* STEP_NONE, or the step that failed, with errno */
+/* mounts.c. These return STEP_NONE, or the step that failed, with errno. */
+enum step root_build(struct cell *cell);
+enum step root_furnish(struct cell *cell);
 int root_pivot(const struct cell *cell);
+
+/* shared.c */
+int root_is_shared(const struct cell *cell);
+int root_share(struct cell *cell);
+int root_join(struct cell *cell);
 
 /* network.c */
 int loopback_up(void);
 
 /* descriptors.c */
-int order_receive(int socket, struct cell_order *order, int *descriptors, int *count);
-int message_send(int socket, const void *message, size_t size, const int *descriptors, int count);
-int descriptors_place(const struct order *order, const int *descriptors);
-int descriptors_seal(void);
+ssize_t message_receive(const struct cell *cell, int socket, void *message, size_t size, int flags, int *descriptors, int *count);
+int message_send(const struct cell *cell, int socket, const void *message, size_t size, const int *descriptors, int count);
+int descriptors_place(const struct cell *cell, const struct order *order, const int *descriptors);
 void descriptors_keep(int *kept, int count);
 int descriptor_high(int descriptor);
 
@@ -82,18 +92,19 @@ char **order_pointers(struct order *order, struct span span);
 int app_write(const struct cell *cell, const struct order *order);
 
 /* limits.c */
-int limits_apply(const struct plan *plan);
+int limits_apply(const struct cell *cell);
 
 /* landlock.c */
-int landlock_apply(struct cell *cell);
+int landlock_prepare(struct cell *cell);
+int landlock_apply(const struct cell *cell);
 
 /* filter.c */
-int filter_install(const struct plan *plan, int *listener);
+int filter_install(struct cell *cell, int *listener);
+long late(const struct cell *cell, long call, long a, long b, long c, long d, long e);
 
 /* inside.c, reaper.c */
 _Noreturn void cell_main(struct cell *cell);
 _Noreturn void program_main(struct cell *cell);
-int init_descriptors(struct cell *cell);
 _Noreturn void reap(struct cell *cell, pid_t program);
 _Noreturn void fail(const struct cell *cell, enum step step, int error);
 uint64_t now_ns(void);

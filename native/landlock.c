@@ -26,23 +26,21 @@ static int allow(struct cell *cell, int ruleset, const struct path_rule *rule) {
 	return result;
 }
 
-int landlock_apply(struct cell *cell) {
+/* The rules, made ready while nothing waits for them. */
+int landlock_prepare(struct cell *cell) {
 	const struct plan *plan = cell->plan;
 	struct ruleset attributes = {plan->landlock_fs, plan->landlock_net, plan->landlock_scope};
 	/* An older kernel knows a shorter structure: the plan was made for this one's, and what it lacks is zero. */
 	size_t size = attributes.scope ? 24 : attributes.net ? 16 : 8;
-	int ruleset = (int)syscall(SYS_landlock_create_ruleset, &attributes, size, 0);
-	if (ruleset < 0)
+	cell->ruleset = (int)syscall(SYS_landlock_create_ruleset, &attributes, size, 0);
+	if (cell->ruleset < 0)
 		return -1;
 	const struct path_rule *rules = at(plan, plan->paths.offset);
-	for (uint32_t i = 0; i < plan->paths.count; i++) {
-		cell->detail = i;
-		if (allow(cell, ruleset, &rules[i]) < 0)
+	for (cell->detail = 0; cell->detail < plan->paths.count; cell->detail++)
+		if (allow(cell, cell->ruleset, &rules[cell->detail]) < 0)
 			return -1;
-	}
-	int result = (int)syscall(SYS_landlock_restrict_self, ruleset, 0);
-	int error = errno;
-	close(ruleset);
-	errno = error;
-	return result;
+	return 0;
 }
+
+/* The ruleset's descriptor goes at exec. */
+int landlock_apply(const struct cell *cell) { return (int)late(cell, SYS_landlock_restrict_self, cell->ruleset, 0, 0, 0, 0); }

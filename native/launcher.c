@@ -1,18 +1,21 @@
 /* The launcher: one event loop, one thread, no privilege kept from the caller's view and none given to a cell. epoll(7)
  *
  * Theory of operation. The caller spawns us once, with a socket as standard input, and says hello: which host ids and control
- * groups we may use. Each request brings a plan, an order, a channel and the program's descriptors. We clone a cell (cell.c), which
- * climbs the ladder (inside.c) and becomes init (reaper.c) and program. From there on we only listen: to the cell, to its denied
- * calls (denials.c), to its clocks (clocks.c), to the caller. When init is dead the kernel has killed everything in the cell; we
- * count, clear away and report. When the caller is gone so are we, and with us every cell. */
+ * groups we may use. Each request brings a plan, an order, a channel and the program's descriptors. The plan's shelf (shelf.c) has a
+ * cell in stock or we clone one (cell.c), which climbs the ladder (inside.c) and becomes init (reaper.c) and a process that waits
+ * for the order (run.c). From there on we only listen: to the cell, to its denied calls (denials.c), to its clocks (clocks.c), to
+ * the caller. When init is dead the kernel has killed everything in the cell; we count, clear away and report. When there is nothing
+ * to hear we put new cells in stock. When the caller is gone so are we, and with us every cell. */
 #include "launcher.h"
 #include "kernel.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -36,26 +39,19 @@ void unwatch(struct launcher *launcher, int *descriptor) {
 	*descriptor = -1;
 }
 
-static ssize_t receive(int socket, void *message, size_t size, int *descriptors, int *count) {
-	char control[CMSG_SPACE(sizeof(int) * (MAX_FDS + 3))];
-	struct iovec vector = {.iov_base = message, .iov_len = size};
-	struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-	ssize_t received = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
-	struct cmsghdr *first = received < 0 ? NULL : CMSG_FIRSTHDR(&header);
-	*count = first ? (int)((first->cmsg_len - CMSG_LEN(0)) / sizeof(int)) : 0;
-	if (*count)
-		memcpy(descriptors, CMSG_DATA(first), sizeof(int) * (size_t)*count);
-	return header.msg_flags & (MSG_CTRUNC | MSG_TRUNC) ? 0 : received;
-}
-
 static void request(struct launcher *launcher) {
-	struct request request;
-	int descriptors[MAX_FDS + 3], count;
-	ssize_t size = receive(CONTROL, &request, sizeof request, descriptors, &count);
+	static struct {
+		struct request head;
+		char order[MAX_INLINE];
+	} request;
+	int descriptors[MAX_FDS + 3], count = MAX_FDS + 3;
+	ssize_t size = message_receive(NULL, CONTROL, &request, sizeof request, MSG_CMSG_CLOEXEC, descriptors, &count);
 	if (size == 0 && count == 0)
 		exit(0); /* the caller closed it */
-	if (size == sizeof request && request.magic == REQUEST_MAGIC && count >= 6)
-		run_start(launcher, &request, descriptors, count);
+	int least = 5 + (size == sizeof request.head);
+	if (size >= (ssize_t)sizeof request.head && request.head.magic == REQUEST_MAGIC && count >= least &&
+	    request.head.inlined == (size_t)size - sizeof request.head)
+		run_start(launcher, &request.head, descriptors, count);
 	for (int i = 0; i < count; i++)
 		if (descriptors[i] >= 0)
 			close(descriptors[i]);
@@ -72,8 +68,9 @@ static void dispatch(struct launcher *launcher, uint64_t tag, uint32_t ready) {
 		return;
 	switch (event) {
 	case EVENT_CHANNEL: return run_command(launcher, run);
-	case EVENT_CELL: return run_heard(launcher, run);
-	case EVENT_INIT: return run_finish(launcher, run);
+	case EVENT_CELL: return cell_heard(launcher, run);
+	case EVENT_PROGRAM: return program_heard(launcher, run);
+	case EVENT_INIT: return cell_finish(launcher, run);
 	case EVENT_LISTENER:
 		/* Nobody is left under the filter: before Linux 6.11 a receive would then wait for ever, and we with it. */
 		return ready & EPOLLIN ? denials_answer(run) : unwatch(launcher, &run->listener);
@@ -85,21 +82,26 @@ static void dispatch(struct launcher *launcher, uint64_t tag, uint32_t ready) {
 }
 
 static int hello(struct launcher *launcher) {
-	int descriptors[MAX_FDS + 3], count, next = 0;
-	if (receive(CONTROL, &launcher->hello, sizeof launcher->hello, descriptors, &count) != sizeof launcher->hello ||
-	    launcher->hello.magic != HELLO_MAGIC || launcher->hello.version != FORMAT_VERSION)
+	int descriptors[GROUPS], count = GROUPS, next = 0;
+	struct hello *hello = &launcher->hello;
+	if (message_receive(NULL, CONTROL, hello, sizeof *hello, MSG_CMSG_CLOEXEC, descriptors, &count) != sizeof *hello ||
+	    hello->magic != HELLO_MAGIC || hello->version != FORMAT_VERSION)
 		return 0;
 	for (int group = 0; group < GROUPS; group++)
-		launcher->groups[group] = launcher->hello.groups & (1u << group) && next < count ? descriptors[next++] : -1;
+		launcher->groups[group] = hello->groups & (1u << group) && next < count ? descriptors[next++] : -1;
 	return next == count;
 }
 
 static void settle(struct launcher *launcher) {
 	struct rlimit files, none = {0, 0};
 	cpu_set_t cpus;
+	sigset_t none_blocked;
 	syscall(SYS_close_range, 3, ~0U, 0);
-	signals_reset();
-	signal(SIGPIPE, SIG_IGN);
+	/* Once, for all cells: they are our copies. What cannot be reset has no handler to lose. */
+	for (int number = 1; number < NSIG; number++)
+		signal(number, SIG_DFL);
+	sigemptyset(&none_blocked);
+	sigprocmask(SIG_SETMASK, &none_blocked, NULL);
 	session_new();
 	prctl(PR_SET_NAME, "nsjail-launcher");
 	prctl(PR_SET_DUMPABLE, 0);
@@ -109,7 +111,9 @@ static void settle(struct launcher *launcher) {
 		setrlimit(RLIMIT_NOFILE, &files);
 	}
 	launcher->cpus = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
-	if (chdir("/") < 0)
+	launcher->sysctl = open("/proc/sys/user", O_PATH | O_DIRECTORY | O_CLOEXEC); /* used, or missed, in nested_refuse */
+	launcher->stamps = mmap(NULL, MAX_RUNS * sizeof *launcher->stamps, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (chdir("/") < 0 || launcher->stamps == MAP_FAILED)
 		exit(1);
 }
 
@@ -125,11 +129,16 @@ int main(void) {
 	    watch(&launcher, CONTROL, EVENT_CONTROL, NULL) < 0 || watch(&launcher, launcher.caller, EVENT_CALLER, NULL) < 0)
 		return 1;
 	for (;;) {
-		int count = epoll_wait(launcher.epoll, events, EVENTS, launcher.undead ? SWEEP_MS : -1);
+		int wait_ms = shelves_wait_ms(&launcher);
+		if (launcher.undead && (wait_ms < 0 || wait_ms > SWEEP_MS))
+			wait_ms = SWEEP_MS;
+		int count = epoll_wait(launcher.epoll, events, EVENTS, wait_ms);
 		if (count < 0 && errno != EINTR)
 			return 1;
 		for (int i = 0; i < count; i++)
 			dispatch(&launcher, events[i].data.u64, events[i].events);
+		if (count == 0)
+			shelves_tend(&launcher);
 		if (launcher.undead)
 			cgroup_sweep(&launcher);
 	}

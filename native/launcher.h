@@ -1,51 +1,89 @@
-/* The launcher's side: one struct run per cell, one event loop. */
+/* The launcher's side: one struct run per cell, one struct shelf per plan, one event loop. */
 #ifndef NSJAIL_LAUNCHER_H
 #define NSJAIL_LAUNCHER_H
 #include "ladder.h"
 
-enum { MAX_RUNS = 1024 };
+enum { MAX_RUNS = 1024, MAX_SHELVES = 2 * MAX_RUNS, MAX_PARKED = 256 };
 
 /* What an event is about: which descriptor of which run. A slot's generation tells late events of its last owner apart. */
-enum event { EVENT_CONTROL, EVENT_CALLER, EVENT_CHANNEL, EVENT_CELL, EVENT_INIT, EVENT_LISTENER, EVENT_TIMER };
+enum event { EVENT_CONTROL, EVENT_CALLER, EVENT_CHANNEL, EVENT_CELL, EVENT_PROGRAM, EVENT_INIT, EVENT_LISTENER, EVENT_TIMER };
 
+/* A plan in use, and what is kept for its next run. */
+struct shelf {
+	uint64_t name;
+	const struct plan *plan; /* NULL: the shelf is free */
+	int template;            /* mount namespace with the part of the root that all its cells share; -1: not yet */
+	uint32_t stock;          /* so many cells are to be parked */
+	uint32_t requests;
+	uint32_t cells, parked;  /* alive; and of those, without an order */
+	int spoiled;             /* a parked cell ended by itself: no more until the next request */
+	uint64_t used_ns;        /* the last request */
+};
+
+/* A cell, and from its order on the run in it. */
 struct run {
-	int used;
+	int used, ordered, ready;
 	uint32_t index, generation;
+	struct shelf *shelf;
 	const struct plan *plan;
-	uint32_t request_flags;
 	int channel;  /* to the caller */
-	int cell;     /* to the cell */
+	int cell;     /* to init */
+	int program;  /* to the program, until it runs */
 	int init;     /* pidfd of the cell's process 1 */
 	int listener; /* denied system calls */
 	int timer;
 	pid_t pid;                /* of init, on the host */
-	int held[MAX_FDS + 1];    /* the order and the program's descriptors, until the cell can take them */
-	int held_count;
 	int groups[GROUPS];       /* the cell's own directories */
 	int has_groups;
-	uint64_t start_ns, exec_ns;
+	uint64_t start_ns, exec_ns, end_ns;
+	uint64_t early_signals;   /* to be sent when the program runs: bit 0 for number 1 */
 	uint64_t cpu_base;        /* what making the cell had used */
 	uint64_t cpu_seen, cpu_seen_ns; /* for the idle clock */
-	int execed, exec_passed, ended;
+	int execed, ended;
+	int asked;                /* the caller wants to know the program's pid */
 	struct report report;
 };
 
 struct launcher {
 	int epoll, control, caller;
+	int sysctl; /* /proc/sys/user */
 	struct hello hello;
 	int groups[GROUPS];
 	uint32_t sequence; /* names the next cell's groups */
 	int undead;        /* groups that could not be removed yet */
 	int cpus;
+	uint32_t parked;
+	int hungry;          /* some shelf may want a cell */
+	uint64_t expires_ns; /* when a shelf may have been idle for too long; 0: there is none */
+	uint64_t *stamps;    /* one per run */
+	uint32_t top_run, top_shelf; /* the first that were never used */
 	struct run runs[MAX_RUNS];
+	struct shelf shelves[MAX_SHELVES];
 };
 
+/* shelf.c */
+struct shelf *shelf_find(struct launcher *launcher, const struct request *request, int plan);
+struct run *shelf_take(struct launcher *launcher, struct shelf *shelf);
+void shelf_return(struct launcher *launcher, struct shelf *shelf);
+int shelves_wait_ms(const struct launcher *launcher);
+void shelves_tend(struct launcher *launcher);
+
 /* cell.c */
+struct run *cell_slot(struct launcher *launcher, struct shelf *shelf);
+enum step cell_make(struct launcher *launcher, struct run *run);
+void cell_heard(struct launcher *launcher, struct run *run);    /* a message from init */
+void program_heard(struct launcher *launcher, struct run *run); /* a message from the program, or its exec */
+void cell_finish(struct launcher *launcher, struct run *run);   /* init is dead */
+void cell_release(struct launcher *launcher, struct run *run);
+
+/* run.c */
 void run_start(struct launcher *launcher, const struct request *request, int *descriptors, int count);
 void run_kill(struct run *run, enum cause cause);
-void run_heard(struct launcher *launcher, struct run *run);   /* a message from the cell */
+void run_spoil(struct run *run, enum step step, int error);
 void run_command(struct launcher *launcher, struct run *run); /* a message from the caller */
-void run_finish(struct launcher *launcher, struct run *run);  /* init is dead */
+void run_execed(struct launcher *launcher, struct run *run);
+void run_count(struct launcher *launcher, struct run *run);
+void run_answer(struct launcher *launcher, struct run *run);
 
 /* cgroup.c */
 int cgroup_make(struct launcher *launcher, struct run *run);

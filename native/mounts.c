@@ -213,7 +213,7 @@ static int scratch(struct cell *cell, const struct mount_step *step) {
 	snprintf(size, sizeof size, "%llu", (unsigned long long)step->size);
 	snprintf(inodes, sizeof inodes, "%llu", (unsigned long long)step->inodes);
 	struct option options[] = {{"size", size}, {"nr_inodes", inodes}, {"mode", "0755"}, {NULL, NULL}};
-	cell->scratch = descriptor_high(new_file_system("tmpfs", options, attributes_of(step->flags | MOUNT_WRITABLE)));
+	cell->scratch = new_file_system("tmpfs", options, attributes_of(step->flags | MOUNT_WRITABLE));
 	return cell->scratch < 0 ? -1 : place(cell, cell->scratch, at(cell->plan, step->target));
 }
 
@@ -286,6 +286,16 @@ static enum step perform(struct cell *cell, const struct mount_step *step) {
 #undef OR
 }
 
+static enum step perform_all(struct cell *cell, uint32_t from, uint32_t to) {
+	const struct mount_step *steps = at(cell->plan, cell->plan->mounts.offset);
+	for (cell->detail = from; cell->detail < to; cell->detail++) {
+		enum step failed = perform(cell, &steps[cell->detail]);
+		if (failed)
+			return failed;
+	}
+	return STEP_NONE;
+}
+
 enum step root_build(struct cell *cell) {
 	const struct plan *plan = cell->plan;
 	struct option options[] = {{"size", "4m"}, {"nr_inodes", "65536"}, {"mode", "0755"}, {NULL, NULL}};
@@ -296,19 +306,19 @@ enum step root_build(struct cell *cell) {
 	enum step failed = maps_prepare(cell);
 	if (failed)
 		return failed;
-	cell->sysctl = open("/proc/sys/user", O_PATH | O_DIRECTORY | O_CLOEXEC); /* used, or missed, in nested_refuse */
+	if (root_is_shared(cell) && (cell->template = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC)) < 0)
+		return STEP_SHARED_ROOT;
 	cell->root = new_file_system("tmpfs", options, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
 	if (cell->root < 0 || sys_move_mount(cell->root, AT_FDCWD, "/", 0) < 0)
 		return STEP_MOUNT_ROOT;
-	const struct mount_step *steps = at(plan, plan->mounts.offset);
-	for (uint32_t i = 0; i < plan->mounts.count; i++) {
-		cell->detail = i;
-		failed = perform(cell, &steps[i]);
-		if (failed)
-			return failed;
-	}
+	failed = perform_all(cell, 0, root_is_shared(cell) ? plan->shared : plan->mounts.count);
+	if (failed)
+		return failed;
 	return sys_mount_setattr(cell->root, "", AT_EMPTY_PATH, &locked) < 0 ? STEP_MOUNT_ROOT : STEP_NONE;
 }
+
+/* What is each cell's own, on the targets that the shared root has for it. */
+enum step root_furnish(struct cell *cell) { return perform_all(cell, cell->plan->shared, cell->plan->mounts.count); }
 
 /* The new root is stacked on the old; the old is then taken off from beneath, with everything on it. */
 int root_pivot(const struct cell *cell) {

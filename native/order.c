@@ -1,34 +1,53 @@
 /* The order: received, checked, and its small files (a script, mostly) written beneath /app by the jail's user. Nothing untrusted
- * has run yet, and no right is left. */
+ * has run yet, and no right is left. All calls are late ones (filter.c). */
 #include "ladder.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
-/* The first descriptor that comes along is the order itself; the others are the program's. */
-int order_take(const struct cell *cell, struct order **order, int *descriptors) {
-	struct cell_order run;
+static struct order *order_map(const struct cell *cell, int descriptor, size_t *size) {
 	struct stat status;
-	int received[MAX_FDS + 1], count = MAX_FDS + 1;
-	if (order_receive(cell->launcher, &run, received, &count) < 0)
+	if (late(cell, SYS_fstat, descriptor, (long)&status, 0, 0, 0) < 0)
+		return NULL;
+	if ((late(cell, SYS_fcntl, descriptor, F_GET_SEALS, 0, 0, 0) & BLOCK_SEALS) != BLOCK_SEALS || status.st_size <= 0 ||
+	    status.st_size > MAX_BLOCK) {
+		errno = EINVAL;
+		return NULL;
+	}
+	*size = (size_t)status.st_size;
+	void *block = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
+	late(cell, SYS_close, descriptor, 0, 0, 0, 0);
+	return block == MAP_FAILED ? NULL : block;
+}
+
+/* The order lies behind its message, or, when it is large, in the first descriptor that comes along; the others are the program's. */
+int order_take(const struct cell *cell, struct order **order, int *descriptors) {
+	static struct {
+		struct cell_order head;
+		_Alignas(8) char order[MAX_INLINE];
+	} message;
+	int received[MAX_FDS + 1], count = MAX_FDS + 1, first = 0;
+	ssize_t length = message_receive(cell, cell->orders, &message, sizeof message, 0, received, &count);
+	size_t size = message.head.value;
+	if (length < 0)
 		return -1;
-	if (run.kind != CELL_RUN || count < 1 || fstat(received[0], &status) < 0 ||
-	    (fcntl(received[0], F_GET_SEALS) & BLOCK_SEALS) != BLOCK_SEALS || status.st_size <= 0 || status.st_size > MAX_BLOCK) {
+	if ((size_t)length != sizeof message.head + size || message.head.kind != CELL_RUN || count < 1) {
+		errno = EPROTO;
+		return -1;
+	}
+	*order = (struct order *)message.order;
+	if (size == 0 && !(*order = order_map(cell, received[first++], &size)))
+		return -1;
+	if (!order_check(*order, size) || (*order)->descriptors.count != (uint32_t)(count - first)) {
 		errno = EINVAL;
 		return -1;
 	}
-	*order = mmap(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_PRIVATE, received[0], 0);
-	if (*order == MAP_FAILED)
-		return -1;
-	if (!order_check(*order, (size_t)status.st_size) || (*order)->descriptors.count != (uint32_t)count - 1) {
-		errno = EINVAL;
-		return -1;
-	}
-	for (int i = 1; i < count; i++)
-		descriptors[i - 1] = received[i];
+	for (int i = first; i < count; i++)
+		descriptors[i - first] = received[i];
 	return 0;
 }
 
@@ -39,9 +58,9 @@ char **order_pointers(struct order *order, struct span span) {
 	return (char **)offsets;
 }
 
-static int write_all(int fd, const char *data, size_t size) {
+static int write_all(const struct cell *cell, int fd, const char *data, size_t size) {
 	while (size) {
-		ssize_t written = write(fd, data, size);
+		long written = late(cell, SYS_write, fd, (long)data, (long)size, 0, 0);
 		if (written < 0)
 			return -1;
 		data += written;
@@ -50,23 +69,28 @@ static int write_all(int fd, const char *data, size_t size) {
 	return 0;
 }
 
+static int file_write(const struct cell *cell, const struct order *order, const struct order_file *file) {
+	long name = (long)at(order, file->name);
+	int fd = (int)late(cell, SYS_openat, cell->app, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600, 0);
+	if (fd < 0)
+		return -1;
+	int result = write_all(cell, fd, at(order, file->offset), file->size);
+	if (result == 0)
+		result = (int)late(cell, SYS_fchmod, fd, file->mode & 0777, 0, 0, 0);
+	int error = errno;
+	late(cell, SYS_close, fd, 0, 0, 0, 0);
+	errno = error;
+	return result;
+}
+
 int app_write(const struct cell *cell, const struct order *order) {
 	const struct order_file *files = at(order, order->files.offset);
 	if (order->files.count && cell->app < 0) {
 		errno = ENOTSUP; /* the plan made no place for them */
 		return -1;
 	}
-	for (uint32_t i = 0; i < order->files.count; i++) {
-		int fd = openat(cell->app, at(order, files[i].name), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-		if (fd < 0)
+	for (uint32_t i = 0; i < order->files.count; i++)
+		if (file_write(cell, order, &files[i]) < 0)
 			return -1;
-		if (write_all(fd, at(order, files[i].offset), files[i].size) < 0 || fchmod(fd, files[i].mode & 0777) < 0) {
-			int error = errno;
-			close(fd);
-			errno = error;
-			return -1;
-		}
-		close(fd);
-	}
 	return 0;
 }

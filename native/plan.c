@@ -67,7 +67,10 @@ int plan_check(const void *block, size_t size) {
 	    !span_ok(plan->size, plan->paths, sizeof(struct path_rule), 65536) ||
 	    !span_ok(plan->size, plan->limits, sizeof(struct resource_limit), 64) ||
 	    !span_ok(plan->size, plan->cgroup, sizeof(struct cgroup_write), 64) ||
-	    !span_ok(plan->size, plan->filter, sizeof(struct sock_filter), BPF_MAXINSNS))
+	    !span_ok(plan->size, plan->filter, sizeof(struct sock_filter), BPF_MAXINSNS - 2 * MAX_LATE) ||
+	    !span_ok(plan->size, plan->late, sizeof(uint32_t), MAX_LATE))
+		return 0;
+	if (plan->shared > plan->mounts.count)
 		return 0;
 	if (!string_ok(plan, plan->size, plan->hostname) || !string_ok(plan, plan->size, plan->directory))
 		return 0;

@@ -1,8 +1,9 @@
 /* READ FIRST. The blocks of bytes that cross between Python and C, and nothing else.
  *
  * Plan     a policy compiled for this host. Written by plan.py, read here, never changed. In a sealed memfd.
- * Order    one run: program, arguments, environment, small files. In a sealed memfd, too.
+ * Order    one run: program, arguments, environment, small files. Behind its request, or, when it is large, in a sealed memfd.
  * Hello    who the launcher works for and what it may use: the first message on its socket.
+ * Request  start this order under that plan.
  * Report   what happened: launcher to caller, on the channel of that run.
  * Command  kill or signal: caller to launcher, on the same channel. Its end of file is the order to kill.
  *
@@ -20,8 +21,10 @@ enum block {
 	HELLO_MAGIC = 0x4c4c4548,   /* "HELL" */
 	FORMAT_VERSION = 1,
 	MAX_BLOCK = 67108864,
-	MAX_FDS = 64,      /* descriptors that one run may be given, the three standard ones included */
-	MAX_FD_NUMBER = 1000, /* the launcher's own descriptors live above */
+	MAX_INLINE = 65536,   /* an order of up to so many bytes travels with its request */
+	MAX_FDS = 64,         /* descriptors that one run may be given, the three standard ones included */
+	MAX_FD_NUMBER = 1000, /* a cell's own descriptors live above */
+	MAX_LATE = 24,
 	MAX_DENIED = 48,   /* distinct system calls that one report names */
 };
 
@@ -33,11 +36,12 @@ enum step {
 	STEP_UID_POOL,
 	STEP_CGROUP,
 	STEP_CLONE,
-	STEP_SIGNALS,
 	STEP_SESSION,
 	STEP_KEYRING,
 	STEP_USER_NAMESPACE,
 	STEP_ID_MAP,
+	STEP_NAMESPACES,
+	STEP_SHARED_ROOT,
 	STEP_MOUNT_PRIVATE,
 	STEP_MOUNT_ROOT,
 	STEP_MOUNT_TARGET,
@@ -133,13 +137,12 @@ struct cgroup_write {
 
 enum plan_flag {
 	PLAN_LOOPBACK = 1,
-	PLAN_EXEC_ONCE = 2,       /* the filter reports execve; only the first passes */
-	PLAN_KILL_DENIED = 4,     /* the first denied system call ends the run */
-	PLAN_LANDLOCK = 8,
-	PLAN_FILTER = 16,
-	PLAN_NO_NESTED = 32,      /* no user namespace inside */
-	PLAN_NESTED_OPTIONAL = 64, /* ... but go on where the kernel will not have it so */
-	PLAN_CGROUP = 128,
+	PLAN_KILL_DENIED = 2,     /* the first denied system call ends the run */
+	PLAN_LANDLOCK = 4,
+	PLAN_FILTER = 8,
+	PLAN_NO_NESTED = 16,       /* no user namespace inside */
+	PLAN_NESTED_OPTIONAL = 32, /* ... but go on where the kernel will not have it so */
+	PLAN_CGROUP = 64,
 };
 
 struct plan {
@@ -149,7 +152,7 @@ struct plan {
 	uint64_t max_denied;               /* so many denied system calls end the run */
 	uint32_t uid, gid;                 /* inside */
 	uint32_t unknown_from;             /* system calls from this number on are new to us: ENOSYS, and not EPERM */
-	uint32_t reserved;
+	uint32_t shared;                   /* so many of the mounts, from the first on, are the same in every cell, now and later */
 	uint32_t hostname, directory;      /* strings */
 	uint64_t landlock_fs, landlock_net, landlock_scope;
 	struct span mounts;  /* struct mount_step */
@@ -157,6 +160,7 @@ struct plan {
 	struct span limits;  /* struct resource_limit */
 	struct span cgroup;  /* struct cgroup_write */
 	struct span filter;  /* struct sock_filter: 8 bytes each */
+	struct span late;    /* uint32_t: system calls that the filter denies, and the cell still makes between filter and exec */
 };
 
 struct order_file {
@@ -187,10 +191,12 @@ struct hello { /* with one directory descriptor for each bit of groups, in order
 	uint32_t reserved;
 };
 
-enum request_flag { REQUEST_STARTED = 1 }; /* send a report when the program runs */
-
-struct request { /* with plan, order, channel, then the program's descriptors */
-	uint32_t magic, flags;
+struct request { /* with plan, channel, the order if it is large, then the program's descriptors */
+	uint32_t magic;
+	uint32_t inlined; /* bytes of the order behind this; 0: it has a descriptor */
+	uint64_t plan;    /* the caller's name for the plan: one plan, one name */
+	uint32_t stock;   /* so many cells are to wait for further orders under this plan */
+	uint32_t reserved;
 };
 
 enum cause { /* why the launcher ended a run */
@@ -204,7 +210,7 @@ enum cause { /* why the launcher ended a run */
 };
 
 struct command {
-	uint32_t signal; /* 0: kill everything, for cause */
+	uint32_t signal; /* 0: kill everything, for cause; or, without a cause, tell when the program runs, and which process it is */
 	uint32_t cause;
 };
 
@@ -222,17 +228,17 @@ struct denied {
 struct report {
 	uint32_t kind;
 	uint32_t flags;
-	uint32_t step, error;      /* REPORT_FAILED */
-	uint32_t detail;           /* which element of the plan the step was at */
-	uint32_t pid;              /* of the program, as the host sees it */
+	uint32_t step, error; /* REPORT_FAILED */
+	uint32_t detail; /* which element of the plan the step was at */
+	uint32_t pid; /* of the program, as the host sees it */
 	int32_t exit_code, signal; /* of the program; -1: not so */
-	uint32_t cause;            /* enum cause */
+	uint32_t cause; /* enum cause */
 	uint32_t cpu_source, memory_source;
 	uint32_t denied_count;
-	uint64_t observed;         /* what the clock of cause showed */
+	uint64_t observed; /* what the clock of cause showed */
 	uint64_t wall_ns, cpu_ns, user_ns, system_ns;
 	uint64_t peak_memory, peak_processes, oom_kills, process_denials;
-	uint64_t setup_ns;         /* from request to exec */
+	uint64_t setup_ns; /* from request to exec */
 	struct denied denied[48];
 };
 #endif

@@ -32,9 +32,12 @@ static int map_by_launcher(const struct cell *cell) {
 	struct cell_message need = {.kind = CELL_NEED_MAP};
 	struct cell_order answer;
 	int none = 0;
-	if (message_send(cell->launcher, &need, sizeof need, NULL, 0) < 0 || order_receive(cell->launcher, &answer, NULL, &none) < 0)
+	if (message_send(NULL, cell->launcher, &need, sizeof need, NULL, 0) < 0)
 		return -1;
-	if (answer.kind != CELL_MAPPED) {
+	ssize_t size = message_receive(NULL, cell->launcher, &answer, sizeof answer, 0, NULL, &none);
+	if (size < 0)
+		return -1;
+	if (size != sizeof answer || answer.kind != CELL_MAPPED) {
 		errno = EPROTO;
 		return -1;
 	}
@@ -88,12 +91,16 @@ int identity_take(const struct plan *plan) {
 	return 0;
 }
 
+/* All that the kernel knows: it refuses the first number that is none. */
+int bounding_set_empty(void) {
+	for (unsigned long capability = 0; prctl(PR_CAPBSET_DROP, capability) == 0; capability++)
+		;
+	return errno == EINVAL && prctl(PR_CAPBSET_READ, 0) == 0 ? 0 : -1;
+}
+
 int capabilities_drop(void) {
 	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
 	struct __user_cap_data_struct none[2] = {{0}}, read_back[2];
-	for (unsigned long capability = 0; prctl(PR_CAPBSET_READ, capability) >= 0; capability++)
-		if (prctl(PR_CAPBSET_DROP, capability) < 0)
-			return -1;
 	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 || syscall(SYS_capset, &header, none) < 0 ||
 	    syscall(SYS_capget, &header, read_back) < 0)
 		return -1;

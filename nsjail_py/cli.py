@@ -153,7 +153,7 @@ def command_run(options: argparse.Namespace) -> int:
     if options.script == "-" and options.stdin is None:
         options.stdin = os.devnull  # the script is what stands there
     source, name = _script(options.script)
-    jail = Jail(options.policy, **changes(options))
+    jail = Jail(options.policy, stock=0, **changes(options))
     return _supervise(options, jail, lambda **streams: jail.start_python(source, args=options.arguments, filename=name, **streams))
 
 
@@ -163,7 +163,7 @@ def command_exec(options: argparse.Namespace) -> int:
     arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     if not arguments:
         raise PolicyError("exec: no program was given: nsjail-py exec [OPTIONS] -- CMD [ARGS...]")
-    jail = Jail(options.policy, **changes(options))
+    jail = Jail(options.policy, stock=0, **changes(options))
     return _supervise(options, jail, lambda **streams: jail.start(arguments, **streams))
 
 

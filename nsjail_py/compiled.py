@@ -96,12 +96,13 @@ def _mountpoints(policy: Policy, tops: tuple[str, ...]) -> tuple[str, ...]:
 
 def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool) -> Compiled:
     mounts = tuple(rootfs.build(policy, root, outside, with_files))
-    bpf, exec_once, unknown_from = b"", False, 0
+    bpf, unknown_from = b"", 0
+    late: tuple[int, ...] = ()
     if policy.syscalls is not None:
         from .syscalls import compile_filter
 
         compiled = compile_filter(policy.syscalls)
-        bpf, exec_once, unknown_from = compiled.bpf, compiled.exec_once, compiled.unknown_from
+        bpf, late, unknown_from = compiled.bpf, compiled.late, compiled.unknown_from
     if policy.landlock and not host.landlock_abi:
         raise Unavailable(
             "landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy"
@@ -112,7 +113,7 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,
-        exec_once=exec_once,
+        late=late,
         unknown_from=unknown_from,
         landlock=decided.masks,
         paths=decided.paths,

@@ -22,7 +22,7 @@ from . import launcher
 from ._native import ffi, lib
 from .compiled import PATH, Compiled, Host, for_program, for_python, landlock_abi
 from .errors import JailError, LauncherDied, PolicyError
-from .plan import OrderFile, compile_order, sealed
+from .plan import OrderFile, compile_order
 from .policy import Policy
 from .policyfile import load, override
 from .reports import Context, parse, to_result
@@ -31,6 +31,9 @@ from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory
 
 __all__ = ["DEVNULL", "PIPE", "STDOUT", "Jail", "Process", "run", "run_python"]
 
+STOCK = 2
+"""How many jails wait for the next runs of one program under one policy, where a Jail does not say."""
+MAX_STOCK = 64
 Args = Sequence[str | os.PathLike[str]]
 
 
@@ -40,7 +43,7 @@ class Process:
     stdin, stdout and stderr are binary files where PIPE was asked for, else None. A handle that is dropped kills its run.
     """
 
-    def __init__(self, compiled: Compiled, order: bytes, args: list[str], ends: Ends, pass_fds: Sequence[int]) -> None:
+    def __init__(self, compiled: Compiled, order: bytes, args: list[str], ends: Ends, pass_fds: Sequence[int], stock: int) -> None:
         self.compiled = compiled
         self.args = args
         self.reported: Any = None
@@ -49,17 +52,11 @@ class Process:
         self._exchange: Exchange | None = None
         self._lost = False
         self.launcher = launcher.current()
-        plan_fd, order_fd = sealed("plan", compiled.plan), -1
         try:
-            order_fd = sealed("order", order)
-            self.channel = self._submit(plan_fd, order_fd, [*ends.inside, *pass_fds])
+            self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
         except BaseException:
             ends.close()
             raise
-        finally:
-            for descriptor in (plan_fd, order_fd):
-                if descriptor >= 0:
-                    os.close(descriptor)
         ends.sent()
         files = [None if fd is None else os.fdopen(fd, "wb" if number == 0 else "rb", 0) for number, fd in enumerate(ends.ours)]
         self.stdin: IO[bytes] | None
@@ -68,17 +65,20 @@ class Process:
         self.stdin, self.stdout, self.stderr = files
         self._finalizer = weakref.finalize(self, self.channel.close)
 
-    def _submit(self, plan_fd: int, order_fd: int, descriptors: list[int]) -> socket.socket:
+    def _submit(self, order: bytes, descriptors: list[int], stock: int) -> socket.socket:
+        plan = self.compiled.plan
         try:
-            return self.launcher.submit(plan_fd, order_fd, descriptors, started=True)
+            return self.launcher.submit(plan, order, descriptors, stock)
         except (BrokenPipeError, ConnectionResetError):  # it died since the last run: nothing was started
             launcher.lost(self.launcher)
             self.launcher = launcher.current()
-            return self.launcher.submit(plan_fd, order_fd, descriptors, started=True)
+            return self.launcher.submit(plan, order, descriptors, stock)
 
     @property
     def pid(self) -> int | None:
         """The program's process id on the host, once it runs; None when it never did."""
+        if self._pid is None and not self.reported:
+            self._command(0, lib.CAUSE_NONE)
         while self._pid is None and not self.reported:
             select.select([self.channel], [], [])
             self.hear()
@@ -188,9 +188,14 @@ class Jail:
 
     policy: a Policy, the name of a shipped one, or the path of a TOML file. changes: fields that differ from it (limits by their names,
     `imports`, `env`, `mounts`, `workdir` ...; numbers or strings with units). Raises PolicyError with everything that is wrong.
+    stock: how many jails wait for the next runs, made from the second run of a program on, and gone ten seconds after the last. 0: none.
     """
 
-    def __init__(self, policy: Policy | str | os.PathLike[str] = "untrusted", **changes: Any) -> None:
+    def __init__(self, policy: Policy | str | os.PathLike[str] = "untrusted", *, stock: int | None = None, **changes: Any) -> None:
+        stock = STOCK if stock is None else stock
+        if not 0 <= stock <= MAX_STOCK:
+            raise PolicyError(f"stock = {stock}: from 0 to {MAX_STOCK}")
+        self.stock = stock
         loaded = policy if isinstance(policy, Policy) else load(policy)
         self.policy = override(loaded, **changes)
 
@@ -259,7 +264,7 @@ class Jail:
         for number in numbers:
             no_directory(number)
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
-        return Process(compiled, order, argv, Ends(*streams), numbers)
+        return Process(compiled, order, argv, Ends(*streams), numbers, self.stock)
 
 
 def environment(policy: Policy) -> dict[str, str]:

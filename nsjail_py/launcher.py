@@ -13,12 +13,14 @@ import fcntl
 import os
 import signal
 import socket
+import struct
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._native import ffi, lib
 from .errors import SetupError
+from .plan import Sealed
 
 if TYPE_CHECKING:
     from .cgroups import Claim
@@ -29,6 +31,9 @@ UID_BASE = 1_900_000_000
 UID_BLOCK = 1024
 UID_BLOCKS = 64
 LOCKS = Path("/run/nsjail_py")
+REQUEST = struct.Struct("=IIQII")
+"""`struct request` of native/plan.h."""
+MAX_PLANS = 256
 
 GROUPS = {"memory": lib.GROUP_MEMORY, "pids": lib.GROUP_PIDS, "cpu": lib.GROUP_CPU, "unified": lib.GROUP_UNIFIED}
 KINDS = {"none": lib.CGROUP_NONE, "v1": lib.CGROUP_V1, "v2": lib.CGROUP_V2}
@@ -43,6 +48,8 @@ class Launcher:
         self.claim: Claim = cgroups.claim()
         self.pid = 0
         self.uid_lock = -1
+        self.numbered = 0
+        self.plans: dict[bytes, tuple[int, Sealed]] = {}
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket = ours
         try:
@@ -108,19 +115,33 @@ class Launcher:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def submit(self, plan: int, order: int, descriptors: list[int], started: bool) -> socket.socket:
-        """Asks for one run. The descriptors stay the caller's; the channel that comes back is his, too."""
-        request = ffi.new("struct request *")
-        request.magic = lib.REQUEST_MAGIC
-        request.flags = lib.REQUEST_STARTED if started else 0
+    def submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int) -> socket.socket:
+        """Asks for one run. stock: how many jails are to wait for further ones. The descriptors stay the caller's; the channel is his."""
+        number, block = self._plan(plan)
+        large = Sealed("order", order) if len(order) > lib.MAX_INLINE else None
+        head = REQUEST.pack(lib.REQUEST_MAGIC, 0 if large else len(order), number, stock, 0)
         channel, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
             try:
-                send(self.socket, bytes(ffi.buffer(request)), [plan, order, its.fileno(), *descriptors])
+                if large:
+                    send(self.socket, head, [block.fd, its.fileno(), large.fd, *descriptors])
+                else:
+                    send(self.socket, head + order, [block.fd, its.fileno(), *descriptors])
             except BaseException:
                 channel.close()
                 raise
         return channel
+
+    def _plan(self, plan: bytes) -> tuple[int, Sealed]:
+        """The number and the sealed block under which the launcher knows a plan."""
+        known = self.plans.get(plan)
+        if known is None:
+            with _lock:
+                if len(self.plans) >= MAX_PLANS:
+                    self.plans = {}  # the launcher forgets those that are not used, too
+                self.numbered += 1
+                known = self.plans.setdefault(plan, (self.numbered, Sealed("plan", plan)))
+        return known
 
     def close(self) -> None:
         """Ends the launcher and every jail of it."""

@@ -93,7 +93,7 @@ class Parts(NamedTuple):
 
     mounts: Sequence[MountStep]
     bpf: bytes
-    exec_once: bool
+    late: Sequence[int]
     unknown_from: int
     landlock: tuple[int, int, int]
     paths: Sequence[PathRule]
@@ -111,11 +111,11 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
     head.max_denied = MAX_DENIED
     head.uid = head.gid = INSIDE_ID
     head.unknown_from = parts.unknown_from
+    head.shared = shared(parts.mounts)
     head.hostname, head.directory = block.string(policy.hostname), block.string("/work")
     head.landlock_fs, head.landlock_net, head.landlock_scope = parts.landlock
     flags = {
         lib.PLAN_LOOPBACK: policy.loopback and "net" in policy.namespaces,
-        lib.PLAN_EXEC_ONCE: parts.exec_once,
         lib.PLAN_KILL_DENIED: policy.syscalls is not None and policy.syscalls.on_denied == "kill",
         lib.PLAN_LANDLOCK: any(parts.landlock),
         lib.PLAN_FILTER: bool(parts.bpf),
@@ -138,7 +138,19 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
     )
     if parts.bpf:
         head.filter.offset, head.filter.count = block.put(parts.bpf), len(parts.bpf) // 8
+        head.late.offset, head.late.count = block.put(b"".join(nr.to_bytes(4, "little") for nr in parts.late)), len(parts.late)
     return block.finish()
+
+
+OWN = frozenset((lib.MOUNT_SCRATCH, lib.MOUNT_PART, lib.MOUNT_PROC, lib.MOUNT_DEVPTS, lib.MOUNT_MASK, lib.MOUNT_READONLY))
+
+
+def shared(mounts: Sequence[MountStep]) -> int:
+    """How many steps, from the first on, make the same root in every cell. 0: something of the host's is shown that may be another
+    file by the next run, so each run has to look anew."""
+    if any(step.kind == lib.MOUNT_BIND and not step.lasting for step in mounts):
+        return 0
+    return next((number for number, step in enumerate(mounts) if step.kind in OWN), len(mounts))
 
 
 def _mount(block: Block, step: MountStep) -> dict[str, int]:
@@ -185,8 +197,18 @@ def compile_order(
     return block.finish()
 
 
+class Sealed:
+    """A memfd that holds data and that nobody can change any more; closed with the object. memfd_create(2), F_ADD_SEALS in fcntl(2)"""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self.fd = sealed(name, data)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
 def sealed(name: str, data: bytes) -> int:
-    """A memfd that holds data and that nobody can change any more. memfd_create(2), F_ADD_SEALS in fcntl(2)"""
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         view = memoryview(data)

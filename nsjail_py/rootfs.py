@@ -66,6 +66,8 @@ class MountStep(NamedTuple):
     mode: int = 0o755
     size: int = 0
     inodes: int = 0
+    lasting: bool = False
+    """A bind whose source is the same file for as long as this process lives: ours by content, or a device."""
 
 
 class Root:
@@ -91,11 +93,11 @@ class Root:
             self.directory(posixpath.dirname(path))
         self.targets.setdefault(path, MountStep(lib.MOUNT_SYMLINK, path, text))
 
-    def bind(self, source: str, target: str, flags: int = 0) -> None:
+    def bind(self, source: str, target: str, flags: int = 0, *, lasting: bool = False) -> None:
         """A file or directory of the host; its target is made unless it lies in a tree that is mounted before."""
         if not self.inside_mount(target):
             (self.directory if os.path.isdir(source) else self.file)(target)
-        self.mounts.append(MountStep(lib.MOUNT_BIND, target, source, flags))
+        self.mounts.append(MountStep(lib.MOUNT_BIND, target, source, flags, lasting=lasting))
 
     def inside_mount(self, target: str) -> bool:
         return any(is_below(target, step.target) for step in self.mounts if step.kind in (lib.MOUNT_BIND, lib.MOUNT_PART))
@@ -158,12 +160,12 @@ def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
         if path.is_symlink():
             root.symlink(f"/{name}", os.readlink(path))
         elif path.is_dir() or path.is_file():
-            root.bind(str(path), f"/{name}")
+            root.bind(str(path), f"/{name}", lasting=tree is not None and path.parent == tree.path)
 
 
 def _devices(root: Root) -> None:
     for name in DEVICES:
-        root.bind(f"/dev/{name}", f"/dev/{name}", lib.MOUNT_DEVICES | lib.MOUNT_NOEXEC)
+        root.bind(f"/dev/{name}", f"/dev/{name}", lib.MOUNT_DEVICES | lib.MOUNT_NOEXEC, lasting=True)
     for path, text in DEVICE_LINKS.items():
         root.symlink(path, text)
     root.directory("/dev/pts")

@@ -26,14 +26,28 @@ from .suggest import did_you_mean
 if TYPE_CHECKING:
     from .policy import Syscalls
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's key: raise it when the same policy compiles to other bytes."""
 MACHINES = ("x86_64", "aarch64")
 """Where argument numbers are as syscalls.toml says; s390x, for one, swaps the first two of clone."""
 OTHER_TABLES = ("arguments", "absent", "never")
 INT = 0xFFFFFFFF
-MAX_INSTRUCTIONS = 4096
+MAX_INSTRUCTIONS = 4096 - 48
 HIGHEST_TRIED = 1024
+LATE = (
+    "recvmsg",
+    "sendmsg",
+    "fstat",
+    "fcntl",
+    "openat",
+    "fchmod",
+    "close_range",
+    "dup3",
+    "landlock_restrict_self",
+    "prlimit64",
+    "execveat",
+)
+"""What a waiting jail still calls once it has its order, beside what every program may call."""
 LIBRARY_PLACES = ("/lib/{}-linux-gnu", "/usr/lib/{}-linux-gnu", "/usr/lib64", "/lib64", "/usr/lib", "/lib", "/usr/local/lib")
 
 Condition = tuple[int, int, int]
@@ -48,8 +62,8 @@ class Filter(NamedTuple):
     bpf: bytes
     """The program: `struct sock_filter`, 8 bytes each."""
     instructions: int
-    exec_once: bool
-    """Whether the launcher has to let the first execve through, and no other."""
+    late: tuple[int, ...]
+    """The calls that the jail itself still has to make under the filter, and the program may not make freely (native/filter.c)."""
     unknown_from: int
     """The first number above all that the library knows: from there on a call is newer than the filter, and the launcher answers ENOSYS."""
 
@@ -241,7 +255,8 @@ def _compile(syscalls: Syscalls) -> Filter:
     bpf = _export(program)
     if len(bpf) // 8 > MAX_INSTRUCTIONS:
         raise PolicyError(f"$.syscalls: the filter has {len(bpf) // 8} instructions; the kernel takes {MAX_INSTRUCTIONS}")
-    return Filter(bpf, len(bpf) // 8, not syscalls.exec, _unknown_from(library))
+    late = tuple(_number(call) for call in LATE if rules.get(call) != {()})
+    return Filter(bpf, len(bpf) // 8, late, _unknown_from(library))
 
 
 def _export(program: Any) -> bytes:

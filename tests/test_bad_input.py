@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 import nsjail_py
-from nsjail_py import Jail, Mount, PolicyError, SetupError, Verdict
+from nsjail_py import Jail, Mount, PolicyError, SetupError, Verdict, compiled, launcher, plan, reports
+from nsjail_py._native import lib
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -125,18 +127,36 @@ def test_no_more_descriptors_is_an_error_and_the_next_run_works() -> None:
 
 def test_a_plan_that_is_not_sealed_or_not_sound_is_refused() -> None:
     """The launcher's own check, reached past Python's."""
-    import socket
-
-    from nsjail_py import launcher, plan, reports
-
+    order = plan.compile_order("/bin/true", ["true"], {})
+    for data in (b"", b"x" * 4096, order):
+        assert _refused_at(data, order) == "plan"
     good = Jail("untrusted")
-    for data in (b"", b"x" * 4096, plan.compile_order("/x", ["x"], {})):
-        null = os.open(os.devnull, os.O_RDWR)
-        block = plan.sealed("plan", data)
-        channel: socket.socket = launcher.current().submit(block, block, [null, null, null], started=False)
-        report = reports.parse(channel.recv(1 << 16))
-        assert reports.STEP_NAMES[report.step] == "plan"
-        channel.close()
-        os.close(block)
-        os.close(null)
+    sound = compiled.for_program(good.policy, good._host(), "/bin/true").plan
+    with open(os.memfd_create("plan"), "wb", 0) as open_to_change:
+        open_to_change.write(sound)
+        unsealed = launcher.REQUEST.pack(lib.REQUEST_MAGIC, len(order), 1 << 40, 0, 0) + order
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, its, open(os.devnull, "r+b") as null:
+            launcher.send(launcher.current().socket, unsealed, [open_to_change.fileno(), its.fileno(), *[null.fileno()] * 3])
+            its.close()
+            assert reports.STEP_NAMES[reports.parse(ours.recv(1 << 16)).step] == "plan"
     assert good.run(["/bin/true"]).ok
+
+
+@pytest.mark.parametrize("size", [0, 4096, 100_000], ids=["short", "with the request", "in a memfd"])
+def test_an_order_that_is_not_sound_is_refused(size: int) -> None:
+    good = Jail("untrusted")
+    sound = compiled.for_program(good.policy, good._host(), "/bin/true").plan
+    assert _refused_at(sound, b"x" * (size + 8)) == "order"
+    assert good.run(["/bin/true"]).ok
+
+
+def _refused_at(plan_bytes: bytes, order: bytes) -> str:
+    with open(os.devnull, "r+b") as null, launcher.current().submit(plan_bytes, order, [null.fileno()] * 3, 0) as channel:
+        return reports.STEP_NAMES[reports.parse(channel.recv(1 << 16)).step]
+
+
+def test_arguments_that_do_not_fit_into_a_request_reach_the_program_whole() -> None:
+    argument = "".join(map(str, range(20_000)))
+    result = nsjail_py.run(["/bin/echo", "-n", argument[:100_000]])
+    assert result.stdout.decode() == argument[:100_000]

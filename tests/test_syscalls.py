@@ -146,9 +146,12 @@ def test_moderate_has_processes_and_programs_and_plain_sockets(bpf):
     assert decide(program, NR["socket"], 2, 1, 132) == NOTIFY  # SCTP
 
 
-def test_exec_false_leaves_the_first_exec_to_the_launcher():
-    assert syscalls.compile_filter(policyfile.load("untrusted").syscalls).exec_once
-    assert not syscalls.compile_filter(policyfile.load("moderate").syscalls).exec_once
+def test_what_the_jail_itself_calls_last_is_told_apart_where_the_program_may_not_call_it():
+    late = set(syscalls.compile_filter(policyfile.load("untrusted").syscalls).late)
+    assert late == {syscalls._number(name) for name in ("execveat", "openat", "fchmod", "landlock_restrict_self", "prlimit64")}
+    least = syscalls.compile_filter(Syscalls(exec=False)).late
+    assert {syscalls._number(name) for name in syscalls.LATE} == set(least)
+    assert not set(least) & {NR[name] for name in ("read", "write", "mmap")}, "the kernel's own table answers for these"
 
 
 def test_the_smallest_filter_still_has_the_essential_calls():

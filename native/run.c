@@ -1,0 +1,169 @@
+/* A run: an order that meets a cell, from its request to its report. */
+#include "kernel.h"
+#include "launcher.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+
+void run_answer(struct launcher *launcher, struct run *run) {
+	run->report.kind = run->report.step == STEP_NONE ? REPORT_ENDED : REPORT_FAILED;
+	message_send(NULL, run->channel, &run->report, sizeof run->report, NULL, 0);
+	unwatch(launcher, &run->channel);
+}
+
+static void refuse(int channel, enum step step, int error) {
+	struct report report = {.kind = REPORT_FAILED, .step = step, .error = (uint32_t)error, .exit_code = -1, .signal = -1};
+	message_send(NULL, channel, &report, sizeof report, NULL, 0);
+}
+
+void run_kill(struct run *run, enum cause cause) {
+	if (run->report.cause == CAUSE_NONE)
+		run->report.cause = cause;
+	sys_pidfd_send_signal(run->init, SIGKILL); /* and the kernel kills all of the pid namespace */
+}
+
+/* A cell that exists cannot be made whole: it ends, and the report says why. */
+void run_spoil(struct run *run, enum step step, int error) {
+	if (!run->report.step) {
+		run->report.step = step;
+		run->report.error = (uint32_t)error;
+	}
+	run_kill(run, CAUSE_NONE);
+}
+
+static int order_send(const struct run *run, const struct request *request, const int *descriptors, int count) {
+	struct {
+		struct cell_order head;
+		char order[MAX_INLINE];
+	} message;
+	message.head = (struct cell_order){.kind = CELL_RUN, .value = request->inlined};
+	if (request->inlined)
+		memcpy(message.order, request + 1, request->inlined);
+	return message_send(NULL, run->program, &message, sizeof message.head + request->inlined, descriptors, count);
+}
+
+/* A cell from stock that has the order; one that died there is passed over, and its end clears it away. */
+static struct run *parked_run(struct launcher *launcher, struct shelf *shelf, const struct request *request,
+                              const int *descriptors, int count) {
+	struct run *run;
+	while ((run = shelf_take(launcher, shelf))) {
+		if (order_send(run, request, descriptors, count) == 0)
+			return run;
+		shelf_return(launcher, shelf);
+		run_spoil(run, STEP_LOST, 0);
+	}
+	return NULL;
+}
+
+void run_start(struct launcher *launcher, const struct request *request, int *descriptors, int count) {
+	struct shelf *shelf = shelf_find(launcher, request, descriptors[0]);
+	if (!shelf)
+		return refuse(descriptors[1], STEP_PLAN, errno);
+	struct run *run = parked_run(launcher, shelf, request, descriptors + 2, count - 2);
+	int parked = run != NULL;
+	if (!parked && !(run = cell_slot(launcher, shelf)))
+		return refuse(descriptors[1], STEP_UID_POOL, EAGAIN);
+	run->ordered = 1;
+	run->start_ns = shelf->used_ns;
+	run->channel = descriptors[1];
+	descriptors[1] = -1;
+	enum step failed = parked ? STEP_NONE : cell_make(launcher, run);
+	if (failed) {
+		run->report.step = failed;
+		run->report.error = (uint32_t)errno;
+		cell_release(launcher, run);
+		return run_answer(launcher, run);
+	}
+	if (!parked && order_send(run, request, descriptors + 2, count - 2) < 0)
+		return run_spoil(run, STEP_ORDER, errno);
+	if (watch(launcher, run->channel, EVENT_CHANNEL, run) < 0)
+		return run_spoil(run, STEP_ORDER, errno);
+	if (parked)
+		clocks_check(launcher, run);
+}
+
+static uint32_t program_pid(const struct run *run) {
+	char path[64], text[64] = {0};
+	snprintf(path, sizeof path, "/proc/%d/task/%d/children", run->pid, run->pid);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		if (read(fd, text, sizeof text - 1) < 0)
+			text[0] = 0;
+		close(fd);
+	}
+	return (uint32_t)strtoul(text, NULL, 10);
+}
+
+static void signal_send(const struct run *run, uint32_t number) {
+	struct cell_order order = {.kind = CELL_SIGNAL, .value = number};
+	message_send(NULL, run->cell, &order, sizeof order, NULL, 0);
+}
+
+static void started(struct run *run) {
+	run->report.pid = program_pid(run);
+	struct report report = run->report;
+	report.kind = REPORT_STARTED;
+	message_send(NULL, run->channel, &report, sizeof report, NULL, 0);
+}
+
+void run_execed(struct launcher *launcher, struct run *run) {
+	uint64_t stamp = launcher->stamps[run->index];
+	run->execed = 1;
+	run->exec_ns = stamp ? stamp : now_ns();
+	run->report.setup_ns = run->exec_ns - run->start_ns;
+	run->report.flags |= REPORT_EXECED;
+	if (run->asked)
+		started(run);
+	for (uint32_t number = 1; run->early_signals && number <= 64; number++)
+		if (run->early_signals & (1ull << (number - 1)))
+			signal_send(run, number);
+	clocks_start(launcher, run);
+}
+
+void run_command(struct launcher *launcher, struct run *run) {
+	struct command command;
+	(void)launcher;
+	if (recv(run->channel, &command, sizeof command, MSG_DONTWAIT) != sizeof command)
+		command = (struct command){.cause = CAUSE_CALLER}; /* the caller has let go of it */
+	if (!command.signal && command.cause == CAUSE_NONE) {
+		run->asked = 1;
+		if (run->execed)
+			started(run);
+		return;
+	}
+	if (command.signal && !run->execed) {
+		run->early_signals |= command.signal <= 64 ? 1ull << (command.signal - 1) : 0;
+		return;
+	}
+	if (command.signal)
+		return signal_send(run, command.signal);
+	run_kill(run, command.cause == CAUSE_OUTPUT ? CAUSE_OUTPUT : CAUSE_CALLER);
+}
+
+/* Every process of the payload is gone: what it has used will not change any more. */
+void run_count(struct launcher *launcher, struct run *run) {
+	struct report *report = &run->report;
+	if (report->step) { /* there was no program: how its process ended says nothing */
+		report->exit_code = report->signal = -1;
+	} else if (run->execed) {
+		report->wall_ns = (run->ended ? run->end_ns : now_ns()) - run->exec_ns;
+		if (!run->ended)
+			report->signal = SIGKILL;
+	}
+	if (run->has_groups) {
+		cgroup_report(launcher, run);
+		report->cpu_ns = run_cpu(launcher, run);
+	} else {
+		report->cpu_ns = report->user_ns + report->system_ns;
+		if (report->cause == CAUSE_CPU)
+			report->cpu_ns = report->observed;
+	}
+	clocks_final(run);
+	if (report->step == STEP_NONE && !run->ended && report->cause == CAUSE_NONE && report->oom_kills == 0)
+		report->step = STEP_LOST;
+	unwatch(launcher, &run->timer);
+}
