@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
@@ -19,7 +19,16 @@ from setuptools.errors import CompileError
 PACKAGE = "nsjail_py"
 LAUNCHER = "nsjail-launcher"
 NATIVE = Path("native")
-EXTENSION_ONLY = {"probe.c"}
+EXTENSION_ONLY = {"probe.c", "template.c"}
+LAUNCHER_ONLY = {"launcher.c", "shelf.c", "cell.c", "run.c", "cgroup.c", "clocks.c", "denials.c", "probe.c"}
+TEMPLATE = Extension(
+    "nsjail_py._template",
+    sorted(str(path) for path in NATIVE.glob("*.c") if path.name not in LAUNCHER_ONLY),
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+    define_macros=[("_GNU_SOURCE", None)],
+    py_limited_api=True,
+)
+"""Loaded inside, by the interpreters that jobs are forked from; so it is for any of them from 3.11 on."""
 DIALECT = ["-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra"]
 HARDENING = ["-O2", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-Wl,-z,noexecstack", "-s"]
 STATIC = (["-static-pie", "-fPIE"], ["-static"])  # not every compiler can do the first, which also loads at a random address
@@ -72,6 +81,7 @@ class BuildWithPolicies(build_py):
 
 
 setup(
+    ext_modules=[TEMPLATE],
     cffi_modules=["native/build_native.py:ffibuilder"],
     cmdclass={"build_ext": BuildNative, "build_py": BuildWithPolicies},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

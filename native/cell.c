@@ -3,6 +3,8 @@
 #include "launcher.h"
 
 #include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
@@ -40,6 +42,7 @@ void cell_release(struct launcher *launcher, struct run *run) {
 	unwatch(launcher, &run->cell);
 	unwatch(launcher, &run->program);
 	unwatch(launcher, &run->init);
+	run_held_drop(run);
 	run->shelf->cells--;
 	if (!run->ordered) {
 		run->shelf->parked--;
@@ -50,7 +53,6 @@ void cell_release(struct launcher *launcher, struct run *run) {
 
 static pid_t cell_clone(const struct launcher *launcher, struct run *run, int cell_end, int program_end) {
 	int rootless = launcher->hello.uid_count == 0;
-	launcher->stamps[run->index] = 0;
 	struct cell cell = {
 	    .plan = run->plan,
 	    .launcher = cell_end,
@@ -82,6 +84,27 @@ static pid_t cell_clone(const struct launcher *launcher, struct run *run, int ce
 	return pid;
 }
 
+int cell_is_job(const struct run *run) { return run->shelf->warm != 0; }
+
+struct run *cell_template(struct launcher *launcher, uint32_t name) {
+	for (uint32_t i = 0; i < launcher->top_run; i++)
+		if (launcher->runs[i].used && launcher->runs[i].template == name && launcher->runs[i].execed)
+			return &launcher->runs[i];
+	errno = ESRCH;
+	return NULL;
+}
+
+/* A job's cell is made by its template. It is born later: hear_init. */
+static int job_clone(struct launcher *launcher, struct run *run, int cell_end, int program_end) {
+	struct run *template = cell_template(launcher, run->shelf->warm);
+	struct cell_order job = {.kind = CELL_JOB};
+	int ends[] = {cell_end, program_end};
+	if (!template)
+		return -1;
+	run->report.flags |= template->report.flags & REPORT_NO_NESTED;
+	return message_send(NULL, template->program, &job, sizeof job, ends, 2);
+}
+
 /* A step that fails here: errno is set, and there is a process to be killed if run->init says so. */
 enum step cell_make(struct launcher *launcher, struct run *run) {
 	int init[2], program[2];
@@ -95,16 +118,18 @@ enum step cell_make(struct launcher *launcher, struct run *run) {
 		return STEP_CLONE;
 	}
 	run->program = program[0];
-	run->pid = cell_clone(launcher, run, init[1], program[1]);
+	int job = cell_is_job(run);
+	launcher->stamps[run->index] = 0;
+	run->pid = job ? job_clone(launcher, run, init[1], program[1]) : cell_clone(launcher, run, init[1], program[1]);
 	int error = errno;
 	close(init[1]);
 	close(program[1]);
 	errno = error;
 	if (run->pid < 0)
-		return STEP_CLONE;
+		return job ? STEP_TEMPLATE : STEP_CLONE;
 	run->timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
 	if (run->timer < 0 || watch(launcher, run->timer, EVENT_TIMER, run) < 0 || watch(launcher, run->cell, EVENT_CELL, run) < 0 ||
-	    watch(launcher, run->program, EVENT_PROGRAM, run) < 0 || watch(launcher, run->init, EVENT_INIT, run) < 0) {
+	    watch(launcher, run->program, EVENT_PROGRAM, run) < 0 || (!job && watch(launcher, run->init, EVENT_INIT, run) < 0)) {
 		run_spoil(run, STEP_CLONE, errno);
 		return STEP_NONE; /* its end will tell */
 	}
@@ -121,6 +146,41 @@ static void map(const struct launcher *launcher, const struct run *run) {
 	message_send(NULL, run->cell, &mapped, sizeof mapped, NULL, 0);
 }
 
+/* The host's number of a process that we have a descriptor of. proc_pid_fdinfo(5) */
+static pid_t pid_of(int pidfd) {
+	char path[64], text[256] = {0}, *line;
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	if (read(fd, text, sizeof text - 1) < 0)
+		text[0] = 0;
+	close(fd);
+	line = strstr(text, "Pid:");
+	return line ? (pid_t)strtol(line + 4, NULL, 10) : 0;
+}
+
+static void born(struct launcher *launcher, struct run *run, int pidfd) {
+	run->init = pidfd;
+	run->pid = pid_of(pidfd);
+	if (watch(launcher, run->init, EVENT_INIT, run) < 0)
+		return run_spoil(run, STEP_CLONE, errno);
+	if (run->doomed)
+		run_kill(run, CAUSE_NONE);
+}
+
+/* A job's process asks to be put into its groups. It is alone in its thread group, so version 1 takes it as a task. */
+static void place(const struct launcher *launcher, const struct run *run) {
+	const char *file = launcher->hello.cgroup_kind == CGROUP_V1 ? "tasks" : "cgroup.procs";
+	char pid[16];
+	struct cell_order placed = {.kind = CELL_PLACED};
+	snprintf(pid, sizeof pid, "%u", run_program_pid(run));
+	for (int group = 0; group < GROUPS && run->has_groups && !placed.value; group++)
+		if (run->groups[group] >= 0 && put(run->groups[group], file, pid) < 0)
+			placed.value = (uint32_t)errno;
+	message_send(NULL, run->program, &placed, sizeof placed, NULL, 0);
+}
+
 static void failed(struct run *run, const struct cell_message *message) {
 	if (run->report.step)
 		return; /* the first one counts */
@@ -130,6 +190,8 @@ static void failed(struct run *run, const struct cell_message *message) {
 }
 
 /* Nothing but init is left in the cell. Where nothing of the host's was shown inside, the caller need not wait for its end. */
+static void program_drain(struct launcher *launcher, struct run *run);
+
 static void ended(struct launcher *launcher, struct run *run, const struct cell_message *message) {
 	struct report *report = &run->report;
 	run->ended = 1;
@@ -141,8 +203,7 @@ static void ended(struct launcher *launcher, struct run *run, const struct cell_
 	report->system_ns = message->system_ns;
 	report->peak_memory = message->peak_memory;
 	report->cpu_source = report->memory_source = SOURCE_RUSAGE;
-	while (run->program >= 0)
-		program_heard(launcher, run);
+	program_drain(launcher, run);
 	if (!run->ordered || !run->plan->shared)
 		return;
 	run_count(launcher, run);
@@ -158,7 +219,7 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 		return 0;
 	switch ((enum cell_message_kind)message.kind) {
 	case CELL_NEED_MAP: map(launcher, run); break;
-	case CELL_TEMPLATE:
+	case CELL_SHARED:
 		if (count == 1 && run->shelf->template < 0) {
 			run->shelf->template = sent;
 			return 1;
@@ -166,7 +227,15 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 		break;
 	case CELL_FAILED: failed(run, &message); break;
 	case CELL_ENDED: ended(launcher, run, &message); break;
-	case CELL_READY: break;
+	case CELL_BORN:
+		if (count == 1 && run->init < 0 && cell_is_job(run)) {
+			born(launcher, run, sent);
+			return 1;
+		}
+		break;
+	case CELL_READY:
+	case CELL_SERVING:
+	case CELL_NEED_PLACE: break;
 	}
 	if (count == 1)
 		close(sent);
@@ -182,14 +251,20 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		return size < 0 && errno == EAGAIN ? 0 : -1;
 	if (message.kind == CELL_FAILED)
 		failed(run, &message);
-	else if (message.kind == CELL_READY) {
+	else if (message.kind == CELL_NEED_PLACE)
+		place(launcher, run);
+	else if (message.kind == CELL_SERVING && run->template && !run->execed) {
+		run_execed(launcher, run);
+		run_started(run);
+	} else if (message.kind == CELL_READY && !run->ready) {
 		run->ready = 1;
 		run->report.flags |= message.flags;
-		if (count == 1 && run->listener < 0) {
+		if (count == 1) {
 			run->listener = sent;
 			watch(launcher, run->listener, EVENT_LISTENER, run);
-			return 1;
 		}
+		run_held_send(launcher, run);
+		return 1;
 	}
 	if (count == 1)
 		close(sent);
@@ -197,24 +272,38 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 }
 
 void cell_heard(struct launcher *launcher, struct run *run) {
-	if (!hear_init(launcher, run))
-		unwatch(launcher, &run->cell); /* closed: init's own end is about to be seen */
+	if (hear_init(launcher, run))
+		return;
+	unwatch(launcher, &run->cell); /* closed: init's own end is about to be seen */
+	if (run->init < 0)
+		cell_finish(launcher, run); /* it was never born */
+}
+
+static void program_gone(struct launcher *launcher, struct run *run) {
+	unwatch(launcher, &run->program);
+	if (run->ordered && !run->execed && !run->report.step)
+		run_execed(launcher, run);
 }
 
 /* When the program has let go of its socket it runs, or it is dead. */
 void program_heard(struct launcher *launcher, struct run *run) {
-	if (hear_program(launcher, run) >= 0)
-		return;
-	unwatch(launcher, &run->program);
-	if (run->ordered && !run->report.step)
-		run_execed(launcher, run);
+	if (hear_program(launcher, run) < 0)
+		program_gone(launcher, run);
+}
+
+/* What it said before it was gone. */
+static void program_drain(struct launcher *launcher, struct run *run) {
+	while (run->program >= 0 && hear_program(launcher, run) > 0)
+		;
+	if (run->program >= 0)
+		program_gone(launcher, run);
 }
 
 void cell_finish(struct launcher *launcher, struct run *run) {
 	siginfo_t info;
-	waitid(P_PIDFD, (id_t)run->init, &info, WEXITED);
-	while (run->program >= 0)
-		program_heard(launcher, run);
+	if (run->init >= 0)
+		waitid(P_PIDFD, (id_t)run->init, &info, WEXITED); /* a job's is not our child, and is waited for by its template */
+	program_drain(launcher, run);
 	while (run->cell >= 0 && hear_init(launcher, run))
 		;
 	if (!run->ordered)

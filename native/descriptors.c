@@ -46,25 +46,19 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 	return received;
 }
 
-/* They came on the lowest free numbers, which mostly are the right ones. Where not, one may sit on a number that another is to
- * have: all move up first, then each to its place. What else there is will be closed by exec. */
+/* They came on the lowest numbers, in order, and are to have rising ones: so from the last to the first, each can go to its place. */
 int descriptors_place(const struct cell *cell, const struct order *order, const int *descriptors) {
 	const uint32_t *numbers = at(order, order->descriptors.offset);
-	const uint32_t count = order->descriptors.count;
-	int moved[MAX_FDS];
-	uint32_t right = 0;
-	while (right < count && descriptors[right] == (int)numbers[right])
-		right++;
-	if (right == count)
-		return 0;
-	for (uint32_t i = 0; i < count; i++)
-		if ((moved[i] = (int)late(cell, SYS_fcntl, descriptors[i], F_DUPFD_CLOEXEC, MAX_FD_NUMBER, 0, 0)) < 0)
+	for (uint32_t i = order->descriptors.count; i-- > 0;) {
+		if (descriptors[i] != (int)i) {
+			errno = EPROTO;
 			return -1;
-	if (late(cell, SYS_close_range, 0, MAX_FD_NUMBER - 1, 0, 0, 0) < 0)
-		return -1;
-	for (uint32_t i = 0; i < count; i++)
-		if (late(cell, SYS_dup3, moved[i], numbers[i], 0, 0, 0) < 0)
+		}
+		if (numbers[i] == i)
+			continue;
+		if (late(cell, SYS_dup3, i, numbers[i], 0, 0, 0) < 0 || late(cell, SYS_close, i, 0, 0, 0, 0) < 0)
 			return -1;
+	}
 	return 0;
 }
 

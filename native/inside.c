@@ -10,12 +10,6 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-uint64_t now_ns(void) {
-	struct timespec now;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 _Noreturn void fail(const struct cell *cell, enum step step, int error) {
 	struct cell_message message = {.kind = CELL_FAILED, .step = step, .error = (uint32_t)error, .detail = cell->detail};
 	message_send(cell, cell->failures, &message, sizeof message, NULL, 0);
@@ -23,16 +17,21 @@ _Noreturn void fail(const struct cell *cell, enum step step, int error) {
 	__builtin_trap();
 }
 
-static void step(const struct cell *cell, enum step step, int result) {
+void step(const struct cell *cell, enum step step, int result) {
 	if (result < 0)
 		fail(cell, step, errno);
 }
 
-static void become_nobody(const struct cell *cell) {
+void become_nobody(const struct cell *cell) {
 	step(cell, STEP_IDENTITY, identity_take(cell->plan));
 	step(cell, STEP_CAPABILITIES, capabilities_drop());
 	step(cell, STEP_NO_NEW_PRIVS, no_new_privs());
 	step(cell, STEP_IDENTITY, prctl(PR_SET_DUMPABLE, 0));
+}
+
+static void all_rights_end(const struct cell *cell) {
+	step(cell, STEP_SECUREBITS, securebits_lock());
+	step(cell, STEP_CAPABILITIES, bounding_set_empty());
 }
 
 /* With a v2 group the program is born in it: joining later would have to stop every other fork on the machine. */
@@ -63,12 +62,7 @@ static void root_make(struct cell *cell) {
 	step(cell, failed, failed ? -1 : 0);
 }
 
-/* Time needs a process of its own to begin in, the cgroup namespace one that has joined; the user's comes last as root; and the
- * mounts begin as a copy of the shared ones, where there are some. */
-static int namespaces_now(const struct cell *cell) {
-	uint64_t others = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWTIME | CLONE_NEWCGROUP | (cell->template < 0 ? 0 : CLONE_NEWNS);
-	return (int)(cell->plan->namespaces & ~others);
-}
+int unshared(const struct cell *cell, uint64_t others) { return unshare((int)(cell->plan->namespaces & ~others)); }
 
 /* Init, process 1: makes the cell, starts the program's process, and keeps no right at all. */
 _Noreturn void cell_main(struct cell *cell) {
@@ -81,7 +75,10 @@ _Noreturn void cell_main(struct cell *cell) {
 	step(cell, STEP_KEYRING, keyring_new());
 	if (cell->rootless)
 		step(cell, STEP_USER_NAMESPACE, user_namespace_enter(cell));
-	step(cell, STEP_NAMESPACES, unshare(namespaces_now(cell)));
+	/* Time needs a process of its own to begin in, the cgroup namespace one that has joined; the user's comes last as root; and the
+	 * mounts begin as a copy of the shared ones, where there are some. */
+	uint64_t mounts = cell->template < 0 ? 0 : CLONE_NEWNS;
+	step(cell, STEP_NAMESPACES, unshared(cell, CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWTIME | CLONE_NEWCGROUP | mounts));
 	root_make(cell);
 	if (plan->namespaces & CLONE_NEWUTS)
 		step(cell, STEP_HOSTNAME, sethostname(at(plan, plan->hostname), strlen(at(plan, plan->hostname))));
@@ -94,12 +91,15 @@ _Noreturn void cell_main(struct cell *cell) {
 		step(cell, STEP_NESTED_USERNS, nested_refuse(cell));
 	if (plan->namespaces & CLONE_NEWTIME)
 		step(cell, STEP_TIME_NAMESPACE, unshare(CLONE_NEWTIME));
-	step(cell, STEP_SECUREBITS, securebits_lock());
-	step(cell, STEP_CAPABILITIES, bounding_set_empty());
+	int template = (plan->flags & PLAN_TEMPLATE) != 0;
+	if (!template)
+		all_rights_end(cell);
 	pid_t program = program_start(cell);
 	step(cell, STEP_PROGRAM_PROCESS, program);
 	if (program == 0)
 		program_main(cell);
+	if (template)
+		all_rights_end(cell);
 	become_nobody(cell);
 	reap(cell, program);
 }
@@ -115,7 +115,7 @@ static int cgroup_join(const struct cell *cell) {
 }
 
 /* The program's descriptors will take the low numbers, as they come. */
-static int descriptors_clear(struct cell *cell) {
+int descriptors_clear(struct cell *cell) {
 	int kept[] = {cell->orders, cell->app, cell->ruleset};
 	descriptors_keep(kept, 3);
 	cell->orders = cell->failures = descriptor_high(cell->orders);
@@ -126,7 +126,7 @@ static int descriptors_clear(struct cell *cell) {
 	return cell->orders < 0 ? -1 : 0;
 }
 
-static int ready(const struct cell *cell, int *listener) {
+int ready(const struct cell *cell, int *listener) {
 	struct cell_message message = {.kind = CELL_READY, .flags = cell->flags};
 	int result = message_send(cell, cell->orders, &message, sizeof message, listener, *listener >= 0);
 	if (*listener >= 0)
@@ -146,7 +146,10 @@ _Noreturn void program_main(struct cell *cell) {
 	if (plan->namespaces & CLONE_NEWCGROUP)
 		step(cell, STEP_CGROUP_NAMESPACE, unshare(CLONE_NEWCGROUP));
 	step(cell, STEP_SESSION, session_new());
-	become_nobody(cell);
+	if (plan->flags & PLAN_TEMPLATE)
+		step(cell, STEP_CAPABILITIES, rights_keep(plan));
+	else
+		become_nobody(cell);
 	step(cell, STEP_WORK_DIRECTORY, chdir(at(plan, plan->directory)));
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_prepare(cell));
@@ -158,6 +161,8 @@ _Noreturn void program_main(struct cell *cell) {
 	step(cell, STEP_ORDER, order_take(cell, &order, descriptors));
 	step(cell, STEP_APP_FILES, app_write(cell, order));
 	step(cell, STEP_DESCRIPTORS, descriptors_place(cell, order, descriptors));
+	if (plan->flags & PLAN_TEMPLATE)
+		step(cell, STEP_DESCRIPTORS, (int)late(cell, SYS_dup3, cell->orders, TEMPLATE_FD, 0, 0, 0));
 	char **argv = order_pointers(order, order->argv), **environment = order_pointers(order, order->environment);
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_apply(cell));

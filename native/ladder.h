@@ -33,7 +33,16 @@ struct cell {
 };
 
 /* What travels from a cell to the launcher. */
-enum cell_message_kind { CELL_NEED_MAP = 1, CELL_TEMPLATE, CELL_READY, CELL_FAILED, CELL_ENDED };
+enum cell_message_kind {
+	CELL_NEED_MAP = 1,
+	CELL_SHARED,
+	CELL_READY,
+	CELL_FAILED,
+	CELL_ENDED,
+	CELL_SERVING,
+	CELL_BORN,
+	CELL_NEED_PLACE
+};
 struct cell_message {
 	uint32_t kind, flags;
 	uint32_t step, error, detail;
@@ -43,7 +52,7 @@ struct cell_message {
 };
 
 /* What travels from the launcher to a cell. */
-enum cell_order_kind { CELL_MAPPED = 1, CELL_RUN, CELL_SIGNAL };
+enum cell_order_kind { CELL_MAPPED = 1, CELL_RUN, CELL_SIGNAL, CELL_JOB, CELL_PLACED };
 struct cell_order {
 	uint32_t kind, value;
 };
@@ -65,6 +74,7 @@ int identity_take(const struct plan *plan);
 int bounding_set_empty(void);
 int capabilities_drop(void);
 int no_new_privs(void);
+int rights_keep(const struct plan *plan);
 
 /* mounts.c. These return STEP_NONE, or the step that failed, with errno. */
 enum step root_build(struct cell *cell);
@@ -102,7 +112,17 @@ int landlock_apply(const struct cell *cell);
 int filter_install(struct cell *cell, int *listener);
 long late(const struct cell *cell, long call, long a, long b, long c, long d, long e);
 
+/* job.c */
+_Noreturn void job_init(struct cell *cell, int reaper, void (*program)(struct cell *cell, int go));
+void job_program(struct cell *cell, int go);
+
 /* inside.c, reaper.c */
+void step(const struct cell *cell, enum step step, int result);
+void become_nobody(const struct cell *cell);
+int descriptors_clear(struct cell *cell);
+int ready(const struct cell *cell, int *listener);
+int unshared(const struct cell *cell, uint64_t others);
+_Noreturn void reaper_main(char **arguments);
 _Noreturn void cell_main(struct cell *cell);
 _Noreturn void program_main(struct cell *cell);
 _Noreturn void reap(struct cell *cell, pid_t program);

@@ -117,9 +117,11 @@ static void settle(struct launcher *launcher) {
 		exit(1);
 }
 
-int main(void) {
+int main(int count, char **arguments) {
 	static struct launcher launcher;
 	struct epoll_event events[EVENTS];
+	if (count > 1)
+		reaper_main(arguments + 1);
 	settle(&launcher);
 	if (!hello(&launcher))
 		return 1;

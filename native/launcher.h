@@ -16,6 +16,7 @@ struct shelf {
 	uint32_t stock;          /* so many cells are to be parked */
 	uint32_t requests;
 	uint32_t cells, parked;  /* alive; and of those, without an order */
+	uint32_t warm;           /* the template that forks its cells; 0: they are cloned */
 	int spoiled;             /* a parked cell ended by itself: no more until the next request */
 	uint64_t used_ns;        /* the last request */
 };
@@ -40,8 +41,18 @@ struct run {
 	uint64_t cpu_base;        /* what making the cell had used */
 	uint64_t cpu_seen, cpu_seen_ns; /* for the idle clock */
 	int execed, ended;
+	uint32_t template;        /* its name, if this is one */
+	int doomed;               /* to be killed as soon as it is born */
+	struct held *held;        /* a job's order, until it can be taken */
 	int asked;                /* the caller wants to know the program's pid */
 	struct report report;
+};
+
+/* An order that waits for its cell. */
+struct held {
+	struct request request;
+	char order[MAX_INLINE];
+	int descriptors[MAX_FDS + 1], count;
 };
 
 struct launcher {
@@ -74,6 +85,8 @@ enum step cell_make(struct launcher *launcher, struct run *run);
 void cell_heard(struct launcher *launcher, struct run *run);    /* a message from init */
 void program_heard(struct launcher *launcher, struct run *run); /* a message from the program, or its exec */
 void cell_finish(struct launcher *launcher, struct run *run);   /* init is dead */
+struct run *cell_template(struct launcher *launcher, uint32_t name);
+int cell_is_job(const struct run *run);
 void cell_release(struct launcher *launcher, struct run *run);
 
 /* run.c */
@@ -81,6 +94,10 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 void run_kill(struct run *run, enum cause cause);
 void run_spoil(struct run *run, enum step step, int error);
 void run_command(struct launcher *launcher, struct run *run); /* a message from the caller */
+void run_held_send(struct launcher *launcher, struct run *run);
+void run_held_drop(struct run *run);
+uint32_t run_program_pid(const struct run *run);
+void run_started(struct run *run);
 void run_execed(struct launcher *launcher, struct run *run);
 void run_count(struct launcher *launcher, struct run *run);
 void run_answer(struct launcher *launcher, struct run *run);

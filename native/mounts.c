@@ -236,7 +236,8 @@ static int proc(const struct cell *cell, const struct mount_step *step) {
 	struct option options[] = {{"hidepid", "invisible"}, {"subset", "pid"}, {NULL, NULL}};
 	if (!(step->flags & MOUNT_PIDS_ONLY))
 		options[1].key = NULL;
-	return finish(cell, new_file_system("proc", options, 0), step);
+	/* With its flags from the start: in a user namespace the kernel compares them with those of the /proc that is there already. */
+	return finish(cell, new_file_system("proc", options, attributes_of(step->flags)), step);
 }
 
 static int devpts(const struct cell *cell, const struct mount_step *step) {

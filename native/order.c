@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -24,13 +25,13 @@ static struct order *order_map(const struct cell *cell, int descriptor, size_t *
 	return block == MAP_FAILED ? NULL : block;
 }
 
-/* The order lies behind its message, or, when it is large, in the first descriptor that comes along; the others are the program's. */
+/* The order lies behind its message, or, when it is large, in the last descriptor that comes along; the others are the program's. */
 int order_take(const struct cell *cell, struct order **order, int *descriptors) {
 	static struct {
 		struct cell_order head;
 		_Alignas(8) char order[MAX_INLINE];
 	} message;
-	int received[MAX_FDS + 1], count = MAX_FDS + 1, first = 0;
+	int received[MAX_FDS + 1], count = MAX_FDS + 1;
 	ssize_t length = message_receive(cell, cell->orders, &message, sizeof message, 0, received, &count);
 	size_t size = message.head.value;
 	if (length < 0)
@@ -40,14 +41,13 @@ int order_take(const struct cell *cell, struct order **order, int *descriptors) 
 		return -1;
 	}
 	*order = (struct order *)message.order;
-	if (size == 0 && !(*order = order_map(cell, received[first++], &size)))
+	if (size == 0 && !(*order = order_map(cell, received[--count], &size)))
 		return -1;
-	if (!order_check(*order, size) || (*order)->descriptors.count != (uint32_t)(count - first)) {
+	if (!order_check(*order, size) || (*order)->descriptors.count != (uint32_t)count) {
 		errno = EINVAL;
 		return -1;
 	}
-	for (int i = first; i < count; i++)
-		descriptors[i - first] = received[i];
+	memcpy(descriptors, received, sizeof *received * (size_t)count);
 	return 0;
 }
 

@@ -100,7 +100,7 @@ int order_check(const void *block, size_t size) {
 	}
 	const uint32_t *numbers = at(order, order->descriptors.offset);
 	for (uint32_t i = 0; i < order->descriptors.count; i++)
-		if (i < 3 ? numbers[i] != i : numbers[i] < 3 || numbers[i] >= MAX_FD_NUMBER)
+		if (i < 3 ? numbers[i] != i : numbers[i] <= numbers[i - 1] || numbers[i] >= MAX_FD_NUMBER)
 			return 0;
 	return 1;
 }

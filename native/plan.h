@@ -25,6 +25,7 @@ enum block {
 	MAX_FDS = 64,         /* descriptors that one run may be given, the three standard ones included */
 	MAX_FD_NUMBER = 1000, /* a cell's own descriptors live above */
 	MAX_LATE = 24,
+	TEMPLATE_FD = 999, /* where a template has its socket to the launcher */
 	MAX_DENIED = 48,   /* distinct system calls that one report names */
 };
 
@@ -73,6 +74,8 @@ enum step {
 	STEP_LANDLOCK,
 	STEP_SECCOMP,
 	STEP_EXEC,
+	STEP_TEMPLATE,
+	STEP_REAPER,
 	STEP_SETUP_TIME,
 	STEP_LOST,
 };
@@ -143,6 +146,7 @@ enum plan_flag {
 	PLAN_NO_NESTED = 16,       /* no user namespace inside */
 	PLAN_NESTED_OPTIONAL = 32, /* ... but go on where the kernel will not have it so */
 	PLAN_CGROUP = 64,
+	PLAN_TEMPLATE = 128, /* keeps its rights in its own user namespace, and makes jobs (job.c) */
 };
 
 struct plan {
@@ -191,12 +195,12 @@ struct hello { /* with one directory descriptor for each bit of groups, in order
 	uint32_t reserved;
 };
 
-struct request { /* with plan, channel, the order if it is large, then the program's descriptors */
+struct request { /* with plan, channel, the program's descriptors, and the order if it is large */
 	uint32_t magic;
 	uint32_t inlined; /* bytes of the order behind this; 0: it has a descriptor */
 	uint64_t plan;    /* the caller's name for the plan: one plan, one name */
 	uint32_t stock;   /* so many cells are to wait for further orders under this plan */
-	uint32_t reserved;
+	uint32_t template; /* the name of the template that is started, or that is to fork the job; 0: none */
 };
 
 enum cause { /* why the launcher ended a run */

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
@@ -77,6 +78,19 @@ static int children_watch(struct cell *cell) {
 	return cell->children < 0 ? -1 : sigprocmask(SIG_BLOCK, &children, NULL);
 }
 
+/* A job's process 1, executed anew: the sockets, the scratch, the program, and what to close when nobody can look in any more. */
+_Noreturn void reaper_main(char **arguments) {
+	int number[4];
+	struct cell cell = {0};
+	for (int i = 0; i < 4; i++)
+		number[i] = atoi(arguments[i]);
+	cell.launcher = cell.failures = number[0];
+	cell.scratch = number[1];
+	if (prctl(PR_SET_DUMPABLE, 0) < 0 || prctl(PR_SET_NAME, "nsjail-init") < 0 || close(number[3]) < 0)
+		fail(&cell, STEP_REAPER, errno);
+	reap(&cell, number[2]);
+}
+
 _Noreturn void reap(struct cell *cell, pid_t program) {
 	enum { LAUNCHER, CHILDREN, WATCHED };
 	if (children_watch(cell) < 0)
@@ -87,8 +101,8 @@ _Noreturn void reap(struct cell *cell, pid_t program) {
 	};
 	int kept[] = {cell->launcher, cell->children, cell->scratch};
 	descriptors_keep(kept, 3); /* what is the program's: its end of a socket must be the last one */
-	/* The launcher's death is ours; if it has come already, the socket says so. */
-	if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+	/* The launcher's death is ours; if it has come already, the socket says so. A job's parent is its template: there only the socket tells. */
+	if (cell->plan && prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
 		fail(cell, STEP_PROGRAM_PROCESS, errno);
 	children_reap(cell, program); /* one may have died before we watched */
 	for (;;) {

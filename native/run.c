@@ -23,7 +23,10 @@ static void refuse(int channel, enum step step, int error) {
 void run_kill(struct run *run, enum cause cause) {
 	if (run->report.cause == CAUSE_NONE)
 		run->report.cause = cause;
-	sys_pidfd_send_signal(run->init, SIGKILL); /* and the kernel kills all of the pid namespace */
+	if (run->init < 0)
+		run->doomed = 1; /* a job that is not born yet */
+	else
+		sys_pidfd_send_signal(run->init, SIGKILL); /* and the kernel kills all of the pid namespace */
 }
 
 /* A cell that exists cannot be made whole: it ends, and the report says why. */
@@ -35,7 +38,9 @@ void run_spoil(struct run *run, enum step step, int error) {
 	run_kill(run, CAUSE_NONE);
 }
 
-static int order_send(const struct run *run, const struct request *request, const int *descriptors, int count) {
+/* A job runs from here on: there is no exec that would tell. */
+static int order_send(const struct launcher *launcher, const struct run *run, const struct request *request,
+                      const int *descriptors, int count) {
 	struct {
 		struct cell_order head;
 		char order[MAX_INLINE];
@@ -43,7 +48,41 @@ static int order_send(const struct run *run, const struct request *request, cons
 	message.head = (struct cell_order){.kind = CELL_RUN, .value = request->inlined};
 	if (request->inlined)
 		memcpy(message.order, request + 1, request->inlined);
+	if (cell_is_job(run))
+		launcher->stamps[run->index] = now_ns();
 	return message_send(NULL, run->program, &message, sizeof message.head + request->inlined, descriptors, count);
+}
+
+/* A job that is not ready is still asking to be placed: what it is to read then must not be behind its order. */
+static int order_hold(struct run *run, const struct request *request, int *descriptors, int count) {
+	struct held *held = malloc(sizeof *held);
+	if (!held)
+		return -1;
+	held->request = *request;
+	memcpy(held->order, request + 1, request->inlined);
+	for (held->count = 0; held->count < count; held->count++) {
+		held->descriptors[held->count] = descriptors[held->count];
+		descriptors[held->count] = -1;
+	}
+	run->held = held;
+	return 0;
+}
+
+void run_held_drop(struct run *run) {
+	for (int i = 0; run->held && i < run->held->count; i++)
+		close(run->held->descriptors[i]);
+	free(run->held);
+	run->held = NULL;
+}
+
+void run_held_send(struct launcher *launcher, struct run *run) {
+	if (!run->held)
+		return;
+	if (order_send(launcher, run, &run->held->request, run->held->descriptors, run->held->count) < 0)
+		run_spoil(run, STEP_ORDER, errno);
+	else
+		run_execed(launcher, run);
+	run_held_drop(run);
 }
 
 /* A cell from stock that has the order; one that died there is passed over, and its end clears it away. */
@@ -51,7 +90,7 @@ static struct run *parked_run(struct launcher *launcher, struct shelf *shelf, co
                               const int *descriptors, int count) {
 	struct run *run;
 	while ((run = shelf_take(launcher, shelf))) {
-		if (order_send(run, request, descriptors, count) == 0)
+		if (order_send(launcher, run, request, descriptors, count) == 0)
 			return run;
 		shelf_return(launcher, shelf);
 		run_spoil(run, STEP_LOST, 0);
@@ -68,6 +107,7 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 	if (!parked && !(run = cell_slot(launcher, shelf)))
 		return refuse(descriptors[1], STEP_UID_POOL, EAGAIN);
 	run->ordered = 1;
+	run->template = run->plan->flags & PLAN_TEMPLATE ? request->template : 0;
 	run->start_ns = shelf->used_ns;
 	run->channel = descriptors[1];
 	descriptors[1] = -1;
@@ -78,15 +118,20 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 		cell_release(launcher, run);
 		return run_answer(launcher, run);
 	}
-	if (!parked && order_send(run, request, descriptors + 2, count - 2) < 0)
+	int sent = parked             ? 0
+	           : cell_is_job(run) ? order_hold(run, request, descriptors + 2, count - 2)
+	                              : order_send(launcher, run, request, descriptors + 2, count - 2);
+	if (sent < 0)
 		return run_spoil(run, STEP_ORDER, errno);
 	if (watch(launcher, run->channel, EVENT_CHANNEL, run) < 0)
 		return run_spoil(run, STEP_ORDER, errno);
-	if (parked)
+	if (parked && cell_is_job(run))
+		run_execed(launcher, run);
+	else if (parked)
 		clocks_check(launcher, run);
 }
 
-static uint32_t program_pid(const struct run *run) {
+uint32_t run_program_pid(const struct run *run) {
 	char path[64], text[64] = {0};
 	snprintf(path, sizeof path, "/proc/%d/task/%d/children", run->pid, run->pid);
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -103,8 +148,8 @@ static void signal_send(const struct run *run, uint32_t number) {
 	message_send(NULL, run->cell, &order, sizeof order, NULL, 0);
 }
 
-static void started(struct run *run) {
-	run->report.pid = program_pid(run);
+void run_started(struct run *run) {
+	run->report.pid = run_program_pid(run);
 	struct report report = run->report;
 	report.kind = REPORT_STARTED;
 	message_send(NULL, run->channel, &report, sizeof report, NULL, 0);
@@ -117,7 +162,7 @@ void run_execed(struct launcher *launcher, struct run *run) {
 	run->report.setup_ns = run->exec_ns - run->start_ns;
 	run->report.flags |= REPORT_EXECED;
 	if (run->asked)
-		started(run);
+		run_started(run);
 	for (uint32_t number = 1; run->early_signals && number <= 64; number++)
 		if (run->early_signals & (1ull << (number - 1)))
 			signal_send(run, number);
@@ -126,13 +171,12 @@ void run_execed(struct launcher *launcher, struct run *run) {
 
 void run_command(struct launcher *launcher, struct run *run) {
 	struct command command;
-	(void)launcher;
 	if (recv(run->channel, &command, sizeof command, MSG_DONTWAIT) != sizeof command)
 		command = (struct command){.cause = CAUSE_CALLER}; /* the caller has let go of it */
 	if (!command.signal && command.cause == CAUSE_NONE) {
 		run->asked = 1;
 		if (run->execed)
-			started(run);
+			run_started(run);
 		return;
 	}
 	if (command.signal && !run->execed) {
@@ -141,6 +185,12 @@ void run_command(struct launcher *launcher, struct run *run) {
 	}
 	if (command.signal)
 		return signal_send(run, command.signal);
+	/* With a template its jobs end, and by the same word. */
+	for (uint32_t i = 0; run->template && i < launcher->top_run; i++) {
+		struct run *job = &launcher->runs[i];
+		if (job->used && job->ordered && job->shelf->warm == run->template && job->report.cause == CAUSE_NONE)
+			job->report.cause = CAUSE_CALLER;
+	}
 	run_kill(run, command.cause == CAUSE_OUTPUT ? CAUSE_OUTPUT : CAUSE_CALLER);
 }
 

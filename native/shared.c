@@ -19,7 +19,7 @@ static int copy(struct cell *cell) {
 }
 
 int root_share(struct cell *cell) {
-	struct cell_message message = {.kind = CELL_TEMPLATE};
+	struct cell_message message = {.kind = CELL_SHARED};
 	if (message_send(NULL, cell->launcher, &message, sizeof message, &cell->template, 1) < 0)
 		return -1;
 	close(cell->template);

@@ -70,6 +70,7 @@ struct shelf *shelf_find(struct launcher *launcher, const struct request *reques
 		}
 		*shelf = (struct shelf){.name = request->plan, .plan = mapped, .template = -1};
 	}
+	shelf->warm = shelf->plan->flags & PLAN_TEMPLATE ? 0 : request->template;
 	shelf->requests++;
 	shelf->spoiled = 0;
 	shelf->used_ns = now_ns();
@@ -85,7 +86,7 @@ struct run *shelf_take(struct launcher *launcher, struct shelf *shelf) {
 	struct run *oldest = NULL;
 	for (uint32_t i = 0; i < launcher->top_run && shelf->parked; i++) {
 		struct run *run = &launcher->runs[i];
-		if (run->used && run->shelf == shelf && !run->ordered && !run->report.step &&
+		if (run->used && run->shelf == shelf && !run->ordered && !run->report.step && (run->ready || !shelf->warm) &&
 		    (!oldest || run->start_ns < oldest->start_ns))
 			oldest = run;
 	}

@@ -111,4 +111,21 @@ int capabilities_drop(void) {
 	return 0;
 }
 
+/* A template's: what it takes to make namespaces and mounts for its jobs, within its own user namespace, and to give all of it up. They
+ * are ambient, since the template is a program that is executed. */
+int rights_keep(const struct plan *plan) {
+	static const unsigned kept[] = {CAP_SYS_ADMIN, CAP_SETPCAP, CAP_NET_ADMIN};
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct rights[2] = {{0}};
+	for (size_t i = 0; i < sizeof kept / sizeof *kept; i++)
+		rights[0].effective |= 1u << kept[i];
+	rights[0].permitted = rights[0].inheritable = rights[0].effective;
+	if (prctl(PR_SET_KEEPCAPS, 1) < 0 || identity_take(plan) < 0 || syscall(SYS_capset, &header, rights) < 0)
+		return -1;
+	for (size_t i = 0; i < sizeof kept / sizeof *kept; i++)
+		if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, (unsigned long)kept[i], 0, 0) < 0)
+			return -1;
+	return no_new_privs();
+}
+
 int no_new_privs(void) { return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); }

@@ -16,7 +16,7 @@ import subprocess
 import weakref
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from . import launcher
 from ._native import ffi, lib
@@ -28,6 +28,9 @@ from .policyfile import load, override
 from .reports import Context, parse, to_result
 from .result import Result
 from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory
+
+if TYPE_CHECKING:
+    from .warm import Template, Templates
 
 __all__ = ["DEVNULL", "PIPE", "STDOUT", "Jail", "Process", "run", "run_python"]
 
@@ -43,17 +46,27 @@ class Process:
     stdin, stdout and stderr are binary files where PIPE was asked for, else None. A handle that is dropped kills its run.
     """
 
-    def __init__(self, compiled: Compiled, order: bytes, args: list[str], ends: Ends, pass_fds: Sequence[int], stock: int) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        order: bytes,
+        args: list[str],
+        ends: Ends,
+        pass_fds: Sequence[int],
+        stock: int,
+        template: Template | None = None,
+    ) -> None:
         self.compiled = compiled
+        self.template = template
+        """Kept alive by its jobs."""
         self.args = args
         self.reported: Any = None
         self._pid: int | None = None
         self._result: Result | None = None
         self._exchange: Exchange | None = None
         self._lost = False
-        self.launcher = launcher.current()
         try:
-            self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
+            self.launcher, self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
         except BaseException:
             ends.close()
             raise
@@ -65,14 +78,15 @@ class Process:
         self.stdin, self.stdout, self.stderr = files
         self._finalizer = weakref.finalize(self, self.channel.close)
 
-    def _submit(self, order: bytes, descriptors: list[int], stock: int) -> socket.socket:
-        plan = self.compiled.plan
+    def _submit(self, order: bytes, descriptors: list[int], stock: int) -> tuple[launcher.Launcher, socket.socket]:
+        plan, template = self.compiled.plan, self.template
+        if template is None:
+            return launcher.submit(plan, order, descriptors, stock)
         try:
-            return self.launcher.submit(plan, order, descriptors, stock)
-        except (BrokenPipeError, ConnectionResetError):  # it died since the last run: nothing was started
-            launcher.lost(self.launcher)
-            self.launcher = launcher.current()
-            return self.launcher.submit(plan, order, descriptors, stock)
+            return template.launcher, template.launcher.submit(plan, order, descriptors, stock, template.number)
+        except (BrokenPipeError, ConnectionResetError):
+            launcher.lost(template.launcher)
+            raise LauncherDied("the launcher ended, and the warm interpreter with it; the next run starts new ones") from None
 
     @property
     def pid(self) -> int | None:
@@ -191,19 +205,37 @@ class Jail:
     stock: how many jails wait for the next runs, made from the second run of a program on, and gone ten seconds after the last. 0: none.
     """
 
-    def __init__(self, policy: Policy | str | os.PathLike[str] = "untrusted", *, stock: int | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        policy: Policy | str | os.PathLike[str] = "untrusted",
+        *,
+        stock: int | None = None,
+        preload: Sequence[str] | None = None,
+        **changes: Any,
+    ) -> None:
         stock = STOCK if stock is None else stock
         if not 0 <= stock <= MAX_STOCK:
             raise PolicyError(f"stock = {stock}: from 0 to {MAX_STOCK}")
         self.stock = stock
         loaded = policy if isinstance(policy, Policy) else load(policy)
         self.policy = override(loaded, **changes)
+        self._templates: Templates | None = None
+        if preload is not None:
+            from .warm import Templates, with_imports
+
+            self.policy = with_imports(self.policy, tuple(preload))
+            self._templates = Templates(self.policy, tuple(preload))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """Nothing is held between runs: the launcher is the process's, and each run cleans up after itself."""
+        self.close()
+
+    def close(self) -> None:
+        """Ends the warm interpreter, if there is one, and its jobs. Nothing else is held between runs."""
+        if self._templates is not None:
+            self._templates.close()
 
     def start(
         self, args: Args, *, stdin: Stream = None, stdout: Stream = None, stderr: Stream = None, pass_fds: Iterable[int] = ()
@@ -230,9 +262,25 @@ class Jail:
         data = source.encode() if isinstance(source, str) else source
         if "/" in filename or filename in ("", ".", ".."):
             raise PolicyError(f"filename {filename!r} must be a name without directories")
+        streams = (stdin, stdout, stderr)
+        if self._templates is not None:
+            template = self._templates.take(self._host(), environment(self.policy), self._probe)
+            return self._start_job(template, data, args, filename, streams, tuple(pass_fds))
         compiled = for_python(self.policy, self._host())
         argv = [compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
-        return self._start(compiled, argv, (OrderFile(filename, data),), (stdin, stdout, stderr), tuple(pass_fds))
+        return self._start(compiled, argv, (OrderFile(filename, data),), streams, tuple(pass_fds))
+
+    def _start_job(
+        self, template: Template, data: bytes, args: Args, filename: str, streams: Sequence[Stream], pass_fds: tuple[int, ...]
+    ) -> Process:
+        argv = [template.compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
+        return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
+
+    def _probe(self, template: Template) -> bytes:
+        from .warm import PROBE
+
+        job = self._start_job(template, PROBE.encode(), (), "probe.py", (None, PIPE, None), ())
+        return _to_end(job, None, None).check().stdout
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""
@@ -256,7 +304,13 @@ class Jail:
         return Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi())
 
     def _start(
-        self, compiled: Compiled, argv: list[str], files: Sequence[OrderFile], streams: Sequence[Stream], pass_fds: tuple[int, ...]
+        self,
+        compiled: Compiled,
+        argv: list[str],
+        files: Sequence[OrderFile],
+        streams: Sequence[Stream],
+        pass_fds: tuple[int, ...],
+        template: Template | None = None,
     ) -> Process:
         if any(not 3 <= fd < lib.MAX_FD_NUMBER for fd in pass_fds) or len(set(pass_fds)) > lib.MAX_FDS - 3:
             raise PolicyError(f"pass_fds: at most {lib.MAX_FDS - 3} descriptors with numbers from 3 to {lib.MAX_FD_NUMBER - 1}")
@@ -264,7 +318,7 @@ class Jail:
         for number in numbers:
             no_directory(number)
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
-        return Process(compiled, order, argv, Ends(*streams), numbers, self.stock)
+        return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
 
 
 def environment(policy: Policy) -> dict[str, str]:

@@ -10,6 +10,7 @@ import array
 import atexit
 import contextlib
 import fcntl
+import itertools
 import os
 import signal
 import socket
@@ -34,6 +35,8 @@ LOCKS = Path("/run/nsjail_py")
 REQUEST = struct.Struct("=IIQII")
 """`struct request` of native/plan.h."""
 MAX_PLANS = 256
+numbers = itertools.count(1)
+"""Names for plans and templates."""
 
 GROUPS = {"memory": lib.GROUP_MEMORY, "pids": lib.GROUP_PIDS, "cpu": lib.GROUP_CPU, "unified": lib.GROUP_UNIFIED}
 KINDS = {"none": lib.CGROUP_NONE, "v1": lib.CGROUP_V1, "v2": lib.CGROUP_V2}
@@ -48,8 +51,7 @@ class Launcher:
         self.claim: Claim = cgroups.claim()
         self.pid = 0
         self.uid_lock = -1
-        self.numbered = 0
-        self.plans: dict[bytes, tuple[int, Sealed]] = {}
+        self.plans: dict[tuple[bytes, int], tuple[int, Sealed]] = {}
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket = ours
         try:
@@ -115,16 +117,17 @@ class Launcher:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int) -> socket.socket:
-        """Asks for one run. stock: how many jails are to wait for further ones. The descriptors stay the caller's; the channel is his."""
-        number, block = self._plan(plan)
+    def submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int = 0) -> socket.socket:
+        """Asks for one run. stock: how many jails are to wait for further ones. template: the number of the one that is started, or that
+        is to fork the run. The descriptors stay the caller's; the channel is his."""
+        number, block = self._plan(plan, template)
         large = Sealed("order", order) if len(order) > lib.MAX_INLINE else None
-        head = REQUEST.pack(lib.REQUEST_MAGIC, 0 if large else len(order), number, stock, 0)
+        head = REQUEST.pack(lib.REQUEST_MAGIC, 0 if large else len(order), number, stock, template)
         channel, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
             try:
                 if large:
-                    send(self.socket, head, [block.fd, its.fileno(), large.fd, *descriptors])
+                    send(self.socket, head, [block.fd, its.fileno(), *descriptors, large.fd])
                 else:
                     send(self.socket, head + order, [block.fd, its.fileno(), *descriptors])
             except BaseException:
@@ -132,15 +135,13 @@ class Launcher:
                 raise
         return channel
 
-    def _plan(self, plan: bytes) -> tuple[int, Sealed]:
+    def _plan(self, plan: bytes, template: int) -> tuple[int, Sealed]:
         """The number and the sealed block under which the launcher knows a plan."""
-        known = self.plans.get(plan)
+        known = self.plans.get((plan, template))
         if known is None:
-            with _lock:
-                if len(self.plans) >= MAX_PLANS:
-                    self.plans = {}  # the launcher forgets those that are not used, too
-                self.numbered += 1
-                known = self.plans.setdefault(plan, (self.numbered, Sealed("plan", plan)))
+            if len(self.plans) >= MAX_PLANS:
+                self.plans = {}  # the launcher forgets those that are not used, too
+            known = self.plans.setdefault((plan, template), (next(numbers), Sealed("plan", plan)))
         return known
 
     def close(self) -> None:
@@ -174,6 +175,22 @@ def current() -> Launcher:
         if _current is None:
             _current = Launcher()
         return _current
+
+
+def peek() -> Launcher | None:
+    """The launcher of this process, if there is one."""
+    return _current
+
+
+def submit(plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int = 0) -> tuple[Launcher, socket.socket]:
+    """Launcher.submit of the current one, or of a new one where that has died since the last run: nothing was started then."""
+    launcher = current()
+    try:
+        return launcher, launcher.submit(plan, order, descriptors, stock, template)
+    except (BrokenPipeError, ConnectionResetError):
+        lost(launcher)
+    launcher = current()
+    return launcher, launcher.submit(plan, order, descriptors, stock, template)
 
 
 def lost(launcher: Launcher) -> None:

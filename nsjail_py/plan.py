@@ -142,6 +142,13 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
     return block.finish()
 
 
+def as_template(block: bytes) -> bytes:
+    """The same plan, for a template: it keeps the rights that it needs for its jobs."""
+    changed = bytearray(block)
+    ffi.from_buffer("struct plan *", changed).flags |= lib.PLAN_TEMPLATE
+    return bytes(changed)
+
+
 OWN = frozenset((lib.MOUNT_SCRATCH, lib.MOUNT_PART, lib.MOUNT_PROC, lib.MOUNT_DEVPTS, lib.MOUNT_MASK, lib.MOUNT_READONLY))
 
 

@@ -15,7 +15,16 @@ import pytest
 from conftest import IS_ROOT, ROOT
 
 NOBODY = 65534
-SUITES = ["test_run.py", "test_holes.py", "test_cli.py", "test_bad_input.py", "test_stock.py", "test_embedding.py", "test_programs.py"]
+SUITES = [
+    "test_run.py",
+    "test_holes.py",
+    "test_cli.py",
+    "test_bad_input.py",
+    "test_stock.py",
+    "test_warm.py",
+    "test_embedding.py",
+    "test_programs.py",
+]
 
 
 def usable_by_all(path: str) -> bool:

@@ -1,0 +1,128 @@
+/* A job: forked from a template (template.c), which is a warm interpreter in a jail of its own, into a cell of the job's own.
+ *
+ * The template has rights in its user namespace, and no others. Its clone (job_init) makes the job's namespaces and mounts, forks the
+ * job's process, gives up every right, and becomes a reaper by exec, so that nothing of the interpreter's memory is left in process 1.
+ * The job's process (job_program) gives up every right, applies Landlock, limits and filter, and waits for its order; there is no exec
+ * behind it, so no late call has a secret here. pid_namespaces(7), capabilities(7) */
+#include "kernel.h"
+#include "ladder.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/prctl.h>
+
+static int pass_on(int descriptor) { return descriptor < 0 ? 0 : fcntl(descriptor, F_SETFD, 0); }
+
+static int born(const struct cell *cell) {
+	struct cell_message message = {.kind = CELL_BORN};
+	int self = sys_pidfd_open(getpid());
+	if (self < 0)
+		return -1;
+	int result = message_send(NULL, cell->launcher, &message, sizeof message, &self, 1);
+	close(self);
+	return result;
+}
+
+_Noreturn static void become_reaper(struct cell *cell, int reaper, pid_t program, int go) {
+	char text[4][16];
+	char *arguments[] = {"nsjail-init", text[0], text[1], text[2], text[3], NULL}, *none[] = {NULL};
+	int numbers[] = {cell->launcher, cell->scratch, (int)program, go};
+	for (int i = 0; i < 4; i++)
+		snprintf(text[i], sizeof text[i], "%d", numbers[i]);
+	if (pass_on(cell->launcher) < 0 || pass_on(cell->scratch) < 0 || pass_on(go) < 0)
+		fail(cell, STEP_REAPER, errno);
+	syscall(SYS_execveat, reaper, "", arguments, none, AT_EMPTY_PATH);
+	fail(cell, STEP_REAPER, errno);
+}
+
+/* program is called in the job's process, and does not return. */
+_Noreturn void job_init(struct cell *cell, int reaper, void (*program)(struct cell *cell, int go)) {
+	const struct plan *plan = cell->plan;
+	int go[2];
+	int kept[] = {cell->launcher, cell->orders, reaper};
+	descriptors_keep(kept, 3);
+	cell->failures = cell->launcher;
+	signal(SIGCHLD, SIG_DFL);
+	step(cell, STEP_CLONE, born(cell));
+	step(cell, STEP_SESSION, session_new());
+	step(cell, STEP_KEYRING, keyring_new());
+	step(cell, STEP_NAMESPACES, unshared(cell, CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWTIME | CLONE_NEWCGROUP));
+	cell->root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	step(cell, STEP_MOUNT_ROOT, cell->root);
+	enum step failed = root_furnish(cell);
+	step(cell, failed, failed ? -1 : 0);
+	step(cell, STEP_WORK_DIRECTORY, chdir("/"));
+	if (plan->namespaces & CLONE_NEWUTS)
+		step(cell, STEP_HOSTNAME, sethostname(at(plan, plan->hostname), strlen(at(plan, plan->hostname))));
+	if (plan->flags & PLAN_LOOPBACK)
+		step(cell, STEP_LOOPBACK, loopback_up());
+	if (plan->namespaces & CLONE_NEWTIME)
+		step(cell, STEP_TIME_NAMESPACE, unshare(CLONE_NEWTIME));
+	step(cell, STEP_SECUREBITS, securebits_lock());
+	step(cell, STEP_CAPABILITIES, bounding_set_empty());
+	step(cell, STEP_PROGRAM_PROCESS, pipe2(go, O_CLOEXEC));
+	pid_t pid = fork();
+	step(cell, STEP_PROGRAM_PROCESS, pid);
+	if (pid == 0) {
+		close(go[1]);
+		program(cell, go[0]);
+		__builtin_trap();
+	}
+	become_nobody(cell);
+	become_reaper(cell, reaper, pid, go[1]);
+}
+
+/* The launcher puts us into the cell's groups: the right is its own. */
+static int placed(const struct cell *cell) {
+	struct cell_message need = {.kind = CELL_NEED_PLACE};
+	struct cell_order answer;
+	int none = 0;
+	if (message_send(NULL, cell->orders, &need, sizeof need, NULL, 0) < 0)
+		return -1;
+	ssize_t size = message_receive(NULL, cell->orders, &answer, sizeof answer, 0, NULL, &none);
+	if (size < 0)
+		return -1;
+	errno = size == sizeof answer && answer.kind == CELL_PLACED ? (int)answer.value : EPROTO;
+	return errno ? -1 : 0;
+}
+
+/* Process 1 is a stranger to us when it has become the reaper and cannot be looked into. */
+static int reaper_is_there(int go) {
+	char byte;
+	ssize_t size = read(go, &byte, 1);
+	close(go);
+	return (int)size;
+}
+
+/* Returns when nothing but the order is missing. */
+void job_program(struct cell *cell, int go) {
+	const struct plan *plan = cell->plan;
+	int listener = -1;
+	cell->failures = cell->orders;
+	cell->secret = 0;
+	cell->ruleset = -1;
+	signal(SIGCHLD, SIG_DFL);
+	step(cell, STEP_CGROUP_JOIN, placed(cell));
+	if (plan->namespaces & CLONE_NEWCGROUP)
+		step(cell, STEP_CGROUP_NAMESPACE, unshare(CLONE_NEWCGROUP));
+	step(cell, STEP_SESSION, session_new());
+	become_nobody(cell);
+	step(cell, STEP_WORK_DIRECTORY, chdir(at(plan, plan->directory)));
+	step(cell, STEP_REAPER, reaper_is_there(go));
+	if (plan->flags & PLAN_LANDLOCK)
+		step(cell, STEP_LANDLOCK, landlock_prepare(cell));
+	cell->app = -1;
+	step(cell, STEP_DESCRIPTORS, descriptors_clear(cell));
+	if (plan->flags & PLAN_LANDLOCK) {
+		step(cell, STEP_LANDLOCK, landlock_apply(cell));
+		close(cell->ruleset);
+	}
+	step(cell, STEP_RESOURCE_LIMITS, limits_apply(cell));
+	step(cell, STEP_IDENTITY,
+	     prctl(PR_SET_DUMPABLE, 1)); /* as after an exec: there is nothing left to be protected from itself */
+	if (plan->flags & PLAN_FILTER)
+		step(cell, STEP_SECCOMP, filter_install(cell, &listener));
+	step(cell, STEP_ORDER, ready(cell, &listener));
+}

@@ -1,0 +1,131 @@
+/* The Python module that a template runs on: `serve` waits for jobs, makes each one's cell, and returns in the job. Limited API.
+ *
+ * The clone that becomes process 1 shares our memory until it execs, and we wait for that long (as vfork does): so only one copy of the
+ * interpreter is made for each job, the job's own. It continues here, at the jump, on the stack that its copy has. clone(2) */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#include "ladder.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { STACK = 131072 };
+
+static struct cell cell;
+static int reaper_fd, go_fd;
+static jmp_buf in_job;
+
+static void jump(struct cell *unused, int go) {
+	(void)unused;
+	go_fd = go;
+	_longjmp(in_job, 1);
+}
+
+static int init_main(void *unused) {
+	(void)unused;
+	job_init(&cell, reaper_fd, jump);
+}
+
+static void clone_failed(int socket, int error) {
+	struct cell_message message = {.kind = CELL_FAILED, .step = STEP_CLONE, .error = (uint32_t)error};
+	message_send(NULL, socket, &message, sizeof message, NULL, 0);
+}
+
+/* Waits for a job and makes its init. Returns 0 in the template, and -1 when the launcher is gone; in the job it jumps. */
+static int job_make(int control, const struct plan *plan, char *stack) {
+	struct cell_order job;
+	int sockets[2], count = 2;
+	if (message_receive(NULL, control, &job, sizeof job, MSG_CMSG_CLOEXEC, sockets, &count) != sizeof job)
+		return -1;
+	if (job.kind == CELL_JOB && count == 2) {
+		cell = (struct cell){.plan = plan, .launcher = sockets[0], .orders = sockets[1], .rootless = 1, .scratch = -1, .app = -1};
+		if (clone(init_main, stack + STACK, CLONE_NEWPID | CLONE_VM | CLONE_VFORK | SIGCHLD, NULL) < 0)
+			clone_failed(sockets[0], errno);
+	}
+	while (count-- > 0)
+		close(sockets[count]);
+	return 0;
+}
+
+static PyObject *texts(const struct order *order, struct span span) {
+	const uint64_t *offsets = at(order, span.offset);
+	PyObject *list = PyList_New(0);
+	for (uint32_t i = 0; list && i < span.count; i++) {
+		PyObject *text = PyBytes_FromString(at(order, (uint32_t)offsets[i]));
+		if (!text || PyList_Append(list, text) < 0)
+			return NULL;
+		Py_DECREF(text);
+	}
+	return list;
+}
+
+/* In the job: everything is dropped, the order comes in, and its descriptors are in their places. */
+static PyObject *job_order(void) {
+	struct order *order;
+	int descriptors[MAX_FDS];
+	if (order_take(&cell, &order, descriptors) < 0)
+		fail(&cell, STEP_ORDER, errno);
+	if (descriptors_place(&cell, order, descriptors) < 0)
+		fail(&cell, STEP_DESCRIPTORS, errno);
+	close(cell.orders); /* the launcher's sign that nothing of ours runs any more */
+	const struct order_file *file = at(order, order->files.offset);
+	if (order->files.count != 1)
+		return PyErr_Format(PyExc_ValueError, "an order for a job has one file, and not %u", order->files.count);
+	return Py_BuildValue("(sy#NN)", (const char *)at(order, file->name), (const char *)at(order, file->offset),
+	                     (Py_ssize_t)file->size, texts(order, order->argv), texts(order, order->environment));
+}
+
+static const struct plan *plan_map(int descriptor) {
+	struct stat status;
+	if (fstat(descriptor, &status) < 0)
+		return NULL;
+	void *block = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
+	if (block == MAP_FAILED)
+		return NULL;
+	if (plan_check(block, (size_t)status.st_size))
+		return block;
+	errno = EINVAL;
+	return NULL;
+}
+
+/* serve(control, reaper, plan): descriptors of the launcher's socket, of the reaper's executable, and of the jobs' plan. Returns in a job
+ * its order, (file name, source, arguments, environment), and in the template None when the launcher is gone. */
+static PyObject *serve(PyObject *module, PyObject *arguments) {
+	struct cell_message serving = {.kind = CELL_SERVING};
+	static _Alignas(16) char stack[STACK];
+	int control, plan_fd;
+	(void)module;
+	if (!PyArg_ParseTuple(arguments, "iii", &control, &reaper_fd, &plan_fd))
+		return NULL;
+	const struct plan *plan = plan_map(plan_fd);
+	/* Nobody waits for the jobs' inits here: the launcher sees their ends. */
+	if (!plan || signal(SIGCHLD, SIG_IGN) == SIG_ERR || prctl(PR_SET_DUMPABLE, 0) < 0 ||
+	    message_send(NULL, control, &serving, sizeof serving, NULL, 0) < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	PyOS_BeforeFork();
+	if (_setjmp(in_job)) {
+		PyOS_AfterFork_Child();
+		job_program(&cell, go_fd);
+		return job_order();
+	}
+	while (job_make(control, plan, stack) == 0)
+		;
+	PyOS_AfterFork_Parent();
+	Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {{"serve", serve, METH_VARARGS, "Wait for jobs; return in each."}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_template", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__template(void);
+PyMODINIT_FUNC PyInit__template(void) { return PyModule_Create(&definition); }

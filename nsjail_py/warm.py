@@ -1,0 +1,183 @@
+"""Templates: a warm interpreter in a jail of its own, from which jobs are forked, each into a jail of its own (native/job.c).
+
+A template never sees anything of a job: orders, input and environment go to the fork. It lives as long as its Jail, for a bounded number of
+jobs and a bounded time; what its jobs share, and what is made unique in each, docs/how-it-works.md tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import threading
+import time
+import weakref
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from . import launcher
+from ._native import lib
+from .compiled import Compiled, Host, for_python
+from .errors import JailError, PolicyError, SetupError
+from .plan import OrderFile, Sealed, as_template, compile_order, shared
+from .policy import Policy
+from .reports import STEP_NAMES, Context, parse, setup_error
+
+HERE = Path(__file__).parent
+NEEDED = ("recvmsg", "sendmsg", "fstat", "fcntl", "dup3")
+"""What a job that waits calls under its own filter."""
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
+"""Read when a library is loaded; threads would not survive the fork."""
+MOST_JOBS = 1000
+OLDEST_S = 600.0
+START_S = 60.0
+PROBE = """
+import sys, os
+seen = [os.urandom(8).hex(), id(object())]
+for name, draw in (
+    ("random", lambda m: m.random()), ("numpy.random", lambda m: m.random_sample()), ("_ssl", lambda m: m.RAND_bytes(8).hex()),
+    ("tempfile", lambda m: next(m._get_candidate_names())), ("uuid", lambda m: m.uuid4().hex),
+):
+    if name in sys.modules: print(name, draw(sys.modules[name]))
+"""
+
+
+def with_imports(policy: Policy, preload: tuple[str, ...]) -> Policy:
+    """The policy with the distributions that the preloaded modules come from. Raises PolicyError for a module that nobody brings."""
+    missing = [name for name in dict.fromkeys(module.partition(".")[0] for module in preload) if name not in sys.stdlib_module_names]
+    if not missing:
+        return policy
+    known = packages_distributions()
+    unknown = [name for name in missing if name not in known]
+    if unknown:
+        raise PolicyError(f"preload: no installed distribution brings {', '.join(map(repr, unknown))}")
+    added = [known[name][0] for name in missing]
+    return replace(policy, python=replace(policy.python, imports=tuple(dict.fromkeys((*policy.python.imports, *added)))))
+
+
+class Template:
+    """One warm interpreter. Raises JailError with what it said when it cannot be had."""
+
+    def __init__(self, policy: Policy, preload: tuple[str, ...], host: Host, environment: dict[str, str]) -> None:
+        self.compiled = _checked(for_python(policy, host))
+        self.number = next(launcher.numbers)
+        self.jobs, self.started = 0, time.monotonic()
+        own = for_python(_own(policy), host)
+        argv = [own.program, "-s", "/app/template.py", *preload]
+        files = [OrderFile("template.py", (HERE / "warm_inside.py").read_bytes())]
+        order = compile_order(own.program, argv, environment | ONE_THREAD, files, range(6))
+        read, write = os.pipe2(os.O_CLOEXEC)
+        with open(read, "rb", 0) as said:
+            with (
+                open(write, "wb", 0) as stderr,
+                open(os.devnull, "r+b", 0) as null,
+                open(HERE / "_template.abi3.so", "rb") as extension,
+                open(launcher.PROGRAM, "rb") as reaper,
+            ):
+                plan = Sealed("plan", self.compiled.plan)
+                passed = [*[file.fileno() for file in (null, null, stderr, extension, reaper)], plan.fd]
+                self.launcher, self.channel = launcher.submit(as_template(own.plan), order, passed, 0, self.number)
+            self.close = weakref.finalize(self, self.channel.close)
+            """Ends it, and the jobs that are left."""
+            try:
+                self._wait(said.fileno(), own)
+            except BaseException:
+                self.close()
+                raise
+
+    def _wait(self, said: int, own: Compiled) -> None:
+        """Until it serves."""
+        text, deadline = b"", time.monotonic() + START_S
+        waiting = [self.channel.fileno(), said]
+        while True:
+            ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise JailError(f"the template did not start within {START_S:.0f} s")
+            if said in ready:
+                data = os.read(said, 65536)
+                text = (text + data)[-4096:]
+                if not data:
+                    waiting.remove(said)
+            if self.channel.fileno() not in ready:
+                continue
+            message = self.channel.recv(1 << 16)
+            report = parse(message) if message else None
+            if report is not None and report.kind == lib.REPORT_STARTED:
+                return
+            if report is not None and report.kind == lib.REPORT_FAILED:
+                context = Context(own.policy, self.launcher.claim.mode, own.mounts, own.protections)
+                raise setup_error(STEP_NAMES[report.step], report, context)
+            with contextlib.suppress(OSError):
+                os.set_blocking(said, False)
+                text += os.read(said, 65536)
+            raise SetupError("template", detail=text.decode(errors="replace").strip().rpartition("\n")[2] or "it ended before it was ready")
+
+    @property
+    def alive(self) -> bool:
+        return self.launcher is launcher.peek() and not select.select([self.channel], [], [], 0)[0]
+
+    @property
+    def spent(self) -> bool:
+        """Whether it has served for long enough: what its jobs share is not to be shared by too many."""
+        return self.jobs >= MOST_JOBS or time.monotonic() - self.started > OLDEST_S
+
+
+def _own(policy: Policy) -> Policy:
+    """The template's own jail: no filter and no Landlock, which its jobs would inherit, and no clock."""
+    return replace(
+        policy, syscalls=None, landlock=False, limits=replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None, open_files=1024)
+    )
+
+
+def _checked(compiled: Compiled) -> Compiled:
+    policy = compiled.policy
+    if not shared(compiled.mounts):
+        raise PolicyError("preload: a policy that shows files of the host (mounts, workdir, project, root) has no warm interpreter")
+    if policy.syscalls is not None:
+        from .syscalls import compile_filter, name_of
+
+        lacking = sorted({name_of(number) for number in compile_filter(policy.syscalls).late} & set(NEEDED))
+        if lacking:
+            raise PolicyError(f"preload: the jobs of a warm interpreter need the system calls {', '.join(lacking)}")
+    return compiled
+
+
+class Templates:
+    """The current template of one Jail, replaced when it is spent or dead. From any thread."""
+
+    def __init__(self, policy: Policy, preload: tuple[str, ...]) -> None:
+        self.policy, self.preload = policy, preload
+        self._lock = threading.Lock()
+        self._current: Template | None = None
+
+    def take(self, host: Host, environment: dict[str, str], probe: Any) -> Template:
+        """The template for one job more."""
+        with self._lock:
+            current = self._current
+            if current is None or not current.alive or current.spent:
+                fresh = Template(self.policy, self.preload, host, environment)
+                try:
+                    _unique(probe(fresh), probe(fresh))
+                except BaseException:
+                    fresh.close()
+                    raise
+                self._current = current = fresh
+            current.jobs += 1
+            return current
+
+    def close(self) -> None:
+        with self._lock:
+            if self._current is not None:
+                self._current.close()
+            self._current = None
+
+
+def _unique(first: bytes, second: bytes) -> None:
+    """Two jobs drew random numbers from everything that is loaded: none may be the same."""
+    same = [a for a, b in zip(first.splitlines(), second.splitlines(), strict=True) if a == b]
+    if same:
+        raise SetupError("template", detail=f"two jobs draw the same random numbers: {b', '.join(same).decode()}")

@@ -1,0 +1,138 @@
+"""What a template runs, inside its jail: it imports what its jobs will need, and goes on as each of them.
+
+Nothing of nsjail_py is here but the extension that `serve`s (native/template.c), loaded by its descriptor. In a job nothing may be left
+that two jobs would share and should not: `make_unique`, and what cannot be made unique stands in docs/how-it-works.md.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import importlib.machinery
+import importlib.util
+import linecache
+import os
+import signal
+import sys
+import threading
+import traceback
+import types
+from typing import Any, NoReturn
+
+EXTENSION, REAPER, PLAN, CONTROL = 3, 4, 5, 999
+
+
+def template(preload: list[str]) -> tuple[str, bytes, list[bytes], list[bytes]] | None:
+    loader = importlib.machinery.ExtensionFileLoader("_template", f"/proc/self/fd/{EXTENSION}")
+    extension: Any = importlib.util.module_from_spec(importlib.util.spec_from_loader("_template", loader))  # type: ignore[arg-type]
+    loader.exec_module(extension)
+    os.close(EXTENSION)
+    for name in preload:
+        importlib.import_module(name)
+    rehearse()
+    if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
+        raise SystemExit(f"preload = {list(preload)}: these modules start threads, which no fork carries over")
+    left = [name for name in os.listdir("/proc/self/fd") if int(name) not in (0, 1, 2, REAPER, PLAN, CONTROL)]
+    if len(left) > 1:  # the listing's own
+        raise SystemExit(f"preload = {list(preload)}: these modules leave descriptors open: {sorted(left)}")
+    del sys.modules["__main__"]
+    gc.collect()
+    gc.freeze()
+    order: tuple[str, bytes, list[bytes], list[bytes]] | None = extension.serve(CONTROL, REAPER, PLAN)
+    return order
+
+
+def rehearse() -> None:
+    """What a first run fills in lazily is filled in before the fork."""
+    for source in (b"import sys\nprint(6 * 7, file=sys.stderr, end='')", b"1 / 0"):
+        try:
+            exec(compile(source, "rehearsal", "exec"), {"print": lambda *_, **__: None})
+        except ZeroDivisionError as error:
+            traceback.format_exception(error)
+
+
+def make_unique() -> None:
+    """Random numbers that follow from a state in memory. `random` itself reseeds in every fork."""
+    loaded: dict[str, Any] = sys.modules
+    if "_ssl" in loaded:
+        loaded["_ssl"].RAND_add(os.urandom(32), 32.0)
+    if "numpy.random" in loaded:
+        loaded["numpy.random"].seed()
+    if "tempfile" in loaded:
+        loaded["tempfile"]._name_sequence = None
+    if "uuid" in loaded:
+        loaded["uuid"]._last_timestamp = None
+
+
+def job(name: str, source: bytes, arguments: list[bytes], environment: list[bytes]) -> NoReturn:
+    """Runs the source as `python NAME ARGUMENTS` would, and ends the process."""
+    make_unique()
+    path = f"/app/{name}"
+    wanted = {name: value for name, _, value in (variable.partition(b"=") for variable in environment)}
+    if wanted != dict(os.environb):
+        os.environb.clear()
+        os.environb.update(wanted)
+    sys.orig_argv = [os.fsdecode(argument) for argument in arguments]
+    sys.argv = sys.orig_argv[2:]
+    sys.path[0] = "/app"
+    main: Any = types.ModuleType("__main__")
+    main.__file__, main.__builtins__ = path, __builtins__
+    sys.modules["__main__"] = main
+    status = 1
+    try:
+        code = compile(source, path, "exec", dont_inherit=True)
+        lines = importlib.util.decode_source(source).splitlines(True)
+        linecache.cache[path] = (len(source), None, lines, path)
+        exec(code, main.__dict__)
+        status = 0
+    except SystemExit as error:
+        status = exit_status(error.code)
+    except BaseException as error:
+        show(error)
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+    os._exit(end(status))
+
+
+def exit_status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def show(error: BaseException) -> None:
+    """As the interpreter would: from the script's own frame on."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code is job.__code__:
+        trace = trace.tb_next
+    error = error.with_traceback(trace)
+    if sys.excepthook is sys.__excepthook__:
+        traceback.print_exception(error)  # the other looks for the source on the disk
+    else:
+        sys.excepthook(type(error), error, trace)
+
+
+def end(status: int) -> int:
+    """What an interpreter does before its end, but for taking itself apart."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        status = status or 120
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
+    return status
+
+
+if __name__ == "__main__":
+    order = template(sys.argv[1:])
+    if order is None:
+        os._exit(0)
+    job(*order)

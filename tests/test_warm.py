@@ -1,0 +1,209 @@
+"""Warm interpreters: a job is forked in a moment, and is otherwise a run like any other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nsjail_py
+from nsjail_py import Jail, JailError, Mount, PolicyError, Result, launcher
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Jail]:
+    with Jail("untrusted", preload=["random", "tempfile", "ssl", "uuid", "json"], stock=1) as jail:
+        yield jail
+
+
+@pytest.fixture(scope="module")
+def cold() -> Jail:
+    return Jail("untrusted")
+
+
+SAME = {
+    "its output": "print('text'); import sys; print('more', file=sys.stderr)",
+    "its arguments": "import sys; print(sys.argv, sys.orig_argv[1:], __name__, __file__, sys.path[0])",
+    "its environment": "import os; print(sorted(os.environ.items()), os.getcwd())",
+    "its user": "import os; print(os.getresuid(), os.getresgid(), os.getgroups(), os.getpid(), os.getsid(0))",
+    "its rights": "print([l for l in open('/proc/self/status') if l.split(':')[0] in 'CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Seccomp'])",
+    "its limits": "import resource; print([resource.getrlimit(kind) for kind in range(16)])",
+    "its signals": "import signal; print([signal.getsignal(n) for n in (2, 13, 17)], signal.pthread_sigmask(0, []))",
+    "its files": "import os; print([sorted(os.listdir(d)) for d in ('/', '/work', '/tmp', '/dev', '/dev/shm', '/etc')], os.umask(0))",
+    "its network": "try: print(sorted(open('/proc/self/net/dev').read().split()))\nexcept OSError as e: print(e.errno)",
+    "its processes": "import os; print([n for n in os.listdir('/proc') if n.isdigit()], os.listdir('/proc/self/fd'))",
+    "a fault": "def f():\n    return 1 / 0\nf()",
+    "a fault in its syntax": "x = (\n",
+    "a fault in its encoding": b"# coding: latin-1\nprint(len('\xe4'), '\xe4'.encode())",
+    "an exit code": "raise SystemExit(7)",
+    "an exit with words": "raise SystemExit('words')",
+    "what it does at exit": "import atexit; atexit.register(print, 'bye'); print('hello', end='')",
+    "its threads at exit": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.05), print('late'))).start()",
+    "its input": "import sys; print(sys.stdin.read().upper())",
+    "a signal": "import os; os.kill(os.getpid(), 9)",
+    "no exec": "import os\ntry: os.execv('/bin/true', ['true'])\nexcept OSError as e: print(e.errno)\ntry: os.fork()\nexcept OSError as e: print(e.errno)",
+    "no socket": "import socket\ntry: socket.socket()\nexcept OSError as e: print(e.errno)",
+    "no writing to the root": "for d in ('/', '/usr', '/etc', '/app', '/proc/sys/kernel'):\n    try: open(d + '/x', 'w')\n    except OSError as e: print(e.errno)",
+    "no look at process 1": "for n in ('environ', 'mem', 'maps', 'exe', 'fd', 'root'):\n    try: open('/proc/1/' + n, 'rb').read(1); print(n)\n    except OSError as e: print(n, e.errno)",
+    "its name": "import os; print(os.uname().nodename, open('/proc/self/cgroup').read())",
+}
+
+
+@pytest.mark.parametrize("source", SAME.values(), ids=SAME.keys())
+def test_a_job_is_like_a_fresh_interpreter_in(source: str | bytes, warm: Jail, cold: Jail) -> None:
+    def view(result: Result) -> tuple[object, ...]:
+        return result.verdict, result.exit_code, result.signal, result.stdout, result.stderr, result.denied, result.protections
+
+    assert view(warm.run_python(source, args=["a", "b c"], input=b"text\xff")) == view(
+        cold.run_python(source, args=["a", "b c"], input=b"text\xff")
+    )
+
+
+def test_a_job_sees_nothing_of_another(warm: Jail) -> None:
+    source = "import json, os\nprint(hasattr(json, 'mark'), os.listdir('/tmp'), os.listdir('/work'))\njson.mark = 1; open('/tmp/x', 'w'); open('/work/y', 'w')"
+    for _ in range(5):
+        assert warm.run_python(source).check().stdout == b"False [] []\n"
+
+
+def test_random_numbers_are_never_the_same(warm: Jail) -> None:
+    source = (
+        "import random, ssl, tempfile, uuid, os, secrets\n"
+        "print(random.random(), ssl.RAND_bytes(8).hex(), tempfile.mktemp(), uuid.uuid4(), uuid.uuid1(), os.urandom(8).hex(), secrets.token_hex(8), sep='\\n')"
+    )
+    drawn = [line for _ in range(8) for line in warm.run_python(source).check().stdout.splitlines()]
+    assert len(set(drawn)) == len(drawn) == 56
+
+
+def test_numpy_is_there_in_a_moment_and_draws_other_numbers_each_time() -> None:
+    with Jail("untrusted", preload=["numpy"], stock=2) as jail:
+        source = "import numpy as np\nprint(np.arange(10).sum(), np.random.random(), np.random.default_rng().random())"
+        outputs = [jail.run_python(source).check() for _ in range(4)]
+        assert {result.stdout.split()[0] for result in outputs} == {b"45"}
+        assert len({word for result in outputs for word in result.stdout.split()[1:]}) == 8
+        assert all(result.peak_memory < 64 << 20 for result in outputs)
+
+
+def test_limits_hold_in_a_job() -> None:
+    with Jail("untrusted", preload=[], wall_time=0.3) as jail:
+        assert jail.run_python("import time; time.sleep(9)").verdict == "wall_time"
+    with Jail("untrusted", preload=[], cpu_time=0.3, memory="64M", disk="1M", output="1k", processes=4) as jail:
+        assert jail.run_python("while True: pass").verdict == "cpu_time"
+        memory = jail.run_python("x = bytearray(200 << 20)\nx[::4096] = b'1' * len(x[::4096])")
+        assert memory.verdict == "memory" or b"MemoryError" in memory.stderr
+        assert jail.run_python("open('/work/x', 'wb').write(bytes(9 << 20))").verdict == "disk"
+        assert jail.run_python("print('x' * 9999)").verdict == "output"
+        assert jail.run_python("print(1)").ok
+
+
+def test_a_job_can_be_killed_and_signalled(warm: Jail) -> None:
+    process = warm.start_python("import time; time.sleep(60)")
+    assert process.pid is not None and Path(f"/proc/{process.pid}").exists()
+    process.kill()
+    assert process.wait(5).verdict == "killed"
+    handled = warm.start_python(
+        "import signal, time\nsignal.signal(15, lambda *_: (print('got it'), exit(3)))\nprint('ready', flush=True)\ntime.sleep(60)",
+        stdout=nsjail_py.PIPE,
+    )
+    assert handled.stdout is not None
+    assert handled.stdout.read(6) == b"ready\n"
+    handled.terminate()
+    result = handled.communicate()
+    assert (result.exit_code, result.stdout) == (3, b"got it\n")
+
+
+def test_a_large_source_and_many_threads_at_once(warm: Jail) -> None:
+    wrong: list[object] = []
+
+    def work(number: int) -> None:
+        for turn in range(10):
+            result = warm.run_python(
+                f"x = '{'x' * (200_000 if turn == 5 else 0)}'\nimport sys; print({number}, {turn}, sys.stdin.read())", input=b"in"
+            )
+            if result.stdout != f"{number} {turn} in\n".encode():
+                wrong.append(result)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_killed_template_is_replaced() -> None:
+    with Jail("untrusted", preload=[]) as jail:
+        assert jail.run_python("print(1)").ok
+        [init] = [int(c) for c in Path(f"/proc/{launcher.current().pid}/task/{launcher.current().pid}/children").read_text().split()][-1:]
+        os.kill(init, signal.SIGKILL)
+        time.sleep(0.2)
+        assert jail.run_python("print(2)").stdout == b"2\n"
+
+
+def test_a_killed_launcher_is_replaced_and_so_is_its_template() -> None:
+    with Jail("untrusted", preload=[]) as jail:
+        assert jail.run_python("print(1)").ok
+        os.kill(launcher.current().pid, signal.SIGKILL)
+        time.sleep(0.1)
+        assert jail.run_python("print(3)").stdout == b"3\n"
+
+
+def test_a_spent_template_is_replaced_and_its_last_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsjail_py.warm.MOST_JOBS", 2)
+    with Jail("untrusted", preload=[]) as jail:
+        long = jail.start_python("import time; time.sleep(0.5); print('whole')", stdout=nsjail_py.PIPE)
+        outputs = [jail.run_python("print(id(object()))").check().stdout for _ in range(4)]
+        assert len(set(outputs)) > 1, "another generation has another address space"
+        assert long.communicate().stdout == b"whole\n"
+
+
+CLOSED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import nsjail_py
+from conftest import traces
+nsjail_py.run(["/bin/true"])
+while (before := traces())["cells"]: time.sleep(0.01)
+with nsjail_py.Jail("untrusted", preload=["json"], stock=2) as jail:
+    for _ in range(5): jail.run_python("print(1)").check()
+    running = jail.start_python("import time; time.sleep(60)")
+    time.sleep(0.1)
+print(running.wait(5).verdict)
+for _ in range(500):
+    if traces() == before: break
+    time.sleep(0.01)
+print(traces() == before or (before, traces()))
+"""
+
+
+def test_a_closed_jail_ends_its_jobs_and_leaves_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED.format(tests=str(Path(__file__).parent))], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "killed\nTrue\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("preload", "said"),
+    [
+        (["no_such_module"], "no installed distribution brings 'no_such_module'"),
+        (["json.no_such_part"], "No module named 'json.no_such_part'"),
+    ],
+)
+def test_what_cannot_be_preloaded_is_told(preload: list[str], said: str) -> None:
+    with pytest.raises(JailError, match=said), Jail("untrusted", preload=preload) as jail:
+        jail.run_python("print(1)")
+
+
+def test_a_policy_that_shows_files_of_the_host_has_no_warm_interpreter(tmp_path: Path) -> None:
+    with (
+        pytest.raises(PolicyError, match="shows files of the host"),
+        Jail("untrusted", preload=[], mounts=[Mount(source=str(tmp_path), target="/x")]) as jail,
+    ):
+        jail.run_python("print(1)")
