@@ -7,11 +7,16 @@ result.verdict, result.stdout, result.cpu_time, result.peak_memory
 
 from __future__ import annotations
 
-from .errors import JailError, LauncherDied, PolicyError, RunFailed, SetupError, Unavailable
+from typing import TYPE_CHECKING, Any
+
+from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, SetupError, Unavailable
 from .jail import DEVNULL, PIPE, STDOUT, Jail, Process, run, run_python
 from .policy import Limits, Mount, Policy, Python, Syscalls
 from .policyfile import load as policy
 from .result import Protection, Result, Verdict
+
+if TYPE_CHECKING:
+    from .executor import JailExecutor
 
 __version__ = "0.1.0"
 
@@ -21,6 +26,8 @@ __all__ = [
     "STDOUT",
     "Jail",
     "JailError",
+    "JailExecutor",
+    "JobError",
     "LauncherDied",
     "Limits",
     "Mount",
@@ -39,3 +46,12 @@ __all__ = [
     "run",
     "run_python",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The executor is imported when it is asked for: most users start programs."""
+    if name != "JailExecutor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .executor import JailExecutor
+
+    return JailExecutor

@@ -167,7 +167,7 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     abi = host.landlock_abi
     wanted = dict.fromkeys(ALWAYS, True)
     wanted |= {f"{name}_namespace": name in policy.namespaces for name in NAMESPACES}
-    wanted |= {"own_uid": policy.own_uid, "groups": True, "nested_userns": True, "private_proc": policy.proc != "none"}
+    wanted |= {"own_uid": policy.own_uid or host.root, "groups": True, "nested_userns": True, "private_proc": policy.proc != "none"}
     wanted |= {"minimal_root": policy.root == "minimal", "seccomp": policy.syscalls is not None}
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
     wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)

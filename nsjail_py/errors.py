@@ -5,7 +5,8 @@ JailError                     everything below
 ├── SetupError                the jail could not be made on this host: step, errno, advice
 │   └── Unavailable           the host lacks a protection that the policy requires
 ├── LauncherDied              the launcher ended in the middle of a run; the next run starts a new one
-└── RunFailed                 raised by Result.check() only: the verdict was not `ok`
+├── RunFailed                 raised by Result.check(), and by a JailExecutor's futures: the verdict was not `ok`
+└── JobError                  a function that a JailExecutor ran raised an exception
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ class Unavailable(SetupError):
 
 class LauncherDied(JailError):
     """The launcher ended in the middle of a run. The jail is gone with it; the next run starts a new launcher."""
+
+
+class JobError(JailError):
+    """A function that ran in a jail raised an exception. `type` is the name of its class, `message` its text, `traceback` what Python
+    printed inside: text, all three, and written by the job."""
+
+    def __init__(self, type: str, message: str, traceback: str) -> None:
+        super().__init__(f"{type}: {message}\n\n{traceback}".rstrip())
+        self.type, self.message, self.traceback = type, message, traceback
 
 
 class RunFailed(JailError):

@@ -8,6 +8,7 @@ Made for use from any number of threads at once. aio.py has the same for asyncio
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import weakref
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -276,6 +278,18 @@ class Jail:
         argv = [template.compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
+    def start_function(self, result: int, call: int, streams: Sequence[Stream]) -> Process:
+        """For JailExecutor: a job with the descriptors that its script knows."""
+        from . import executor_inside as inside
+
+        if self._templates is None:
+            raise PolicyError("only a Jail with preload runs functions")
+        template = self._templates.take(self._host(), environment(self.policy), self._probe)
+        argv = [template.compiled.program, "-s", "/app/call.py"]
+        files = (OrderFile("call.py", executor_source()),)
+        order = compile_order(template.compiled.program, argv, environment(self.policy), files, [0, 1, 2, inside.RESULT_FD, inside.CALL_FD])
+        return Process(template.compiled, order, argv, Ends(*streams), [result, call], self.stock, template)
+
     def _probe(self, template: Template) -> bytes:
         from .warm import PROBE
 
@@ -319,6 +333,11 @@ class Jail:
             no_directory(number)
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
         return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
+
+
+@functools.cache
+def executor_source() -> bytes:
+    return Path(__file__).with_name("executor_inside.py").read_bytes()
 
 
 def environment(policy: Policy) -> dict[str, str]:

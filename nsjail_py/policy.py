@@ -107,7 +107,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     loopback: bool = False
     """Whether the loopback interface of its own network is up."""
     own_uid: bool = True
-    """Whether each run gets a user id that nothing else on the host has."""
+    """Whether each run must have a user id that nothing else on the host has. Started by root it always has one; an ordinary user has
+    only his own to give, so this is an error there unless `best_effort` lists it."""
     syscalls: Syscalls | None = None
     """The system call filter; none when absent."""
     landlock: bool = True

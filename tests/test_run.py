@@ -13,6 +13,7 @@ from conftest import IS_ROOT
 
 import nsjail_py
 from nsjail_py import DEVNULL, PIPE, STDOUT, Jail, Verdict
+from nsjail_py.launcher import UID_BASE
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -301,3 +302,13 @@ def test_a_directory_is_no_stream() -> None:
 
 def test_few_open_files_are_enough_to_start() -> None:
     assert nsjail_py.run(["/bin/true"], open_files=8).ok
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root has other user ids to give")
+def test_started_by_root_a_run_has_its_own_user_whether_or_not_the_policy_insists() -> None:
+    result = nsjail_py.run(["/bin/true"], own_uid=False)
+    assert [p.state for p in result.protections if p.name == "own_uid"] == ["applied"]
+    process = Jail("untrusted", own_uid=False).start(["/bin/sleep", "9"])
+    assert os.stat(f"/proc/{process.pid}").st_uid >= UID_BASE
+    process.kill()
+    process.wait()

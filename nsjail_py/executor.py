@@ -1,0 +1,207 @@
+"""`JailExecutor`: concurrent.futures, with each call in a jail of its own, forked from a warm interpreter.
+
+Functions and arguments go in pickled (cloudpickle). Results come back as data that is safe to read from anybody: numbers, text, bytes,
+lists, dictionaries, dates, None, and numpy arrays. Nothing that a job wrote is ever unpickled here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import sysconfig
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any, NamedTuple
+
+import msgspec
+
+from .errors import JailError, JobError, RunFailed
+from .executor_inside import ARRAY, LENGTH, RESULT
+from .jail import DEVNULL, PIPE, Jail
+from .plan import Sealed
+from .policy import Policy
+
+RESULT_SIZE = 64 << 20
+"""Bytes of one result."""
+PENDING = 1000
+"""Calls that may wait; a further `submit` waits for room."""
+PLAIN = frozenset("biufcSUmM?")
+"""Kinds of numpy's types that are nothing but their bytes."""
+
+
+class Call(NamedTuple):
+    """A call that waits for its turn."""
+
+    future: Future[Any]
+    pickled: bytes
+
+
+class Queue:
+    """Calls by the thread that brought them; each thread has its turn. Bounded: `put` waits for room."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.size, self.closed = most, 0, False
+        self.turns: OrderedDict[threading.Thread, deque[Call]] = OrderedDict()
+        self.changed = threading.Condition()
+
+    def put(self, call: Call) -> None:
+        with self.changed:
+            while self.size >= self.most and not self.closed:
+                self.changed.wait()
+            if self.closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self.turns.setdefault(threading.current_thread(), deque()).append(call)
+            self.size += 1
+            self.changed.notify_all()
+
+    def get(self) -> Call | None:
+        """The next call, or None when there will be none."""
+        with self.changed:
+            while not self.size and not self.closed:
+                self.changed.wait()
+            if not self.size:
+                return None
+            owner, calls = self.turns.popitem(last=False)
+            call = calls.popleft()
+            if calls:
+                self.turns[owner] = calls  # behind all others
+            self.size -= 1
+            self.changed.notify_all()
+            return call
+
+    def close(self, drop: bool) -> list[Call]:
+        """No more calls; those that wait are given back if they are to be dropped."""
+        with self.changed:
+            self.closed = True
+            dropped = [call for calls in self.turns.values() for call in calls] if drop else []
+            if drop:
+                self.turns.clear()
+                self.size = 0
+            self.changed.notify_all()
+            return dropped
+
+
+class JailExecutor(Executor):
+    """Runs functions in jails, `max_workers` at a time.
+
+    policy, changes: as for Jail. preload: modules that the functions use; they and the distributions that they come from are there without
+    an import. pending: how many calls may wait; a `submit` beyond waits for room. Threads that submit at one time take turns.
+    Raises PolicyError as Jail does, and ImportError without cloudpickle (the extra `warm`).
+
+    A future's exception is JobError for what the function raised (with its traceback as text), RunFailed for a run that met a limit or a
+    signal, SetupError when there was no jail for it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | str | os.PathLike[str] = "untrusted",
+        max_workers: int | None = None,
+        *,
+        preload: Sequence[str] = (),
+        pending: int = PENDING,
+        **changes: Any,
+    ) -> None:
+        import cloudpickle
+
+        workers = max_workers if max_workers is not None else os.cpu_count() or 1
+        if workers < 1 or pending < 1:
+            raise ValueError("max_workers and pending must be 1 or more")
+        self._pickle = cloudpickle
+        self._jail = Jail(policy, preload=tuple(dict.fromkeys((*preload, "cloudpickle", "msgspec"))), stock=min(workers, 64), **changes)
+        self._queue = Queue(pending)
+        self._threads: list[threading.Thread] = []
+        self._workers, self._lock = workers, threading.Lock()
+        self._finalizer = weakref.finalize(self, self._queue.close, True)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As concurrent.futures says. What cannot be pickled is an error here, not in the future."""
+        with by_value(self._pickle, fn):
+            call = Call(Future(), self._pickle.dumps((fn, args, kwargs)))
+        with self._lock:
+            if len(self._threads) < self._workers and not self._queue.closed:
+                thread = threading.Thread(target=_work, args=(self._queue, self._jail), name=f"jail-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        self._queue.put(call)
+        return call.future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As concurrent.futures says; the warm interpreter ends when the last call has."""
+        for call in self._queue.close(cancel_futures):
+            call.future.cancel()
+            call.future.set_running_or_notify_cancel()
+        if wait:
+            for thread in self._threads:
+                thread.join()
+            self._jail.close()
+
+
+def _work(queue: Queue, jail: Jail) -> None:
+    while (call := queue.get()) is not None:
+        if not call.future.set_running_or_notify_cancel():
+            continue
+        try:
+            value = _call(jail, call.pickled)
+        except BaseException as error:
+            call.future.set_exception(error)
+        else:
+            call.future.set_result(value)
+        del call
+
+
+def _call(jail: Jail, pickled: bytes) -> Any:
+    result = os.memfd_create("result", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(result, "r+b", 0) as file:
+        file.truncate(RESULT_SIZE)  # all holes: what is not written takes no memory
+        fcntl.fcntl(result, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        payload = Sealed("call", pickled)
+        with jail.start_function(result, payload.fd, (DEVNULL, DEVNULL, PIPE)) as process:
+            outcome = process.communicate()
+        if not outcome.ok:
+            raise RunFailed(outcome)
+        size = int.from_bytes(os.pread(result, LENGTH, 0), "little")
+        if not 0 < size <= RESULT_SIZE - LENGTH:
+            raise JailError("the job ended without a result")
+        return decode(os.pread(result, size, LENGTH))
+
+
+def decode(data: bytes) -> Any:
+    """What a job has written. Raises JobError if it tells of an exception, and JailError for what is no result."""
+    try:
+        kind, *rest = msgspec.msgpack.decode(data, ext_hook=_array)
+        if kind == RESULT:
+            [value] = rest
+            return value
+        name, message, trace = map(str, rest)
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        raise JailError(f"the job's result cannot be read: {error}") from None
+    raise JobError(name, message, trace)
+
+
+def _array(code: int, data: memoryview) -> Any:
+    if code != ARRAY:
+        raise ValueError(f"extension {code}")
+    import numpy as np
+
+    name, shape, raw = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], bytes])
+    dtype = np.dtype(name)
+    if dtype.kind not in PLAIN or dtype.names is not None:
+        raise ValueError(f"an array of {name!r}")
+    return np.frombuffer(raw, dtype).reshape(shape).copy()
+
+
+@contextlib.contextmanager
+def by_value(pickle: Any, fn: Callable[..., Any]) -> Any:
+    """The caller's own modules are not inside: their functions go with their code; those of installed packages and the library go by name."""
+    module = sys.modules.get(getattr(fn, "__module__", None) or "")
+    file = getattr(module, "__file__", None)
+    places = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    own = file is not None and not any(file.startswith(place + os.sep) for place in places)
+    if module is not None and own and module.__name__ != "__main__" and module.__name__ not in pickle.list_registry_pickle_by_value():
+        pickle.register_pickle_by_value(module)
+    yield

@@ -1,0 +1,202 @@
+"""JailExecutor: concurrent.futures as everybody knows it, in jails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, as_completed, wait
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed, executor, executor_inside
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[JailExecutor]:
+    with JailExecutor("untrusted", 2, preload=["numpy"], wall_time=5.0, memory="256M") as pool:
+        yield pool
+
+
+def add(a: int, b: int = 1) -> int:
+    return a + b
+
+
+def test_functions_go_in_and_results_come_back(pool: JailExecutor) -> None:
+    assert pool.submit(add, 41).result() == 42
+    assert pool.submit(add, 40, b=2).result() == 42
+    assert list(pool.map(add, range(10), range(10))) == [2 * n for n in range(10)]
+    assert pool.submit(lambda text: text.upper(), "text").result() == "TEXT"
+
+
+VALUES = [None, True, 1, 1 << 62, 1.5, "täxt", b"\0bytes\xff", [1, [2, {}]], {"a": {"b": [None]}}, date(2026, 11, 24), "x" * 5_000_000]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20])
+def test_plain_data_comes_back_as_it_was(pool: JailExecutor, value: Any) -> None:
+    result = pool.submit(lambda: value).result()
+    assert result == (value.isoformat() if isinstance(value, date) else value)
+
+
+def test_arrays_come_back_whole(pool: JailExecutor) -> None:
+    for array in (
+        np.arange(12.0).reshape(3, 4),
+        np.zeros((0, 3), "i2"),
+        np.array(["a", "bc"]),
+        np.array([1 + 2j]),
+        np.array("2026-11-24", "M8[D]").reshape(1),
+    ):
+        back = pool.submit(lambda array=array: {"array": array, "n": np.int64(7)}).result()
+        assert back["n"] == 7
+        assert back["array"].dtype == array.dtype
+        assert np.array_equal(back["array"], array)
+        assert back["array"].flags.writeable
+
+
+def test_an_exception_comes_with_its_traceback_as_text(pool: JailExecutor) -> None:
+    def fail() -> None:
+        raise KeyError("the key")
+
+    with pytest.raises(JobError) as caught:
+        pool.submit(fail).result()
+    assert (caught.value.type, caught.value.message) == ("KeyError", "'the key'")
+    assert "in fail" in caught.value.traceback
+    with pytest.raises(JobError, match="cannot leave the jail"):
+        pool.submit(lambda: object()).result()
+
+
+def test_a_run_that_meets_a_limit_says_which(pool: JailExecutor) -> None:
+    with pytest.raises(RunFailed) as caught:
+        pool.submit(lambda: bytearray(1 << 30).count(1)).result()
+    assert caught.value.result.verdict in ("memory", "signal", "exit")
+    with pytest.raises(RunFailed) as caught:
+        pool.submit(os._exit, 3).result()
+    assert (caught.value.result.verdict, caught.value.result.exit_code) == ("exit", 3)
+
+
+def test_the_jail_is_a_jail(pool: JailExecutor) -> None:
+    def look() -> list[Any]:
+        import socket
+
+        found: list[Any] = [sorted(os.environ.get("CANARY", "")), os.listdir("/work")]
+        for attempt in (lambda: socket.socket(), lambda: os.fork(), lambda: open("/usr/x", "w"), lambda: os.listdir("/home")):
+            try:
+                attempt()
+                found.append("done")
+            except OSError as error:
+                found.append(error.errno in (1, 2, 13, 30))
+        return found
+
+    os.environ["CANARY"] = "secret"
+    assert pool.submit(look).result() == [[], [], True, True, True, True]
+
+
+def test_nothing_that_a_job_writes_is_unpickled(pool: JailExecutor, tmp_path: Any) -> None:
+    canary = tmp_path / "canary"
+
+    def spoof(data: bytes) -> None:
+        os.pwrite(3, len(data).to_bytes(8, "little") + data, 0)
+        os._exit(0)
+
+    import pickle
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {canary}",)
+
+    hostile = [pickle.dumps(Bomb()), b"", b"\xc1", b"\x93\x00", bytes(100), b"\x92\x00\xc7\x05\x01\x93\xa1O\x91\x01\xc4\x00"]
+    for data in hostile:
+        with pytest.raises(JailError):
+            pool.submit(spoof, data).result()
+    assert not canary.exists()
+    assert pool.submit(add, 1).result() == 2
+
+
+def test_what_is_decoded_is_only_data() -> None:
+    import msgspec
+
+    def message(*parts: Any) -> bytes:
+        return msgspec.msgpack.encode(parts)
+
+    array = msgspec.msgpack.encode(("|O", (1,), b"\0" * 8))
+    for data in (
+        message(executor_inside.RESULT, msgspec.msgpack.Ext(1, array)),
+        message(executor_inside.RESULT, msgspec.msgpack.Ext(9, b"")),
+        message(7),
+    ):
+        with pytest.raises(JailError):
+            executor.decode(data)
+
+
+def test_cancel_timeout_and_shutdown_are_those_of_concurrent_futures() -> None:
+    with JailExecutor("untrusted", 1) as pool:
+        slow = pool.submit(time.sleep, 1.0)
+        waiting = [pool.submit(add, n) for n in range(3)]
+        with pytest.raises(TimeoutError):
+            slow.result(timeout=0.05)
+        assert waiting[1].cancel()
+        with pytest.raises(CancelledError):
+            waiting[1].result()
+        assert [waiting[0].result(), waiting[2].result()] == [1, 3]
+        assert {future.result() for future in as_completed([pool.submit(add, n) for n in range(3)])} == {1, 2, 3}
+        assert not wait([pool.submit(add, 1)]).not_done
+        running = pool.submit(time.sleep, 0.3)
+        late = pool.submit(add, 1)
+        time.sleep(0.1)
+        pool.shutdown(cancel_futures=True)
+        assert running.done() and late.cancelled()
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            pool.submit(add, 1)
+
+
+def test_a_full_queue_holds_the_submitter_back() -> None:
+    with JailExecutor("untrusted", 1, pending=2) as pool:
+        pool.submit(add, 1).result()
+        pool.submit(time.sleep, 0.5)
+        started = time.monotonic()
+        for _ in range(4):
+            pool.submit(add, 1)
+        assert time.monotonic() - started > 0.2
+
+
+def test_threads_take_turns() -> None:
+    with JailExecutor("untrusted", 1, pending=100) as pool:
+        pool.submit(add, 1).result()
+        block = pool.submit(time.sleep, 0.3)
+        order: list[str] = []
+
+        def many(name: str, count: int) -> None:
+            for _ in range(count):
+                pool.submit(add, 1).add_done_callback(lambda _: order.append(name))
+
+        first = threading.Thread(target=many, args=("first", 20))
+        first.start()
+        first.join()
+        second = threading.Thread(target=many, args=("second", 2))
+        second.start()
+        second.join()
+        block.result()
+        pool.shutdown()
+        assert order.index("second") <= 2
+
+
+def test_an_event_loop_can_use_it(pool: JailExecutor) -> None:
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(pool, add, n) for n in range(4)))
+
+    assert asyncio.run(main()) == [1, 2, 3, 4]
+
+
+def test_bad_arguments_are_told() -> None:
+    with pytest.raises(ValueError, match="1 or more"):
+        JailExecutor("untrusted", 0)
+    with pytest.raises(PolicyError):
+        JailExecutor("no such policy")
+    with pytest.raises(PolicyError, match="no installed distribution"):
+        JailExecutor("untrusted", preload=["no_such_module"])
