@@ -197,7 +197,7 @@ def _array(code: int, data: memoryview) -> Any:
 
 @contextlib.contextmanager
 def by_value(pickle: Any, fn: Callable[..., Any]) -> Any:
-    """The caller's own modules are not inside: their functions go with their code; those of installed packages and the library go by name."""
+    """The caller's own modules are not inside: their functions go with their code; those of installed packages go by name."""
     module = sys.modules.get(getattr(fn, "__module__", None) or "")
     file = getattr(module, "__file__", None)
     places = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
