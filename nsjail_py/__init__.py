@@ -7,7 +7,7 @@ result.verdict, result.stdout, result.cpu_time, result.peak_memory
 
 from __future__ import annotations
 
-from .errors import JailError, LauncherDied, PolicyError, RunFailed, SetupError, Unavailable
+from .errors import JailError, LauncherDied, PolicyError, RunFailed, ScriptRefused, SetupError, Unavailable
 from .jail import DEVNULL, PIPE, STDOUT, Jail, Process, run, run_python
 from .policy import Limits, Mount, Policy, Python, Syscalls
 from .policyfile import load as policy
@@ -31,6 +31,7 @@ __all__ = [
     "Python",
     "Result",
     "RunFailed",
+    "ScriptRefused",
     "SetupError",
     "Syscalls",
     "Unavailable",

@@ -1,0 +1,97 @@
+"""The commands of nsjail-py that belong to layers/: scan, imports. cli.py hands them over, and imports this for nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from nsjail_py.cli import Parser, _print, _say, _script
+
+FOUND, NO_PYTHON = 1, 2
+
+
+def parser() -> Parser:
+    top = Parser(prog="nsjail-py")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    scan = commands.add_parser("scan", help="what a script's text shows", description=SCAN)
+    scan.add_argument("file", metavar="FILE", help="the script; - reads it from standard input")
+    scan.add_argument("--json", action="store_true", help="print one JSON object")
+    scan.add_argument("--ignore", action="append", default=[], metavar="RULE", help="leave a rule out")
+    scan.set_defaults(act=command_scan)
+    imports = commands.add_parser("imports", help="the list of imports that a script needs", description=IMPORTS)
+    imports.add_argument("file", metavar="FILE", help="the script; - reads it from standard input")
+    imports.add_argument("--json", action="store_true", help="print one JSON object")
+    imports.add_argument("--python", dest="interpreter", metavar="PATH", help="whose packages; by default those of nsjail-py")
+    imports.set_defaults(act=command_imports)
+    return top
+
+
+SCAN = """Looks at what a script would do, as far as its text tells. 0: nothing found; 1: findings; 2: it is no Python.
+docs/layers.md says what it cannot see; the jail does not depend on it."""
+IMPORTS = """Prints the line for [python] in a policy that lets a script import what it imports.
+0: all is known; 1: something is not; 2: it is no Python."""
+
+
+def command_scan(options: argparse.Namespace) -> int:
+    from .scan import scan
+
+    source, name = _script(options.file)
+    try:
+        found = scan(source, ignore=options.ignore)
+    except SyntaxError as error:
+        return _no_python(error, name, options.json)
+    if options.json:
+        _print(json.dumps({"file": name, "findings": [one._asdict() for one in found], "syntax_error": None}, indent=2))
+    elif found:
+        _print("\n".join(f"{name}:{one}" for one in found))
+    return FOUND if found else 0
+
+
+def _no_python(error: SyntaxError, name: str, as_json: bool) -> int:
+    """As Python would say it."""
+    error.filename = name
+    if as_json:
+        fault = {"message": error.msg, "line": error.lineno, "column": error.offset}
+        _print(json.dumps({"file": name, "findings": [], "syntax_error": fault}, indent=2))
+    else:
+        _print("".join(traceback.format_exception_only(error)), end="", stream=2)
+    return NO_PYTHON
+
+
+def command_imports(options: argparse.Namespace) -> int:
+    from .imports import propose
+
+    source, name = _script(options.file)
+    beside = [] if options.file == "-" else [str(Path(options.file).absolute().parent)]
+    try:
+        found = propose(source, interpreter=options.interpreter, project=beside)
+    except SyntaxError as error:
+        return _no_python(error, name, options.json)
+    _print(json.dumps(found._asdict(), indent=2) if options.json else str(found))
+    return FOUND if found.unresolved else 0
+
+
+def warn_on_standard_error() -> None:
+    """One line on standard error for each warning of the scan, however often it was seen before."""
+    from .scan import ScanWarning
+
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, ScanWarning):
+            _say(str(message), 0)
+        else:
+            usual(message, category, *rest, **more)
+
+    warnings.simplefilter("always", ScanWarning)
+    warnings.showwarning = show
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status; errors are told by cli.main."""
+    options = parser().parse_args(arguments)
+    return int(options.act(options))
