@@ -1,4 +1,6 @@
 """Layers at the level of Python: early and friendly messages, and honest reports of what they stop. The kernel is the boundary.
 
-scan.py      looks at a script before it runs (rules.py says for what, examine.py how)
+scan.py        looks at a script before it runs (rules.py says for what, examine.py how)
+imports.py     proposes the list of imports that a script needs
+restricted.py  expressions, templates and small programs held by RestrictedPython, in a jail (guards.py is what they get)
 """
