@@ -39,6 +39,7 @@ LIMITS = {
 LAYERS = {
     "scan": "what a script's text shows, before it runs",
     "imports": "the `imports = [...]` that a script needs",
+    "layers": "what each layer of Python, and a policy, make of a catalogue of attacks",
 }
 """Commands of layers/commands.py, which is imported for none but them."""
 

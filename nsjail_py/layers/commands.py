@@ -1,15 +1,17 @@
-"""The commands of nsjail-py that belong to layers/: scan, imports. cli.py hands them over, and imports this for nothing else."""
+"""The commands of nsjail-py that belong to layers/: scan, imports, layers. cli.py hands them over, and imports this for nothing else."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 from nsjail_py.cli import Parser, _print, _say, _script
+from nsjail_py.errors import PolicyError
 
 FOUND, NO_PYTHON = 1, 2
 
@@ -27,6 +29,15 @@ def parser() -> Parser:
     imports.add_argument("--json", action="store_true", help="print one JSON object")
     imports.add_argument("--python", dest="interpreter", metavar="PATH", help="whose packages; by default those of nsjail-py")
     imports.set_defaults(act=command_imports)
+    layers = commands.add_parser("layers", help="reports about the layers")
+    actions = layers.add_subparsers(dest="action", required=True, metavar="ACTION")
+    report = actions.add_parser("report", help="the bypass catalogue under each layer", description=REPORT)
+    report.add_argument("--policy", default="untrusted", metavar="NAME|FILE", help="the policy that the payloads meet (default: untrusted)")
+    report.add_argument("--only", action="append", default=[], metavar="NAME", help="only this payload, or this family; again for more")
+    report.add_argument("--html", metavar="FILE", help="write a page with what each layer said")
+    report.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    report.add_argument("--json", action="store_true", help="print one JSON object")
+    report.set_defaults(act=command_report)
     return top
 
 
@@ -34,6 +45,11 @@ SCAN = """Looks at what a script would do, as far as its text tells. 0: nothing 
 docs/layers.md says what it cannot see; the jail does not depend on it."""
 IMPORTS = """Prints the line for [python] in a policy that lets a script import what it imports.
 0: all is known; 1: something is not; 2: it is no Python."""
+
+
+REPORT = """Runs small scripts, each with one idea of how to get past a layer of Python, under each such layer alone and in a jail
+under the policy. They touch nothing but canaries that are made for them.
+0: nothing happened to the host under the policy; 1: something did."""
 
 
 def command_scan(options: argparse.Namespace) -> int:
@@ -73,6 +89,32 @@ def command_imports(options: argparse.Namespace) -> int:
         return _no_python(error, name, options.json)
     _print(json.dumps(found._asdict(), indent=2) if options.json else str(found))
     return FOUND if found.unresolved else 0
+
+
+def command_report(options: argparse.Namespace) -> int:
+    from nsjail_py.suggest import did_you_mean
+
+    from . import tables
+    from .catalogue import payloads
+    from .report import POLICY, report
+
+    known = {payload.name for payload in payloads()} | {payload.family for payload in payloads()}
+    for name in options.only:
+        if name not in known:
+            raise PolicyError(f"--only: no payload and no family {name!r}{did_you_mean(name, known)}")
+    chosen = [one for one in payloads() if not options.only or one.name in options.only or one.family in options.only]
+    done = report(options.policy, only=chosen, progress=_progress)
+    for file, form in ((options.html, tables.html), (options.markdown, tables.markdown)):
+        if file:
+            Path(file).write_text(form(done), encoding="utf-8", errors="backslashreplace")
+    _print(json.dumps(tables.to_dict(done), indent=2) if options.json else tables.text(done))
+    stopped, working = done.score(POLICY)
+    return FOUND if stopped < working else 0
+
+
+def _progress(done: int, of: int) -> None:
+    if os.isatty(2):
+        _print(f"\r{done} of {of} payloads", end="\n" if done == of else "", stream=2)
 
 
 def warn_on_standard_error() -> None:
