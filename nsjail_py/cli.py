@@ -40,6 +40,7 @@ LAYERS = {
     "scan": "what a script's text shows, before it runs",
     "imports": "the `imports = [...]` that a script needs",
     "layers": "what each layer of Python, and a policy, make of a catalogue of attacks",
+    "posture": "for which code a policy is fit, and what is left",
 }
 """Commands of layers/commands.py, which is imported for none but them."""
 

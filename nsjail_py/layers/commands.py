@@ -1,4 +1,4 @@
-"""The commands of nsjail-py that belong to layers/: scan, imports, layers. cli.py hands them over, and imports this for nothing else."""
+"""The commands of nsjail-py that belong to layers/: scan, imports, layers, posture. cli.py hands them over and imports this late."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def parser() -> Parser:
     report.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
     report.add_argument("--json", action="store_true", help="print one JSON object")
     report.set_defaults(act=command_report)
+    posture = commands.add_parser("posture", help="for which code a policy is fit", description=POSTURE)
+    posture.add_argument("policy", metavar="NAME|FILE")
+    posture.add_argument("--json", action="store_true", help="print one JSON object")
+    posture.add_argument("--html", metavar="FILE", help="write it as a page")
+    posture.add_argument("--require", choices=("trusted", "moderate", "untrusted"), help="fail unless it is fit for this code")
+    posture.set_defaults(act=command_posture)
     return top
 
 
@@ -50,6 +56,10 @@ IMPORTS = """Prints the line for [python] in a policy that lets a script import 
 REPORT = """Runs small scripts, each with one idea of how to get past a layer of Python, under each such layer alone and in a jail
 under the policy. They touch nothing but canaries that are made for them.
 0: nothing happened to the host under the policy; 1: something did."""
+
+
+POSTURE = """Says for which code a policy is fit on this host: a level, and for each exposure what enforces it, what is left, and what
+to change. 0, or 1 when --require asks for more, or when this host cannot give what the policy requires."""
 
 
 def command_scan(options: argparse.Namespace) -> int:
@@ -110,6 +120,17 @@ def command_report(options: argparse.Namespace) -> int:
     _print(json.dumps(tables.to_dict(done), indent=2) if options.json else tables.text(done))
     stopped, working = done.score(POLICY)
     return FOUND if stopped < working else 0
+
+
+def command_posture(options: argparse.Namespace) -> int:
+    from .posture import LEVELS, html, posture, text, to_dict
+
+    found = posture(options.policy)
+    if options.html:
+        Path(options.html).write_text(html(found), encoding="utf-8", errors="backslashreplace")
+    _print(json.dumps(to_dict(found), indent=2) if options.json else text(found))
+    wanted = {"trusted": 0, "moderate": 1, "untrusted": 2}[options.require or "trusted"]
+    return FOUND if found.refused or LEVELS.index(found.level) < wanted else 0
 
 
 def _progress(done: int, of: int) -> None:
