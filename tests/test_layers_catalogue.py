@@ -127,6 +127,21 @@ def test_a_policy_that_does_not_claim_to_stop_it_is_shown_to_let_it_through() ->
     }
 
 
+def test_the_scan_of_a_policy_is_a_part_of_it() -> None:
+    from nsjail_py.policyfile import load, override
+
+    found = report(override(load("trusted"), scan="refuse"), only=chosen("open-read", "reexported-linecache"), layers=[POLICY])
+    assert [tables.mark(row.outcomes[POLICY]) for row in found.rows] == ["stopped", "PASSED"]
+    assert "refused by the scan" in found.rows[0].outcomes[POLICY].detail
+
+
+def test_a_policy_that_cannot_be_run_has_no_score() -> None:
+    import nsjail_py
+
+    with pytest.raises(nsjail_py.JailError):
+        report(nsjail_py.Policy(root="/no/such/root"), only=chosen("open-read"), layers=[POLICY])
+
+
 def test_the_command_prints_a_table_and_writes_a_page(cli: list[str], tmp_path: Path) -> None:
     command = [*cli, "layers", "report", "--only", "open-read", "--only", "utf7-source", "--html", tmp_path / "r.html"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

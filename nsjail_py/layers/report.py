@@ -7,6 +7,7 @@ bounded in time, memory and processor; what the payloads touch there are canarie
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import platform
 import secrets
@@ -25,14 +26,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from nsjail_py.errors import JailError, ScriptRefused
+from nsjail_py.errors import LauncherDied, ScriptRefused
 from nsjail_py.jail import Jail
 from nsjail_py.policy import Policy
 from nsjail_py.policyfile import load, override
 
 from . import patterns
 from .catalogue import GOALS, HERE, Payload, payloads
-from .scan import REFUSED, scan
+from .scan import REFUSED, before_run, scan
 
 NONE, POLICY = "none", "policy"
 TEXT = ("pattern scan", "AST scan")
@@ -187,31 +188,31 @@ def within(payload: Payload, layer: str) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
                 output, _ = process.communicate()
                 late = f"still running after {TIMEOUT:g} s"
-        return _outcome(made, output, process.returncode, late, application=True)
+        return _outcome(made, output, process.returncode, late)
 
 
-def jailed(payload: Payload, jail: Jail) -> Outcome:
-    """A whole policy. Ending the program inside ends no application: that is outside."""
+def jailed(payload: Payload, policy: Policy, jail: Jail) -> Outcome:
+    """A whole policy: its scan of the payload, then its jail. Ending the program inside ends no application: that is outside."""
     source = (HERE / "application.py").read_bytes()
     with canaries(os.environ.get(VARIABLE, "")) as made:
         try:
-            if jail.policy.python.scan != "off":
-                jail.start_python(payload.source(made.places), stdin=None).communicate()
+            if policy.python.scan == "refuse":
+                before_run(policy, payload.source(made.places), "payload.py")
             result = jail.run_python(source, input=made.job(payload, NONE, bounded=False), filename="application.py")
         except ScriptRefused as refused:
             return Outcome(tuple(made.effects(b"")), str(refused))
-        except JailError as error:
-            return Outcome(tuple(made.effects(b"")), f"not run: {error}")
+        except LauncherDied as error:
+            return Outcome((*made.effects(b""), "ended the launcher"), str(error))
         output = result.stdout + result.stderr
         denied = f"; denied: {', '.join(result.denied)}" if result.denied else ""
         ended = _said(output) or result.summary
         return Outcome(tuple(made.effects(output)), f"{ended}{denied}", result.signal is not None)
 
 
-def _outcome(made: Canaries, output: bytes, status: int, late: str, *, application: bool) -> Outcome:
+def _outcome(made: Canaries, output: bytes, status: int, late: str) -> Outcome:
     effects = [*made.effects(output)]
     crashed = status < 0 and not late
-    if application and not late and not made.survived(output):
+    if not made.survived(output):
         effects.append(GOALS["crash"])
     how = late or (f"ended by {signal.Signals(-status).name}" if crashed else "")
     return Outcome(tuple(effects), how or _said(output), crashed)
@@ -257,7 +258,7 @@ def report(
     layers: Iterable[str] = (*LAYERS, POLICY),
     progress: Callable[[int, int], object] = lambda done, of: None,
 ) -> Report:
-    """Runs the payloads (`only` some of them) under the layers. Raises PolicyError."""
+    """Runs the payloads (`only` some of them) under the layers. Raises PolicyError, and SetupError where the policy cannot be run here."""
     loaded = policy if isinstance(policy, Policy) else load(policy)
     chosen = list(payloads() if only is None else only)
     skipped = {payload.name: reason for payload in chosen if (reason := missing(payload))}
@@ -265,24 +266,23 @@ def report(
     wanted = [layer for layer in (*LAYERS, POLICY) if layer in set(layers)]
     if util.find_spec("RestrictedPython") is None and "RestrictedPython" in wanted:
         wanted.remove("RestrictedPython")
-    # Endless payloads end a little earlier than the policy has it.
-    brief = override(loaded, cpu_time=min(loaded.limits.cpu_time or PATIENCE, PATIENCE))
+    # Endless payloads end earlier than the policy has it; the application, which is ours, is not scanned.
+    times = {"cpu_time": min(loaded.limits.cpu_time or PATIENCE, PATIENCE), "wall_time": min(loaded.limits.wall_time or TIMEOUT, TIMEOUT)}
+    brief = override(loaded, scan="off", **times)
     jails = {need: Jail(override(brief, imports=(*loaded.python.imports, need)) if need else brief) for need in _distributions(run)}
-    done = 0
+    done = itertools.count(1)
 
     def one(payload: Payload) -> Row:
-        nonlocal done
         row = Row(payload, {NONE: within(payload, NONE)})
         texts = by_text(payload, row.outcomes[NONE])
         for layer in wanted:
             if layer in TEXT:
                 row.outcomes[layer] = texts[layer]
             elif layer == POLICY:
-                row.outcomes[layer] = jailed(payload, jails[payload.needs if payload.needs != "x86_64" else ""])
+                row.outcomes[layer] = jailed(payload, loaded, jails[payload.needs if payload.needs != "x86_64" else ""])
             else:
                 row.outcomes[layer] = within(payload, layer)
-        done += 1
-        progress(done, len(run))
+        progress(next(done), len(run))
         return row
 
     with secret_variable(), ThreadPoolExecutor(WORKERS) as pool:
