@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import nsjail_py
 from nsjail_py.layers.rules import RULES, SEVERITIES
@@ -41,7 +44,11 @@ SEEN = {
     "a metaclass": (b"class A(metaclass=M): pass", "special-method", 1, 1),
     "a method": (b"class A:\n  def __reduce__(self): pass", "pickle", 2, 3),
     "a type parameter's default": (b"x = lambda y=eval: y", "code", 1, 14),
-    "NUL": (b"x = 1\n#\0\n", "nul", 2, 1),
+    "NUL": (b"x = 1\n#\0\n", "unreadable", 2, 1),
+    "NUL by an escape": (b"# coding: unicode_escape\n# \\0\n", "unreadable", 1, 1),
+    "a deep nest": (b"x = " + b"-" * 5000 + b"1", "unreadable", 1, 1),
+    "a carriage return that was encoded": (b"# coding: utf-7\n#+AA0-import ctypes", "memory", 3, 1),
+    "a carriage return that was escaped": (b"# coding: unicode_escape\n#\\rimport ctypes", "memory", 3, 1),
     "direction of writing": ("x = 'a\u202eb'".encode(), "direction", 1, 7),
 }
 
@@ -81,15 +88,41 @@ if __name__ == "__main__":
     assert scan(source) == ()
 
 
+BROKEN = [
+    b"x = (1,",
+    b"# coding: nonsense\n",
+    b"\xff",
+    b"# coding: ascii\n\xc3\xa4",
+    b"if 1:\nx",
+    b"# coding: idna\n\xff",
+    b"# coding: hex\n41",
+]
+
+
+@pytest.mark.parametrize("source", BROKEN)
+def test_what_is_no_python_is_a_syntax_error_and_no_finding(source: bytes, tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_bytes(source)
+    said = subprocess.run([sys.executable, tmp_path / "s.py"], capture_output=True, text=True, check=False).stderr
+    with pytest.raises(SyntaxError) as error:
+        scan(source)
+    assert said.splitlines()[-1].startswith(f"{type(error.value).__name__}: ")
+
+
+@given(st.binary(max_size=200) | st.text(alphabet="#\r\n()[]{}:=. \\'\"fxif1@*\0\ufeff\u202e", max_size=60).map(lambda t: t.encode()))
+def test_any_bytes_are_findings_or_a_syntax_error(source: bytes) -> None:
+    with contextlib.suppress(SyntaxError):
+        scan(source)
+
+
 @pytest.mark.parametrize(
-    "source", [b"x = (1,", b"# coding: nonsense\n", b"\xff", b"# coding: ascii\n\xc3\xa4", b"if 1:\nx", b"(" * 10000, b"x" + b"()" * 20000]
+    "name", ["a carriage return that was encoded", "a carriage return that was escaped", "a line inside a comment", "utf-7"]
 )
-def test_what_is_no_python_is_a_syntax_error_and_no_finding(source: bytes) -> None:
-    try:
-        compile(source, "x", "exec")
-    except (SyntaxError, MemoryError, RecursionError):
-        with pytest.raises(SyntaxError):
-            scan(source)
+def test_what_it_sees_is_what_a_jail_executes(name: str) -> None:
+    """compile() takes some of these otherwise than Python takes a script."""
+    source = SEEN[name][0].replace(b"import ctypes", b"print(1)").replace(b"+AGkAbQBwAG8AcgB0- ctypes", b"+AHAAcgBpAG4AdA-(1)")
+    assert nsjail_py.run_python(source).stdout == b"1\n"
+    with pytest.raises(nsjail_py.ScriptRefused):
+        nsjail_py.run_python(SEEN[name][0], scan="refuse", scan_ignore=("encoding", "hidden-line"))
 
 
 def test_the_command_says_a_syntax_error_as_python_does(cli: Cli, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ It reads what Python will execute: the text after decoding by the declared encod
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import re
 import sys
@@ -42,17 +43,23 @@ class Script:
         self.harmless = {f"__{name}__" for name in harmless}
         self.attributes = {word: rule["name"] for rule in reversed(rules) for word in rule["attributes"]}
         self.quotable = {w: name for w, name in self.attributes.items() if name not in OPAQUE and ("_" in w or name == "command")}
-        self.encoding, self.text = decode(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the parser thinks of the style is not asked
-            self.tree = ast.parse(data)
+        self.encoding, self.raw = decode(data)
+        if "\0" in self.raw:
+            raise ValueError("a NUL byte")
+        # Of a script, Python decodes the text first and then looks for line ends, so a decoded "\r" begins a line. compile() does not.
+        self.text = lines_ended(self.raw)
+        self.nodes = list(ast.walk(ast.parse(self.text)))
+        other = decode(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))[1]
+        if other != self.text:
+            with contextlib.suppress(SyntaxError):
+                self.nodes += ast.walk(ast.parse(other))
 
     def findings(self) -> list[tuple[str, int, int, str]]:
         found = []
         for rule in self.rules.values():
             if rule["check"]:
                 found += globals()[f"check_{rule['check']}"](self, rule["name"])
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             found += self.node(node)
             # Annotations that are strings are code for whoever asks for them.
             for name in ("annotation", "returns"):
@@ -143,8 +150,13 @@ def decode(data: bytes) -> tuple[str, str]:
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
     try:
         return encoding, data.decode(encoding)
-    except (UnicodeDecodeError, LookupError) as error:
+    except (ValueError, LookupError) as error:
         raise SyntaxError(f"(unicode error) {error}") from None
+
+
+def lines_ended(text: str) -> str:
+    """The text with every line end as Python's reader makes it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def folded(node: Any) -> str:
@@ -169,7 +181,7 @@ def check_dunder(script: Script, rule: str) -> Found:
 
 
 def check_format(script: Script, rule: str) -> Found:
-    for node in ast.walk(script.tree):
+    for node in script.nodes:
         if isinstance(node, ast.Attribute) and node.attr == "format":
             if not isinstance(node.value, ast.Constant):
                 yield rule, node.lineno, node.col_offset, "format of a text that is not in the script"
@@ -178,7 +190,7 @@ def check_format(script: Script, rule: str) -> Found:
 
 
 def check_metaclass(script: Script, rule: str) -> Found:
-    for node in ast.walk(script.tree):
+    for node in script.nodes:
         if isinstance(node, ast.ClassDef) and any(word.arg == "metaclass" for word in node.keywords):
             yield rule, node.lineno, node.col_offset, f"a metaclass of {node.name}"
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "type" and len(node.args) == 3:
@@ -196,7 +208,7 @@ def check_disguise(script: Script, rule: str) -> Found:
     if script.text.isascii():
         return
     try:
-        for token in tokenize.generate_tokens(io.StringIO(script.text.lstrip("\ufeff")).readline):
+        for token in tokenize.generate_tokens(io.StringIO(script.text).readline):
             plain = unicodedata.normalize("NFKC", token.string)
             if token.type == tokenize.NAME and plain != token.string and plain.isascii():
                 yield rule, token.start[0], len(token.line[: token.start[1]].encode()), f"{token.string} is {plain}"
@@ -205,9 +217,8 @@ def check_disguise(script: Script, rule: str) -> Found:
 
 
 def check_hidden_line(script: Script, rule: str) -> Found:
-    for match in re.finditer("\r(?!\n)", script.text):
-        line = len(re.findall("\r\n|\r|\n", script.text[: match.start()])) + 1
-        yield rule, line, 0, "a bare carriage return"
+    for match in re.finditer("\r(?!\n)", script.raw):
+        yield rule, lines_ended(script.raw[: match.start()]).count("\n") + 1, 0, "a bare carriage return"
 
 
 def check_direction(script: Script, rule: str) -> Found:
@@ -218,12 +229,12 @@ def check_direction(script: Script, rule: str) -> Found:
 
 
 def check_star_import(script: Script, rule: str) -> Found:
-    for node in ast.walk(script.tree):
+    for node in script.nodes:
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
             yield rule, node.lineno, node.col_offset, f"from {node.module} import *"
 
 
-def check_nul(script: Script, rule: str) -> Found:
+def check_unreadable(script: Script, rule: str) -> Found:
     return iter(())  # such a script does not come so far
 
 
@@ -232,28 +243,34 @@ def check_nul(script: Script, rule: str) -> Found:
 
 def examine(data: bytes, rules: list[Rule], harmless: list[str]) -> dict[str, Any]:
     """`findings`, or `syntax_error` with what Python would say of it. Lines and columns begin with 1; columns are characters."""
-    if b"\0" in data:
-        line = data[: data.index(b"\0")].count(b"\n") + 1
-        found = [("nul", line, 0, "a NUL byte")] if any(rule["name"] == "nul" for rule in rules) else []
-        lines: list[bytes] = []
-    else:
+    lines: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the parser thinks of the style is not asked
         try:
             script = Script(data, rules, harmless)
-            found = script.findings()
+            found, lines = script.findings(), script.text.split("\n")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            return {"findings": [], "syntax_error": _syntax_error(error)}
-        lines = [line.encode() for line in re.split("\r\n|\r|\n", script.text.lstrip("\ufeff"))]
+            # A syntax error is one for every reader. Anything else, the interpreter may take differently.
+            if isinstance(error, SyntaxError) and b"\0" not in data:
+                return {"findings": [], "syntax_error": _syntax_error(error)}
+            what = "a NUL byte" if b"\0" in data else str(error) or "too deep for the parser"
+            line = data[: max(0, data.find(b"\0"))].count(b"\n") + 1
+            found = [(rule["name"], line, 0, what) for rule in rules if rule["check"] == "unreadable"]
     said = []
     for rule, line, column, what in found:
-        before = lines[line - 1][:column] if 0 < line <= len(lines) else b""
+        before = lines[line - 1].encode()[:column] if 0 < line <= len(lines) else b""
         said.append({"rule": rule, "line": line, "column": len(before.decode("utf-8", "replace")) + 1, "what": what})
     return {"findings": said, "syntax_error": None}
 
 
-def _syntax_error(error: Exception) -> dict[str, Any]:
-    if not isinstance(error, SyntaxError):
-        error = SyntaxError(str(error) or f"too complex to be parsed ({type(error).__name__})")
-    return {"message": error.msg, "line": error.lineno, "column": error.offset, "text": (error.text or "")[:1000]}
+def _syntax_error(error: SyntaxError) -> dict[str, Any]:
+    return {
+        "kind": type(error).__name__,
+        "message": error.msg,
+        "line": error.lineno,
+        "column": error.offset,
+        "text": (error.text or "")[:1000],
+    }
 
 
 if __name__ == "__main__":

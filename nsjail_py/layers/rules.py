@@ -239,11 +239,11 @@ RULES: tuple[Rule, ...] = (
         check="direction",
     ),
     Rule(
-        "nul",
+        "unreadable",
         "high",
-        "There is a NUL byte in it: versions of Python disagree on what follows one.",
-        "Take it out.",
-        check="nul",
+        "It has a NUL byte, or is nested too deeply for the parser: what it does cannot be told.",
+        "Take the byte out; write it in simpler parts.",
+        check="unreadable",
     ),
     Rule(
         "star-import",

@@ -11,7 +11,7 @@ import base64
 import inspect
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 REFUSED: tuple[Severity, ...] = ("high", "medium")
 """What `scan = "refuse"` refuses; the rest is told only by `nsjail-py scan` and `scan = "warn"`."""
+KINDS = {"SyntaxError": SyntaxError, "IndentationError": IndentationError, "TabError": TabError}
 LIMITS = {"wall_time": 20.0, "cpu_time": 10.0, "memory": 512 * 1024**2, "output": 4 * 1024**2}
 
 
@@ -54,6 +55,7 @@ class _Place(msgspec.Struct):
 
 
 class _Fault(msgspec.Struct):
+    kind: Literal["SyntaxError", "IndentationError", "TabError"]
     message: str
     line: int | None
     column: int | None
@@ -119,7 +121,7 @@ def _rules(ignore: Iterable[str]) -> tuple[list[dict[str, object]], list[str]]:
 def _findings(answer: _Answer) -> tuple[Finding, ...]:
     if answer.syntax_error:
         fault = answer.syntax_error
-        raise SyntaxError(fault.message, (None, fault.line, fault.column, fault.text))
+        raise KINDS[fault.kind](fault.message, (None, fault.line, fault.column, fault.text))
     rules: dict[str, Rule] = {rule.name: rule for rule in RULES}
     named = [(place, rules[place.rule]) for place in answer.findings]
     return tuple(Finding(p.line, p.column, rule.name, rule.severity, p.what, rule.sentence, rule.advice) for p, rule in named)
