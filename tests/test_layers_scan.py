@@ -125,6 +125,18 @@ def test_what_it_sees_is_what_a_jail_executes(name: str) -> None:
         nsjail_py.run_python(SEEN[name][0], scan="refuse", scan_ignore=("encoding", "hidden-line"))
 
 
+def test_what_only_a_warm_interpreter_would_take_is_seen() -> None:
+    """For a script it is a syntax error; compile() sees a comment, and an import."""
+    source = b"# coding: utf-7\n#+AA0-)(\nimport ctypes"
+    try:
+        compile(source, "x", "exec")
+    except SyntaxError:
+        return  # since 3.12
+    assert [one.rule for one in scan(source)] == ["encoding", "hidden-line", "memory"]
+    with nsjail_py.Jail("untrusted", preload=[], scan="refuse") as jail, pytest.raises(nsjail_py.ScriptRefused):
+        jail.run_python(source)
+
+
 def test_the_command_says_a_syntax_error_as_python_does(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "s.py").write_text("x = (1,\n")
     ours = subprocess.run([*cli, "scan", "s.py"], cwd=tmp_path, capture_output=True, check=False)

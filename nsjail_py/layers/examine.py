@@ -7,7 +7,6 @@ It reads what Python will execute: the text after decoding by the declared encod
 from __future__ import annotations
 
 import ast
-import contextlib
 import io
 import re
 import sys
@@ -23,6 +22,7 @@ NAME = re.compile(r"\w+([.:]\w+)+")
 WALK = re.compile(r"\{[^{}]*[.\[][^{}]*\}")
 DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069]")
 IMPORTERS = ("__import__", "import_module", "resolve_name", "locate", "run_module", "find_spec")
+UTF8 = ("utf-8", "utf-8-sig")
 OPAQUE = ("files", "open", "interpreter")
 """Rules whose attribute names are ordinary words inside a string."""
 
@@ -46,13 +46,19 @@ class Script:
         self.encoding, self.raw = decode(data)
         if "\0" in self.raw:
             raise ValueError("a NUL byte")
-        # Of a script, Python decodes the text first and then looks for line ends, so a decoded "\r" begins a line. compile() does not.
+        # A script is decoded first and then cut into lines, so a decoded "\r" begins a line. compile(), which a warm interpreter uses, does
+        # not think so. What either of them would execute is looked at; only what neither takes is a syntax error.
         self.text = lines_ended(self.raw)
-        self.nodes = list(ast.walk(ast.parse(self.text)))
-        other = decode(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))[1]
-        if other != self.text:
-            with contextlib.suppress(SyntaxError):
-                self.nodes += ast.walk(ast.parse(other))
+        readings: list[str | bytes] = [self.text] if self.encoding in UTF8 else [self.text, data]
+        trees, errors = [], []
+        for reading in readings:
+            try:
+                trees.append(ast.parse(reading))
+            except SyntaxError as error:
+                errors.append(error)
+        if not trees:
+            raise errors[0]
+        self.nodes = [node for tree in trees for node in ast.walk(tree)]
 
     def findings(self) -> list[tuple[str, int, int, str]]:
         found = []
@@ -200,7 +206,7 @@ def check_metaclass(script: Script, rule: str) -> Found:
 
 
 def check_encoding(script: Script, rule: str) -> Found:
-    if script.encoding not in ("utf-8", "utf-8-sig"):
+    if script.encoding not in UTF8:
         yield rule, 1, 0, f"encoding {script.encoding}"
 
 

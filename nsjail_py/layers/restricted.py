@@ -94,7 +94,7 @@ def _run(
         settled = override(settled, imports=(*settled.python.imports, DISTRIBUTION))
     job = msgspec.json.encode({"kind": kind, "source": source, "names": dict(names), "modules": chosen})
     try:
-        result = Jail(settled).run_python(inspect.getsource(guards), input=job, filename="guards.py")
+        result = Jail(settled, stock=0).run_python(inspect.getsource(guards), input=job, filename="guards.py")
     except PolicyError as error:
         if DISTRIBUTION in str(error):
             raise PolicyError(f"{error}; the restricted tier needs the extra: pip install 'nsjail_py[restricted]'") from None

@@ -100,9 +100,9 @@ def _scan_jailed(policy: Policy, source: bytes) -> tuple[Finding, ...]:
 
     from . import examine
 
-    jail = Jail(
-        policyfile.override(policyfile.load("untrusted"), best_effort=policy.best_effort, interpreter=policy.python.interpreter, **LIMITS)
-    )
+    python = policy.python.interpreter
+    own = policyfile.override(policyfile.load("untrusted"), best_effort=policy.best_effort, interpreter=python, **LIMITS)
+    jail = Jail(own, stock=0)
     rules, harmless = _rules(policy.python.scan_ignore)
     job = msgspec.json.encode({"source": base64.b64encode(source).decode(), "rules": rules, "harmless": harmless})
     result = jail.run_python(inspect.getsource(examine), input=job, filename="scan.py")
