@@ -72,7 +72,8 @@ class Parser(argparse.ArgumentParser):
         raise PolicyError(f"{message} (see {self.prog} --help)")
 
 
-def parser() -> Parser:
+def parser(listed: bool = True) -> Parser:
+    """listed: whether the commands of layers/ are there to be listed; run and exec do without the time that it takes."""
     top = Parser(prog="nsjail-py", description="Run code that nobody trusts in a jail made by the Linux kernel.", epilog=EPILOG)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run a Python script", usage="nsjail-py run [OPTIONS] SCRIPT [ARGS...]", epilog=STREAMS)
@@ -101,7 +102,7 @@ def parser() -> Parser:
     check = actions.add_parser("check", help="all faults of a policy file")
     check.add_argument("file", metavar="FILE")
     check.set_defaults(act=policy_check)
-    for name, text in LAYERS.items():
+    for name, text in LAYERS.items() if listed else ():
         commands.add_parser(name, help=text)
     return top
 
@@ -334,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
             from .layers.commands import main as layers
 
             return layers(arguments)
-        options = parser().parse_args(arguments)
+        options = parser(arguments[:1] not in (["run"], ["exec"])).parse_args(arguments)
         return int(options.act(options))
     except SystemExit as ended:  # --help
         return int(ended.code or 0)

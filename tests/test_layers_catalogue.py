@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from nsjail_py.layers import tables
 from nsjail_py.layers.catalogue import payloads
-from nsjail_py.layers.report import LAYERS, NONE, POLICY, WITHIN, Report, report
+from nsjail_py.layers.report import LAYERS, NONE, POLICY, WITHIN, Report, jailed, report, secret_variable
 
 FAMILIES = {
     *("attributes", "frames", "tracebacks", "generators", "format", "codecs", "pickles", "ctypes", "audit", "imports", "gc", "descriptors"),
@@ -75,6 +75,18 @@ def test_every_payload_works_when_nothing_stops_it(full: Report) -> None:
 def test_nothing_happens_to_the_host_under_the_kernels_layers(full: Report) -> None:
     assert [(row.payload.name, row.outcomes[POLICY]) for row in full.rows if row.outcomes[POLICY].effects] == []
     assert full.score(POLICY) == (len(full.rows), len(full.rows))
+
+
+def test_nothing_happens_to_the_host_from_a_warm_interpreter() -> None:
+    """The first payloads of each family, forked from a template that all of them share."""
+    import nsjail_py
+
+    seen: dict[str, int] = {}
+    with nsjail_py.Jail("untrusted", preload=["json"]) as jail, secret_variable():
+        for payload in payloads():
+            seen[payload.family] = seen.get(payload.family, 0) + 1
+            if seen[payload.family] <= 2 and not payload.needs and payload.family != "exhaustion":
+                assert jailed(payload, jail.policy, jail).effects == (), payload.name
 
 
 def test_a_payload_that_crashes_the_interpreter_is_a_row(few: Report) -> None:

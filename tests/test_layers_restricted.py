@@ -65,6 +65,10 @@ def test_expressions_templates_and_programs() -> None:
         "type(1)",
         "datetime.sys",
         "re.enum",
+        "str.mro()",
+        "list[int].mro",
+        "datetime.date.mro()",
+        "json.dumps.x",
     ],
 )
 def test_what_leads_out_is_refused(expression: str) -> None:
@@ -87,6 +91,14 @@ def test_what_leads_out_is_refused(expression: str) -> None:
         "try: 1/0\nexcept ZeroDivisionError as e: e.__traceback__",
         "try: 1/0\nexcept ZeroDivisionError as e: getattr(e, 'with_traceback')",
         "print(1, file=x)",
+        "class S(str): pass\nS('{0.real}').format(1)",
+        "class E(Exception): pass\ntry:\n    raise E\nexcept E as e:\n    getattr(e, 'with_traceback')",
+        "class A(metaclass=x): pass",
+        "match x:\n    case object(real=r): pass",
+        "def f():\n    yield 1\ng = f()\ngetattr(g, 'send')",
+        "class A: pass\nA.x.y = 1",
+        "json.loads.x = 1",
+        "import json.decoder",
         "async def f(): pass",
     ],
 )

@@ -118,8 +118,8 @@ def importer(allowed: Iterable[str]) -> Callable[..., Facade]:
 def guarded_getattr(thing: Any, name: Any, *default: Any) -> Any:
     from RestrictedPython.Guards import safer_getattr
 
-    if type(name) is not str or name.startswith("_"):
-        raise Refused(f"attribute {str(name)!r}: names that begin with _ are refused")
+    if type(name) is not str or name.startswith("_") or name == "mro":
+        raise Refused(f"attribute {str(name)!r}: names that begin with _, and mro, are refused")
     if isinstance(thing, Record) and name in thing:
         return thing[name]
     kind = thing if isinstance(thing, type) else type(thing)
