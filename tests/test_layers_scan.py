@@ -175,6 +175,27 @@ def test_refuse_starts_nothing_and_says_why() -> None:
     assert nsjail_py.run_python("import os; print(1)", scan="refuse", scan_ignore=("files",)).stdout == b"1\n"
 
 
+def test_refuse_holds_for_asyncio_and_for_a_warm_interpreter() -> None:
+    import asyncio
+
+    from nsjail_py import aio
+
+    with pytest.raises(nsjail_py.ScriptRefused):
+        asyncio.run(aio.run_python("import os", scan="refuse"))
+    with nsjail_py.Jail("untrusted", preload=[], scan="refuse") as jail:
+        assert jail.run_python("print(1)").stdout == b"1\n"
+        with pytest.raises(nsjail_py.ScriptRefused):
+            jail.run_python("import os")
+
+
+def test_a_policy_file_says_it_under_python(tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text('extends = "untrusted"\n[python]\nscan = "refuse"\nscan_ignore = ["open"]\n')
+    jail = nsjail_py.Jail(tmp_path / "p.toml")
+    assert jail.run_python("print(open('/etc/hostname').read(), end='')").stdout == b"jail\n"
+    with pytest.raises(nsjail_py.ScriptRefused):
+        jail.run_python("import ctypes")
+
+
 def test_warn_warns_and_runs() -> None:
     with pytest.warns(ScanWarning, match="main.py:1:1: medium: import of os"):
         assert nsjail_py.run_python("import os; print(1)", scan="warn").stdout == b"1\n"

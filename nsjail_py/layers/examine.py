@@ -41,6 +41,7 @@ class Script:
         self.data = data
         self.rules = {rule["name"]: rule for rule in rules}
         self.harmless = {f"__{name}__" for name in harmless}
+        self.names = {word: rule["name"] for rule in reversed(rules) for word in rule["names"]}
         self.attributes = {word: rule["name"] for rule in reversed(rules) for word in rule["attributes"]}
         self.quotable = {w: name for w, name in self.attributes.items() if name not in OPAQUE and ("_" in w or name == "command")}
         self.encoding, self.raw = decode(data)
@@ -118,10 +119,8 @@ class Script:
                 yield rule["name"], node.lineno, node.col_offset, f"import of {name}"
 
     def name(self, node: ast.Name) -> Found:
-        if isinstance(node.ctx, ast.Load):
-            for rule in self.rules.values():
-                if node.id in rule["names"]:
-                    yield rule["name"], node.lineno, node.col_offset, node.id
+        if isinstance(node.ctx, ast.Load) and node.id in self.names:
+            yield self.names[node.id], node.lineno, node.col_offset, node.id
 
     def attribute(self, node: Any, name: str, place: tuple[int, int] | None = None) -> Found:
         line, column = place or (node.lineno, node.col_offset)
