@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, SetupError, Unavailable
+from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, ScriptRefused, SetupError, Unavailable
 from .jail import DEVNULL, PIPE, STDOUT, Jail, Process, run, run_python
 from .policy import Limits, Mount, Policy, Python, Syscalls
 from .policyfile import load as policy
@@ -38,6 +38,7 @@ __all__ = [
     "Python",
     "Result",
     "RunFailed",
+    "ScriptRefused",
     "SetupError",
     "Syscalls",
     "Unavailable",

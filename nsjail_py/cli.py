@@ -1,4 +1,4 @@
-"""The command `nsjail-py`: run, exec, doctor, policy. It uses what the package exports, and nothing below it."""
+"""The command `nsjail-py`: run, exec, doctor, policy, and those of layers/. It uses what the package exports, and nothing below it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,14 @@ LIMITS = {
     "--open-files": "open descriptors in one process",
     "--file-size": "bytes in one written file",
 }
+
+LAYERS = {
+    "scan": "what a script's text shows, before it runs",
+    "imports": "the `imports = [...]` that a script needs",
+    "layers": "what each layer of Python, and a policy, make of a catalogue of attacks",
+    "posture": "for which code a policy is fit, and what is left",
+}
+"""Commands of layers/commands.py, which is imported for none but them."""
 
 EPILOG = """\
 exit status: the program's own; 128+n after signal n; 124 a limit was reached; 125 the jail could not be set up;
@@ -63,7 +72,8 @@ class Parser(argparse.ArgumentParser):
         raise PolicyError(f"{message} (see {self.prog} --help)")
 
 
-def parser() -> Parser:
+def parser(listed: bool = True) -> Parser:
+    """listed: whether the commands of layers/ are there to be listed; run and exec do without the time that it takes."""
     top = Parser(prog="nsjail-py", description="Run code that nobody trusts in a jail made by the Linux kernel.", epilog=EPILOG)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run a Python script", usage="nsjail-py run [OPTIONS] SCRIPT [ARGS...]", epilog=STREAMS)
@@ -71,6 +81,7 @@ def parser() -> Parser:
     run.add_argument("--project", metavar="DIR", help="show DIR read-only at /project, on sys.path")
     run.add_argument("--import", dest="imports", action="append", default=[], metavar="NAME", help="installed distribution visible inside")
     run.add_argument("--python", dest="interpreter", metavar="PATH", help="which interpreter; by default the one that runs nsjail-py")
+    run.add_argument("--scan", metavar="HOW", help="off, warn or refuse: what to do about what the script's text shows")
     run.add_argument("script", metavar="SCRIPT", help="the script; - reads it from standard input")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     run.set_defaults(act=command_run)
@@ -91,6 +102,8 @@ def parser() -> Parser:
     check = actions.add_parser("check", help="all faults of a policy file")
     check.add_argument("file", metavar="FILE")
     check.set_defaults(act=policy_check)
+    for name, text in LAYERS.items() if listed else ():
+        commands.add_parser(name, help=text)
     return top
 
 
@@ -111,7 +124,7 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the options change in the policy."""
     from .policy import Mount
 
-    fields = {option[2:].replace("-", "_") for option in LIMITS} | {"workdir", "project", "interpreter", "root"}
+    fields = {option[2:].replace("-", "_") for option in LIMITS} | {"workdir", "project", "interpreter", "root", "scan"}
     made = {name: value for name in fields if (value := getattr(options, name, None)) is not None}
     for name in COUNTS:
         if re.fullmatch("-?[0-9]{1,30}", made.get(name, "")):
@@ -154,6 +167,10 @@ def command_run(options: argparse.Namespace) -> int:
         options.stdin = os.devnull  # the script is what stands there
     source, name = _script(options.script)
     jail = Jail(options.policy, stock=0, **changes(options))
+    if jail.policy.python.scan == "warn":
+        from .layers.commands import warn_on_standard_error
+
+        warn_on_standard_error()
     return _supervise(options, jail, lambda **streams: jail.start_python(source, args=options.arguments, filename=name, **streams))
 
 
@@ -288,12 +305,12 @@ def policy_explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print(text: str, end: str = "\n") -> None:
+def _print(text: str, end: str = "\n", stream: int = 1) -> None:
     """UTF-8 whatever the locale says. A reader that has left is no fault of ours."""
     from .relay import writer
 
     with contextlib.suppress(BrokenPipeError):
-        writer(1)((text + end).encode(errors="backslashreplace"))
+        writer(stream)((text + end).encode(errors="backslashreplace"))
 
 
 def _say(text: str, status: int) -> int:
@@ -312,8 +329,13 @@ def _open_standard_streams() -> None:
 def main(argv: list[str] | None = None) -> int:
     """The entry point. Returns the exit status."""
     _open_standard_streams()
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        options = parser().parse_args(argv)
+        if arguments[:1] and arguments[0] in LAYERS:
+            from .layers.commands import main as layers
+
+            return layers(arguments)
+        options = parser(arguments[:1] not in (["run"], ["exec"])).parse_args(arguments)
         return int(options.act(options))
     except SystemExit as ended:  # --help
         return int(ended.code or 0)

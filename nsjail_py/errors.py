@@ -4,6 +4,7 @@ JailError                     everything below
 ├── PolicyError               a policy, a limit or an argument makes no sense; `problems` lists all of them
 ├── SetupError                the jail could not be made on this host: step, errno, advice
 │   └── Unavailable           the host lacks a protection that the policy requires
+├── ScriptRefused             the scan that the policy asks for refused a script; nothing was started
 ├── LauncherDied              the launcher ended in the middle of a run; the next run starts a new one
 ├── RunFailed                 raised by Result.check(), and by a JailExecutor's futures: the verdict was not `ok`
 └── JobError                  a function that a JailExecutor ran raised an exception
@@ -12,10 +13,14 @@ JailError                     everything below
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .layers.scan import Finding
     from .result import Result
+
+SHOWN = 3
 
 
 class JailError(Exception):
@@ -41,6 +46,16 @@ class SetupError(JailError):
 
 class Unavailable(SetupError):
     """This host cannot give a protection that the policy requires."""
+
+
+class ScriptRefused(JailError):
+    """The policy says `scan = "refuse"`, and the scan found something in the script, or could not scan it. Nothing was started."""
+
+    def __init__(self, filename: str, findings: Sequence[Finding], reason: str = "") -> None:
+        places = [f"{filename}:{one}" for one in findings[:SHOWN]]
+        more = [f"and {len(findings) - SHOWN} more"] if len(findings) > SHOWN else []
+        super().__init__(f"refused by the scan: {reason or '; '.join(places + more)}")
+        self.findings = tuple(findings)
 
 
 class LauncherDied(JailError):

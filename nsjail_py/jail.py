@@ -260,10 +260,14 @@ class Jail:
         stderr: Stream = None,
         pass_fds: Iterable[int] = (),
     ) -> Process:
-        """Starts a Python script. Inside it is /app/FILENAME."""
+        """Starts a Python script. Inside it is /app/FILENAME. Raises ScriptRefused where the policy lets the scan refuse one."""
         data = source.encode() if isinstance(source, str) else source
         if "/" in filename or filename in ("", ".", ".."):
             raise PolicyError(f"filename {filename!r} must be a name without directories")
+        if self.policy.python.scan != "off":
+            from .layers.scan import before_run
+
+            before_run(self.policy, data, filename)
         streams = (stdin, stdout, stderr)
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)

@@ -81,6 +81,11 @@ class Python(Struct, frozen=True, kw_only=True):
     """Installed distributions visible inside, with what they depend on. The standard library always is."""
     project: str | None = None
     """Directory of the host shown read-only at /project and put on sys.path."""
+    scan: Literal["off", "warn", "refuse"] = "off"
+    """What is done before the start about what a script's text shows (layers.md): nothing, a warning for each finding, or a refusal of
+    scripts with findings of high or medium severity. It costs one more jail, some 50 ms."""
+    scan_ignore: tuple[str, ...] = ()
+    """Names of rules that the scan leaves out."""
 
 
 class Policy(Struct, frozen=True, kw_only=True):

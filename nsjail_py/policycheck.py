@@ -195,6 +195,12 @@ def _python(policy: Policy) -> Iterator[str]:
     for index, name in enumerate(policy.python.imports):
         if not name.strip() or "\0" in name:
             yield f"$.python.imports[{index}]: {_shown(name)} cannot be the name of a distribution"
+    if policy.python.scan_ignore:
+        from .layers.rules import known
+
+        for index, name in enumerate(policy.python.scan_ignore):
+            if name not in known():
+                yield f"$.python.scan_ignore[{index}]: the scan has no rule {_shown(name)}{did_you_mean(name, known())}"
 
 
 def _syscalls(policy: Policy) -> Iterator[str]:

@@ -83,7 +83,8 @@ def test_the_wheel_holds_the_policies_the_types_and_the_launcher(wheel: Path) ->
         names = set(archive.namelist())
         mode = archive.getinfo("nsjail_py/nsjail-launcher").external_attr >> 16
     policies = {f"nsjail_py/policies/{path.name}" for path in (ROOT / "policies").glob("*.toml")}
-    assert policies | {"nsjail_py/py.typed", "nsjail_py/_native.abi3.so"} <= names
+    modules = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.toml") for path in (ROOT / "nsjail_py").rglob(kind)}
+    assert modules | policies | {"nsjail_py/py.typed", "nsjail_py/_native.abi3.so"} <= names
     assert stat.S_IMODE(mode) == 0o755
 
 
