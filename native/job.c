@@ -96,10 +96,9 @@ static int reaper_is_there(int go) {
 	return (int)size;
 }
 
-/* Returns when nothing but the order is missing. */
-void job_program(struct cell *cell, int go) {
+/* Returns when nothing but the order is missing. listener: of the denied calls; -1 without a filter. */
+void job_program(struct cell *cell, int go, int *listener) {
 	const struct plan *plan = cell->plan;
-	int listener = -1;
 	cell->failures = cell->orders;
 	cell->secret = 0;
 	cell->ruleset = -1;
@@ -123,6 +122,5 @@ void job_program(struct cell *cell, int go) {
 	step(cell, STEP_IDENTITY,
 	     prctl(PR_SET_DUMPABLE, 1)); /* as after an exec: there is nothing left to be protected from itself */
 	if (plan->flags & PLAN_FILTER)
-		step(cell, STEP_SECCOMP, filter_install(cell, &listener));
-	step(cell, STEP_ORDER, ready(cell, &listener));
+		step(cell, STEP_SECCOMP, filter_install(cell, listener));
 }

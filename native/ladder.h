@@ -114,7 +114,7 @@ long late(const struct cell *cell, long call, long a, long b, long c, long d, lo
 
 /* job.c */
 _Noreturn void job_init(struct cell *cell, int reaper, void (*program)(struct cell *cell, int go));
-void job_program(struct cell *cell, int go);
+void job_program(struct cell *cell, int go, int *listener);
 
 /* inside.c, reaper.c */
 void step(const struct cell *cell, enum step step, int result);

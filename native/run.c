@@ -85,12 +85,18 @@ void run_held_send(struct launcher *launcher, struct run *run) {
 	run_held_drop(run);
 }
 
+static int order_give(struct launcher *launcher, struct run *run, const struct request *request, int *descriptors, int count) {
+	if (cell_is_job(run) && !run->ready)
+		return order_hold(run, request, descriptors, count);
+	return order_send(launcher, run, request, descriptors, count);
+}
+
 /* A cell from stock that has the order; one that died there is passed over, and its end clears it away. */
-static struct run *parked_run(struct launcher *launcher, struct shelf *shelf, const struct request *request,
-                              const int *descriptors, int count) {
+static struct run *parked_run(struct launcher *launcher, struct shelf *shelf, const struct request *request, int *descriptors,
+                              int count) {
 	struct run *run;
 	while ((run = shelf_take(launcher, shelf))) {
-		if (order_send(launcher, run, request, descriptors, count) == 0)
+		if (order_give(launcher, run, request, descriptors, count) == 0)
 			return run;
 		shelf_return(launcher, shelf);
 		run_spoil(run, STEP_LOST, 0);
@@ -118,14 +124,10 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 		cell_release(launcher, run);
 		return run_answer(launcher, run);
 	}
-	int sent = parked             ? 0
-	           : cell_is_job(run) ? order_hold(run, request, descriptors + 2, count - 2)
-	                              : order_send(launcher, run, request, descriptors + 2, count - 2);
-	if (sent < 0)
+	if ((!parked && order_give(launcher, run, request, descriptors + 2, count - 2) < 0) ||
+	    watch(launcher, run->channel, EVENT_CHANNEL, run) < 0)
 		return run_spoil(run, STEP_ORDER, errno);
-	if (watch(launcher, run->channel, EVENT_CHANNEL, run) < 0)
-		return run_spoil(run, STEP_ORDER, errno);
-	if (parked && cell_is_job(run))
+	if (cell_is_job(run) && !run->held)
 		run_execed(launcher, run);
 	else if (parked)
 		clocks_check(launcher, run);

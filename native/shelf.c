@@ -86,7 +86,7 @@ struct run *shelf_take(struct launcher *launcher, struct shelf *shelf) {
 	struct run *oldest = NULL;
 	for (uint32_t i = 0; i < launcher->top_run && shelf->parked; i++) {
 		struct run *run = &launcher->runs[i];
-		if (run->used && run->shelf == shelf && !run->ordered && !run->report.step && (run->ready || !shelf->warm) &&
+		if (run->used && run->shelf == shelf && !run->ordered && !run->report.step &&
 		    (!oldest || run->start_ns < oldest->start_ns))
 			oldest = run;
 	}

@@ -22,7 +22,7 @@
 enum { STACK = 131072 };
 
 static struct cell cell;
-static int reaper_fd, go_fd;
+static int reaper_fd, go_fd, listener = -1;
 static jmp_buf in_job;
 
 static void jump(struct cell *unused, int go) {
@@ -69,10 +69,14 @@ static PyObject *texts(const struct order *order, struct span span) {
 	return list;
 }
 
-/* In the job: everything is dropped, the order comes in, and its descriptors are in their places. */
-static PyObject *job_order(void) {
+/* take(): in a job, when it is ready. Waits for the order and puts its descriptors into their places. */
+static PyObject *take(PyObject *module, PyObject *nothing) {
 	struct order *order;
 	int descriptors[MAX_FDS];
+	(void)module;
+	(void)nothing;
+	if (ready(&cell, &listener) < 0)
+		fail(&cell, STEP_ORDER, errno);
 	if (order_take(&cell, &order, descriptors) < 0)
 		fail(&cell, STEP_ORDER, errno);
 	if (descriptors_place(&cell, order, descriptors) < 0)
@@ -98,8 +102,8 @@ static const struct plan *plan_map(int descriptor) {
 	return NULL;
 }
 
-/* serve(control, reaper, plan): descriptors of the launcher's socket, of the reaper's executable, and of the jobs' plan. Returns in a job
- * its order, (file name, source, arguments, environment), and in the template None when the launcher is gone. */
+/* serve(control, reaper, plan): descriptors of the launcher's socket, of the reaper's executable, and of the jobs' plan. Returns True in
+ * a job, which is then in its jail and has given everything up, and False in the template when the launcher is gone. */
 static PyObject *serve(PyObject *module, PyObject *arguments) {
 	struct cell_message serving = {.kind = CELL_SERVING};
 	static _Alignas(16) char stack[STACK];
@@ -115,16 +119,20 @@ static PyObject *serve(PyObject *module, PyObject *arguments) {
 	PyOS_BeforeFork();
 	if (_setjmp(in_job)) {
 		PyOS_AfterFork_Child();
-		job_program(&cell, go_fd);
-		return job_order();
+		job_program(&cell, go_fd, &listener);
+		Py_RETURN_TRUE;
 	}
 	while (job_make(control, plan, stack) == 0)
 		;
 	PyOS_AfterFork_Parent();
-	Py_RETURN_NONE;
+	Py_RETURN_FALSE;
 }
 
-static PyMethodDef methods[] = {{"serve", serve, METH_VARARGS, "Wait for jobs; return in each."}, {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {
+    {"serve", serve, METH_VARARGS, "Make jobs; return in each."},
+    {"take", take, METH_NOARGS, "Wait for the order: file name, source, arguments, environment."},
+    {NULL, NULL, 0, NULL},
+};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_template", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__template(void);

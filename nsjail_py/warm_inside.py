@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 EXTENSION, REAPER, PLAN, CONTROL = 3, 4, 5, 999
 
 
-def template(preload: list[str]) -> tuple[str, bytes, list[bytes], list[bytes]] | None:
+def template(preload: list[str]) -> Any:
+    """The extension, when everything is loaded and nothing is in a fork's way."""
     loader = importlib.machinery.ExtensionFileLoader("_template", f"/proc/self/fd/{EXTENSION}")
     extension: Any = importlib.util.module_from_spec(importlib.util.spec_from_loader("_template", loader))  # type: ignore[arg-type]
     loader.exec_module(extension)
@@ -40,13 +41,16 @@ def template(preload: list[str]) -> tuple[str, bytes, list[bytes], list[bytes]] 
     del sys.modules["__main__"]
     gc.collect()
     gc.freeze()
-    order: tuple[str, bytes, list[bytes], list[bytes]] | None = extension.serve(CONTROL, REAPER, PLAN)
-    return order
+    return extension
 
 
 def rehearse() -> None:
-    """What a first run fills in lazily is filled in before the fork."""
-    for source in (b"import sys\nprint(6 * 7, file=sys.stderr, end='')", b"1 / 0"):
+    """In the template: what a first run fills in lazily is there before the fork. In a job that waits: the memory that any run writes to is
+    its own already, and need not be copied while somebody waits."""
+    for source in (
+        b"import sys\nprint(6 * 7, file=sys.stderr, end='')\nclass C:\n    def f(self, x=1): return [x for x in range(9)]\nC().f()",
+        b"1 / 0",
+    ):
         try:
             exec(compile(source, "rehearsal", "exec"), {"print": lambda *_, **__: None})
         except ZeroDivisionError as error:
@@ -68,7 +72,6 @@ def make_unique() -> None:
 
 def job(name: str, source: bytes, arguments: list[bytes], environment: list[bytes]) -> NoReturn:
     """Runs the source as `python NAME ARGUMENTS` would, and ends the process."""
-    make_unique()
     path = f"/app/{name}"
     wanted = {name: value for name, _, value in (variable.partition(b"=") for variable in environment)}
     if wanted != dict(os.environb):
@@ -132,7 +135,9 @@ def end(status: int) -> int:
 
 
 if __name__ == "__main__":
-    order = template(sys.argv[1:])
-    if order is None:
+    extension = template(sys.argv[1:])
+    if not extension.serve(CONTROL, REAPER, PLAN):
         os._exit(0)
-    job(*order)
+    make_unique()
+    rehearse()
+    job(*extension.take())
