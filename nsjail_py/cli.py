@@ -1,4 +1,4 @@
-"""The command `nsjail-py`: run, exec, doctor, policy, and those of layers/. It uses what the package exports, and nothing below it."""
+"""The command `nsjail-py`: run, exec, doctor, selftest, policy, and those of layers/. It uses what the package exports, nothing below."""
 
 from __future__ import annotations
 
@@ -92,6 +92,10 @@ def parser(listed: bool = True) -> Parser:
     doctor = commands.add_parser("doctor", help="what this host can give a jail, and how to get the rest")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(act=command_doctor)
+    selftest = commands.add_parser("selftest", help="attack a jail of a policy on this machine, and show what held")
+    selftest.add_argument("--policy", default="untrusted", metavar="NAME|FILE", help="trusted, moderate, untrusted (default), or a file")
+    selftest.add_argument("--json", action="store_true")
+    selftest.set_defaults(act=command_selftest)
     policy = commands.add_parser("policy", help="list, show, check and explain policies")
     actions = policy.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the shipped policies").set_defaults(act=policy_list)
@@ -271,6 +275,12 @@ def command_doctor(options: argparse.Namespace) -> int:
     from .doctor import main as doctor
 
     return doctor(options.json)
+
+
+def command_selftest(options: argparse.Namespace) -> int:
+    from .selftest import main as selftest
+
+    return selftest(options.policy, options.json)
 
 
 def policy_list(options: argparse.Namespace) -> int:
