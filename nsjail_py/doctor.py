@@ -211,6 +211,7 @@ def text(found: Report) -> str:
     for name, reason in found.missing.items():
         lines += _wrapped(f"  {MARKS['lack']}  {name:<15} ", f"not applied: {reason}")
     lines += ["", "The default policy can be applied in full." if found.full else "The default policy can NOT be applied in full here."]
+    lines += ["To see each promise attacked on this machine: nsjail-py selftest"]
     return "\n".join(lines)
 
 

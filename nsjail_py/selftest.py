@@ -153,10 +153,11 @@ def _probe(policy: Policy, canaries: Canaries, attacks: list[str]) -> tuple[dict
 
 def _target(policy: Policy, attacks: list[str]) -> dict[str, Any]:
     """What the probe has to know about this policy and this machine."""
-    refused = {
-        name: [call for call in calls if syscalls._number(call) >= 0 and (policy.syscalls is None or not permits(policy, call, -1))]
-        for name, (_, calls) in FAMILIES.items()
-    }
+    refused = {}
+    for name, (_, calls) in FAMILIES.items():
+        known = [call for call in calls if syscalls._number(call) >= 0]
+        # Where the filter refuses none of a family, all are tried: nothing is promised then.
+        refused[name] = [call for call in known if policy.syscalls and not permits(policy, call, -1)] or known
     named = {call for _, calls in FAMILIES.values() for call in calls} | set(CALLS)
     numbers = {call: number for call in sorted(named) if (number := syscalls._number(call)) >= 0}
     limits = _with_room(policy).limits

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -331,7 +332,8 @@ def limits_outside() -> object:
 
 @attack
 def init_memory() -> object:
-    return any_of(partial(readable, f"/proc/1/{name}") for name in ("environ", "mem", "maps", "fd/0"))
+    """In a jail the parent is its first process."""
+    return any_of(partial(readable, f"/proc/{pid}/{name}") for pid in {1, os.getppid()} for name in ("environ", "mem", "maps", "fd/0"))
 
 
 # ---------------------------------------------------------------- network
@@ -620,13 +622,15 @@ def too_large_a_file() -> object:
 
 @attack
 def too_much_disk() -> object:
-    path, block = TARGET["scratch"] + "/disk", bytes(1 << 16)
+    """In many files: the limit for one does not add up."""
+    folder, block = TARGET["scratch"] + "/disk", bytes(1 << 16)
+    os.mkdir(folder)
     try:
-        with open(path, "wb", 0) as file:
-            for _ in range(TARGET["disk"] // len(block) + 16):
+        for number in range(TARGET["disk"] // len(block) + 16):
+            with open(f"{folder}/{number}", "wb", 0) as file:
                 file.write(block)
     finally:
-        os.unlink(path)
+        shutil.rmtree(folder)
     return "more than the limit"
 
 
