@@ -43,3 +43,16 @@ def test_every_step_has_a_name_that_errors_can_show() -> None:
 
     header = Path(ROOT / "native" / "plan.h").read_text()
     assert len(STEP_NAMES) == header.count("\tSTEP_")
+
+
+def test_the_threat_model_maps_every_rule_to_tests_that_exist() -> None:
+    from nsjail_py import selftest_promises
+
+    text = (ROOT / "docs" / "threat-model.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", text, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 43))
+    assert [number for number, held in rows if not re.search(r"::|selftest:|not applicable|code: ", held)] == []
+    for file, name in re.findall(r"`(\w+\.py)::(\w+)`", text):
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
+    attacks = {promise.attack for promise in selftest_promises.promises("/nowhere", "NAME")}
+    assert set(re.findall(r"`selftest:([\w-]+)`", text)) <= attacks
