@@ -40,7 +40,9 @@ inside() {
     [ -z "${PIP_CERT:-}" ] || cp "$PIP_CERT" "$root/tmp/certificates"
     chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore \
         ${PIP_CERT:+PIP_CERT=/tmp/certificates} ${PIP_INDEX_URL:+PIP_INDEX_URL="$PIP_INDEX_URL"} \
-        sh -ec 'sh /src/vagrant/provision/debian.sh; DEV_VENV=/opt/nsjail_py/venv /src/dev setup' >&2
+        sh /src/tests/vm/in-root.sh >&2
+    # From here on there is no network: a test that installs what we depend on finds it here.
+    printf '[global]\nno-index = true\nfind-links = /opt/nsjail_py/wheels\n' >"$root/etc/pip.conf"
     rm -rf "$root/src" "$root/tmp/certificates" "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/archives/*.deb
     mkdir "$root/src"
 }
@@ -72,4 +74,4 @@ mmdebstrap --variant=apt --include="$base" --skip=cleanup/reproducible \
 echo "  the image"
 truncate -s 5G "$out"
 mke2fs -q -t ext4 -O ^has_journal -E lazy_itable_init=1,root_owner=0:0 -d "$work/root" "$out"
-[ -z "${SUDO_UID:-}" ] || chown "$SUDO_UID:$SUDO_GID" "$out"
+[ -z "${SUDO_UID:-}" ] || chown "$SUDO_UID" "$out"

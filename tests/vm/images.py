@@ -50,7 +50,12 @@ def root(distro: str) -> Path:
         project["project"]["dependencies"],
         project["project"]["optional-dependencies"]["test"],
     ]
-    made_from = [HERE / "build-root.sh", *_files(HERE / "guest", "vm-job*", "*.pub"), *_files(TOP / "vagrant" / "provision", "debian.sh")]
+    made_from = [
+        HERE / "build-root.sh",
+        HERE / "in-root.sh",
+        *_files(HERE / "guest", "vm-job*", "*.pub"),
+        *_files(TOP / "vagrant" / "provision", "debian.sh"),
+    ]
     made_from += _files(TOP / "vagrant" / "provision", "systemd.sh", "venv.sh")
     return _image("root", distro, [repr(packages), *map(Path.read_text, made_from)], _build_root) / "root.img"
 
