@@ -34,7 +34,6 @@ inside() {
     chroot "$root" useradd -m -s /bin/bash -u 1000 tester
     as_box "$root"
 
-    echo "  the packages and the virtual environment that ./dev test needs"
     cp -a "$checkout/." "$root/src/"
     # The build's pip trusts whom this machine's pip trusts, and asks the index that it asks.
     [ -z "${PIP_CERT:-}" ] || cp "$PIP_CERT" "$root/tmp/certificates"
@@ -65,7 +64,7 @@ suite=$1 out=$2 checkout=$3
 work=$(mktemp -d "$(dirname -- "$out")/root.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM HUP
-echo "  the base system"
+echo "  its packages, and the virtual environment of the suite"
 mmdebstrap --variant=apt --include="$base" --skip=cleanup/reproducible \
     --aptopt='Acquire::Languages "none"' --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \

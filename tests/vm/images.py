@@ -91,7 +91,11 @@ def _lock() -> Iterator[None]:
     """One build at a time; whoever waited finds it done."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another build")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
