@@ -12,7 +12,7 @@ useless="apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_al
     systemd-timesyncd.service systemd-pstore.service getty@tty1.service serial-getty@ttyS0.service systemd-journal-flush.service
     systemd-hwdb-update.service systemd-random-seed.service systemd-networkd-wait-online.service systemd-update-utmp.service
     systemd-binfmt.service ldconfig.service systemd-journal-catalog-update.service systemd-update-done.service
-    ssh.service ssh.socket systemd-networkd.service"
+    ssh.service ssh.socket systemd-networkd.service tmp.mount" # Debian 13 has /tmp in memory, of which there is little here
 
 inside() {
     root=$1 checkout=$2
