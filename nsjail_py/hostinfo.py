@@ -32,6 +32,8 @@ SINCE = {
     "fsopen": "5.2",
     "mount_setattr": "5.12",
 }
+UNIT_SETTINGS = {"openat2": "RestrictSUIDSGID=no", "clone3": "RestrictNamespaces=no"}
+"""Settings of a systemd unit without which its filter answers ENOSYS. systemd.exec(5)"""
 NEEDED_ACTIONS = ("kill_process", "errno", "user_notif", "allow")
 NEEDED_CAPABILITIES = {"sys_admin": 21, "setuid": 7, "setgid": 6, "setpcap": 8, "chown": 0, "dac_override": 1}
 """What the launcher uses when it is root, by its number in capabilities(7)."""
@@ -153,8 +155,9 @@ def _is_missing(name: str, error: int) -> bool:
 
 def _explain_call(name: str, error: int, filtered: bool) -> tuple[str, str]:
     if error == errno.EPERM or filtered:
+        unit = f"; in a systemd unit, {UNIT_SETTINGS[name]}" if name in UNIT_SETTINGS else ""
         return (
             f"{name} is refused by a system call filter",
-            "a container profile that lets it pass, such as docker run --security-opt seccomp=unconfined",
+            f"a container profile that lets it pass, such as docker run --security-opt seccomp=unconfined{unit}",
         )
     return f"{name} is missing", f"Linux {SINCE[name]} or later"

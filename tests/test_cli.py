@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -208,12 +207,14 @@ def test_neighbours_of_a_script_are_not_visible(cli: Cli, tmp_path: Path) -> Non
     assert b"ModuleNotFoundError" in call(cli, "run", str(tmp_path / "s.py")).stderr
 
 
-def test_ctrl_c_and_sigterm_kill_the_jail(cli: Cli) -> None:
+def test_ctrl_c_and_sigterm_kill_the_jail(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "long.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
     for number in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen([*cli, "exec", "--", "/bin/sleep", "60"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(1.5)
-        process.send_signal(number)
-        assert process.wait(10) == 128 + number
+        command = [*cli, "run", str(tmp_path / "long.py")]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"up\n"  # it takes as long as it takes
+            process.send_signal(number)
+            assert process.wait(10) == 128 + number
 
 
 def test_closed_standard_streams_do_no_harm(cli: Cli, script: Path) -> None:

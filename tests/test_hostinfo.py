@@ -106,6 +106,8 @@ def test_a_whole_host_lacks_nothing() -> None:
         ({"seccomp_actions": ("kill_process", "errno", "allow")}, "seccomp", "CONFIG_SECCOMP_FILTER"),
         ({"calls": (("mount_setattr", errno.ENOSYS),)}, "mount_setattr", "Linux 5.12"),
         ({"calls": (("clone3", errno.ENOSYS),), "filtered": True}, "clone3", "seccomp=unconfined"),
+        ({"calls": (("clone3", errno.ENOSYS),), "filtered": True}, "clone3", "RestrictNamespaces=no"),
+        ({"calls": (("openat2", errno.ENOSYS),), "filtered": True}, "openat2", "RestrictSUIDSGID=no"),
         ({"euid": 0, "capabilities": 1 << 21}, "capabilities", "CAP_SETUID"),
     ],
 )

@@ -1,0 +1,184 @@
+"""./dev vm: without a machine there is one line and 125, nothing half built looks good, and what pytest said is written down as it was.
+
+No machine is booted here; `./dev vm-smoke` does that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "vm"))
+
+import hosts
+import images
+import machine
+from images import TroubleError
+
+CLI = ROOT / "tests" / "vm" / "cli.py"
+WHICH = machine.Machine("debian12", "6.1")
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of our own, in which building takes no time."""
+    place = tmp_path / "cache"
+    monkeypatch.setattr(images, "CACHE", place)
+    monkeypatch.setattr(images, "NEEDED", 0)
+    builder = script(tmp_path / "build.sh", "touch $1/root.img $1/vmlinuz $1/initrd $1/modules.img; echo 6.1-fake >$1/release")
+    monkeypatch.setattr(images, "_build_root", lambda name, part: ["sh", str(builder), str(part)])
+    monkeypatch.setattr(images, "_build_kernel", lambda name, part: ["sh", str(builder), str(part)])
+    monkeypatch.setattr(machine, "_accelerator", lambda kernel: machine.TCG)
+    return place
+
+
+@pytest.fixture
+def qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in front of the real one, if there is one. So does what makes disks."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script(folder / "mke2fs", "exit 0")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder / machine.QEMU
+
+
+def boot(seconds: float = 60) -> machine.Outcome:
+    with open(os.devnull, "wb") as nowhere:
+        return machine.run(WHICH, "root", ["true"], nowhere, seconds)
+
+
+def test_without_qemu_there_is_one_line_and_125(tmp_path: Path) -> None:
+    environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, CLI, "vm", "--", "true"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 125
+    assert done.stderr == "vm: no qemu-system-x86_64: install the package qemu-system-x86\n"
+
+
+def test_without_space_nothing_is_begun(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "NEEDED", 1 << 60)
+    with pytest.raises(TroubleError, match="MiB free"):
+        images.root("debian12")
+    assert not list(cache.glob("root-*"))
+
+
+def test_a_build_that_fails_leaves_no_image_and_says_its_last_words(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = script(tmp_path / "broken.sh", "touch $1/root.img; echo no such suite >&2; exit 3")
+    monkeypatch.setattr(images, "_build_root", lambda name, part: ["sh", str(broken), str(part)])
+    with pytest.raises(TroubleError, match=r"broken.sh failed \(3\): no such suite"):
+        images.root("debian12")
+    assert not list(cache.glob("root-*"))
+
+
+def test_what_a_killed_build_left_is_not_taken_for_an_image(cache: Path) -> None:
+    good = images.root("debian12").parent
+    good.rename(f"{good}.part")
+    (cache / f"{good.name}.part" / "half").touch()
+    assert images.root("debian12").parent == good
+    assert not (good / "half").exists() and not list(cache.glob("*.part"))
+
+
+def test_an_image_is_built_once_and_anew_when_what_it_is_made_from_changes(cache: Path) -> None:
+    def build(made_from: str) -> Path:
+        return images._image("root", "debian12", [made_from], images._build_root)
+
+    first = build("one")
+    (first / "mark").touch()
+    assert build("one") == first and (first / "mark").exists()
+    assert build("two") != first and not first.exists(), "the old one goes"
+
+
+def test_a_boot_that_hangs_is_given_up(cache: Path, qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(qemu, "exec sleep 1000")
+    monkeypatch.setattr(machine, "BOOT_SECONDS", 1)
+    with pytest.raises(TroubleError, match="did not boot within 1 s"):
+        boot()
+    assert not list(cache.glob("run-*"))
+
+
+def test_a_machine_that_dies_says_its_last_words(cache: Path, qemu: Path) -> None:
+    script(qemu, "echo no such device >&2; exit 1")
+    with pytest.raises(TroubleError, match=r"without an exit status .*no such device"):
+        boot()
+
+
+def status_port(text: str) -> str:
+    """A stand-in for qemu that writes `text` where the machine would write its status."""
+    return f"for word; do case $word in file,id=status,path=*) path=${{word#*path=}}; printf '{text}' >\"${{path%%,*}}\" ;; esac; done"
+
+
+def test_the_status_of_the_command_is_passed_on(cache: Path, qemu: Path) -> None:
+    script(qemu, status_port("up 3.2\\nstatus 7\\n"))
+    assert boot().status == 7
+    assert not list(cache.glob("run-*"))
+
+
+def test_a_command_that_does_not_end_is_given_up(cache: Path, qemu: Path) -> None:
+    script(qemu, status_port("up 3.2\\n") + "; exec sleep 1000")
+    with pytest.raises(TroubleError, match="did not end within 1 s"):
+        boot(seconds=1)
+
+
+def test_a_killed_tool_takes_its_machine_along(cache: Path, qemu: Path, tmp_path: Path) -> None:
+    script(qemu, f"echo $$ >{tmp_path}/pid; exec sleep 1000")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import machine, test_vm; machine._boot(*map(test_vm.Path, sys.argv[2:4]), [], sys.stdout.buffer, 99)"
+    (tmp_path / "work").mkdir()
+    tool = subprocess.Popen([sys.executable, "-c", code, ROOT / "tests/vm", tmp_path / "work", tmp_path], cwd=ROOT / "tests")
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    tool.send_signal(signal.SIGKILL)
+    tool.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+# ---------------------------------------------------------------- docs/hosts.md
+
+SAID = """..F.s
+FAILED tests/test_run.py::test_a - assert 1 == 2
+SKIPPED [2] tests/test_programs.py:80: no such package
+SKIPPED [1] tests/test_x.py:8: no such package
+========== 1 failed, 480 passed, 3 skipped in 754.20s (0:12:34) ==========
+"""
+
+
+def test_what_pytest_said_is_understood() -> None:
+    assert hosts.understand(SAID) == hosts.Told(480, 1, 3, 754.2, {"no such package": 3}, ["tests/test_run.py::test_a"])
+    assert hosts.understand("12 passed in 3.10s\n").failed == 0
+    assert hosts.understand("Segmentation fault\n").failed == 1, "no news is bad news"
+
+
+def test_a_row_takes_the_place_of_its_predecessor_and_of_no_other() -> None:
+    told = hosts.understand(SAID)
+    rows = [hosts.row(WHICH, "6.1.0-50", user, "2026-11-24", told, 12.0) for user in ("root", "plain")]
+    document = f"# Hosts\n\n{hosts.HEAD}\n{hosts.RULE}\n\n## Doctor\n"
+    for line in (*rows, rows[0]):
+        document = hosts.with_row(document, line)
+    assert document == f"# Hosts\n\n{hosts.HEAD}\n{hosts.RULE}\n{rows[1]}\n{rows[0]}\n\n## Doctor\n"
+    assert "| 480 | 1: tests/test_run.py::test_a | 3: no such package (3) | 12 s | 12.6 min |" in rows[0]
+
+
+def test_what_doctor_said_takes_the_place_of_what_it_said_before() -> None:
+    document = "# Hosts\n\n## Doctor\n"
+    for title, report in (("a", "one"), ("b", "two"), ("a", "three\n\n  four")):
+        document = hosts.with_doctor(document, title, report)
+    assert document == "# Hosts\n\n## Doctor\n\n### a\n\n    three\n\n      four\n\n### b\n\n    two\n"
+
+
+def test_the_document_has_its_table() -> None:
+    assert f"{hosts.HEAD}\n{hosts.RULE}\n" in (ROOT / "docs" / "hosts.md").read_text()

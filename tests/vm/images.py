@@ -1,0 +1,148 @@
+"""What test machines are made of: root file systems and kernels, built once and kept in the user's cache, never in the checkout.
+
+An image is built beside its place and renamed into it when it is whole, so a build that was interrupted leaves nothing that looks good.
+Its name holds a checksum of everything that it was made from: a change there makes a new one, and the old one goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsjail_py" / "vm"
+DISTROS = {"debian12": "bookworm", "debian13": "trixie"}
+"""Machines that can be built here, and their Debian suites."""
+KERNELS = {"6.1": "bookworm", "6.12": "trixie", "backports": "trixie-backports"}
+"""Kernels that any of them can be booted with, and the suites that have them."""
+NEEDED = 6 << 30
+"""Bytes that must be free before a build begins; an image takes about 1.5 GB."""
+NOT_SOURCE = shutil.ignore_patterns(
+    ".git", ".venv", ".dev-lock", ".vagrant", "build", "dist", "*.egg-info", "__pycache__", "*.so", "nsjail-launcher*", ".*_cache",
+    ".hypothesis", ".benchmarks", "*.box", "*.img",
+)  # fmt: skip
+
+
+class TroubleError(Exception):
+    """There is no machine, for a reason that one line can say."""
+
+
+def say(text: str) -> None:
+    print(f"vm: {text}", file=sys.stderr, flush=True)
+
+
+def root(distro: str) -> Path:
+    """The image of the root file system of a distribution."""
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())
+    packages = [
+        project["build-system"]["requires"],
+        project["project"]["dependencies"],
+        project["project"]["optional-dependencies"]["test"],
+    ]
+    made_from = [
+        HERE / "build-root.sh",
+        HERE / "in-root.sh",
+        *_files(HERE / "guest", "vm-job*", "*.pub"),
+        *_files(TOP / "vagrant" / "provision", "debian.sh"),
+    ]
+    made_from += _files(TOP / "vagrant" / "provision", "systemd.sh", "venv.sh")
+    return _image("root", distro, [repr(packages), *map(Path.read_text, made_from)], _build_root) / "root.img"
+
+
+def kernel(name: str) -> Path:
+    """The directory of a kernel: `vmlinuz`, `initrd`, `modules.img` and `release`."""
+    made_from = [HERE / "build-kernel.sh", HERE / "guest" / "init"]
+    return _image("kernel", name, [*map(Path.read_text, made_from)], _build_kernel)
+
+
+def copy_checkout(target: Path) -> None:
+    """The checkout without what was made in it."""
+    shutil.copytree(TOP, target, ignore=NOT_SOURCE, symlinks=True)
+
+
+def _files(folder: Path, *patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def _build_root(name: str, part: Path) -> list[str]:
+    copy_checkout(part / "checkout")
+    passed = [f"{key}={os.environ[key]}" for key in ("PIP_CERT", "PIP_INDEX_URL", "DEV_VM_MIRROR") if key in os.environ]
+    as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    return [*as_root, "env", *passed, "sh", str(HERE / "build-root.sh"), DISTROS[name], str(part / "root.img"), str(part / "checkout")]
+
+
+def _build_kernel(name: str, part: Path) -> list[str]:
+    return ["sh", str(HERE / "build-kernel.sh"), KERNELS[name], str(part)]
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[None]:
+    """One build at a time; whoever waited finds it done."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another build")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Path], list[str]]) -> Path:
+    digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:12]
+    place = CACHE / f"{kind}-{name}-{digest}"
+    if place.is_dir():
+        return place
+    with _lock():
+        if place.is_dir():
+            return place
+        for half in CACHE.glob("*.part"):  # of a build that was killed
+            shutil.rmtree(half)
+        if (free := shutil.disk_usage(CACHE).free) < NEEDED:
+            raise TroubleError(f"{CACHE} has {free >> 20} MiB free, and building the {kind} {name} needs {NEEDED >> 20}")
+        older = list(CACHE.glob(f"{kind}-{name}-*"))
+        part = place.with_name(place.name + ".part")
+        part.mkdir()
+        try:
+            say(f"building the {kind} {name}, once ({'about two minutes' if kind == 'root' else 'a few seconds'}): {place}")
+            began = time.monotonic()
+            _run(build(name, part), part / "log")
+            shutil.rmtree(part / "checkout", ignore_errors=True)
+            part.rename(place)
+            say(f"built in {time.monotonic() - began:.0f} s")
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+    return place
+
+
+def _run(command: list[str], log: Path) -> None:
+    """Runs a build; its stages go to standard error, the rest to the log. Whatever ends us ends it."""
+    if command[0] == "sudo":
+        subprocess.run(["sudo", "-v"], check=False)
+    with open(log, "wb") as file:
+        build = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=file, process_group=0)
+    try:
+        status = build.wait()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(build.pid, signal.SIGTERM)
+        build.wait()
+        raise
+    if status:
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        space = "; the disk is full" if shutil.disk_usage(CACHE).free < 64 << 20 else ""
+        script = next(Path(word).name for word in command if word.endswith(".sh"))
+        raise TroubleError(f"{script} failed ({status}){space}: {''.join(last)}")

@@ -1,0 +1,13 @@
+#!/bin/sh
+# In the root file system that build-root.sh makes, with the checkout in /src: everything that the suite needs, while there is a network.
+set -eu
+venv=/opt/nsjail_py/venv
+sh /src/vagrant/provision/debian.sh
+DEV_VENV=$venv /src/dev setup
+"$venv/bin/python" - <<'PYTHON' >/tmp/requirements
+import tomllib
+with open("/src/pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")
+PYTHON
+"$venv/bin/pip" download -q -d /opt/nsjail_py/wheels -r /tmp/requirements
+rm /tmp/requirements
