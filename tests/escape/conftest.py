@@ -26,7 +26,7 @@ def nothing_is_left() -> Iterator[None]:
     deadline = time.monotonic() + 5
     while (after := left()) != before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert after == before
+    assert after == before, (before, after)
 
 
 def left() -> dict[str, int]:
