@@ -180,3 +180,9 @@ def test_two_runs_at_once_do_not_meet_in_a_lock_on_a_shared_file() -> None:
         assert process.stdout and process.stdout.readline() == b"locked\n"
         second = nsjail_py.run_python(lock.replace("sys.stdin.read(1)", ""))
         assert b"locked" in second.stdout, second.stderr
+
+
+def test_a_lock_on_an_own_file_works() -> None:
+    """Unmarked and last, so that what this file leaves behind is not taken for one of its findings."""
+    lock = LOCK.format(path="/work/own").replace("os.O_RDONLY", "os.O_RDWR | os.O_CREAT")
+    assert nsjail_py.run_python(lock).check().stdout == b"locked\n"
