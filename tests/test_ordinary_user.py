@@ -15,7 +15,7 @@ import pytest
 from conftest import IS_ROOT, ROOT
 
 NOBODY = 65534
-SUITES = ["test_run.py", "test_holes.py", "test_cli.py", "test_bad_input.py", "test_embedding.py", "test_programs.py"]
+SUITES = ["test_run.py", "test_holes.py", "test_cli.py", "test_bad_input.py", "test_embedding.py", "test_programs.py", "escape"]
 
 
 def usable_by_all(path: str) -> bool:
