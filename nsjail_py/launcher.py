@@ -34,7 +34,8 @@ UID_BLOCKS = 64
 LOCKS = Path("/run/nsjail_py")
 REQUEST = struct.Struct("=IIQII")
 """`struct request` of native/plan.h."""
-MAX_PLANS = 256
+MAX_PLANS = 32
+"""How many plans keep a descriptor open in this process."""
 numbers = itertools.count(1)
 """Names for plans and templates."""
 

@@ -25,6 +25,7 @@ SUITES = [
     "test_embedding.py",
     "test_programs.py",
     "test_selftest.py",
+    "escape",
 ]
 
 

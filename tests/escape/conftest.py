@@ -1,0 +1,72 @@
+"""Canaries, and programs compiled once."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import traces
+
+import nsjail_py
+
+from . import runner
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """All attacks of a file together leave no descriptor, process, mount or control group."""
+    nsjail_py.run(["/bin/true"])
+    before = left()
+    yield
+    deadline = time.monotonic() + 5
+    while (after := left()) != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert after == before, (before, after)
+
+
+def left() -> dict[str, int]:
+    """Of mounts only those of ours: others of this machine may come and go meanwhile."""
+    ours = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "nsjail" in line or "canary" in line]
+    shared = ("temporary files", "mounts")
+    return {what: count for what, count in traces().items() if what not in shared} | {"mounts": len(ours)}
+
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The attacks written in C, static, and one for 32 bits without a C library."""
+    top = tmp_path_factory.mktemp("programs")
+    for source in sorted(HERE.glob("*.c")):
+        flags = ["-m32", "-nostdlib", "-fno-pie", "-no-pie", "-fno-stack-protector"] if source.stem == "elf32" else []
+        subprocess.run(
+            ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", *flags, str(source), "-o", str(top / source.stem)], check=True
+        )
+    return top
+
+
+@pytest.fixture(scope="module")
+def secret() -> Iterator[Path]:
+    """A file that everybody on the host may read, in a directory that no jail shows."""
+    top = Path(tempfile.mkdtemp(prefix="canary-"))
+    top.chmod(0o777)
+    path = top / "secret"
+    path.write_text("s3cret-canary")
+    path.chmod(0o666)
+    yield path
+    assert path.read_text() == "s3cret-canary", "an attack inside reached the canary"
+    shutil.rmtree(top)
+
+
+@pytest.fixture
+def victim() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of this user, outside of every jail."""
+    process = runner.canary_process()
+    yield process
+    runner.stop(process)

@@ -1,0 +1,224 @@
+"""Bombs of each kind meet their limit, whoever counts, and ways around a clock lead nowhere.
+
+Each is bounded by itself, far below what this machine has, and is shown to reach its bound outside.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from conftest import IS_ROOT
+from msgspec.structs import replace
+
+import nsjail_py
+from nsjail_py import Policy, Verdict, launcher
+
+from .runner import WALLS, Attack, inside, outside, processes_with
+
+M = 1 << 20
+HAS_CGROUP = launcher.current().claim.kind != "none"
+TOUCH = "for i in range(0, len(m), 4096): m[i] = 1\nwon()"
+SOCKETS = "pairs = [socket.socketpair() for _ in range(300)]\nfor a, b in pairs:\n  a.setsockopt(1, 7, 1 << 20)\n  a.setblocking(False)\n  try:\n    for _ in range(200): a.send(bytes(65536))\n  except OSError: pass\nwon()"
+
+# What counts only together needs a control group; where there is none, the result says so, and only private memory is limited.
+MEMORY: dict[str, tuple[str, str, bool]] = {
+    "private": ("untrusted", "m = bytearray(120 << 20)\n" + TOUCH, False),
+    "mapped": ("untrusted", "m = mmap.mmap(-1, 120 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n" + TOUCH, False),
+    "in many small pieces": ("untrusted", "m = [bytes(1000) for _ in range(110_000)]\nwon()", False),
+    "of threads' stacks": ("untrusted", "threading.stack_size(8 << 20)\nheld = threading.Event()\ndef deep():\n  m = bytearray(8 << 20)\n  held.wait(3)\nts = [threading.Thread(target=deep, daemon=True) for _ in range(14)]\n[t.start() for t in ts]\nheld.set()\nwon()", False),
+    "grown by brk": ("untrusted", "libc.sbrk.restype = ctypes.c_long\nn = 0\nwhile n < 120 and libc.sbrk(ctypes.c_long(1 << 20)) != -1: n += 1\nlibc.memset(ctypes.c_void_p(libc.sbrk(ctypes.c_long(0)) - (n << 20)), 1, ctypes.c_size_t(n << 20))\nif n < 120: raise MemoryError\nwon()", False),
+    "shared": ("untrusted", "m = mmap.mmap(-1, 120 << 20)\n" + TOUCH, True),
+    "of many processes": ("moderate", "ps = []\nfor _ in range(6):\n  r, w = os.pipe()\n  if os.fork() == 0:\n    try: m = bytearray(20 << 20); os.write(w, b'x'); time.sleep(1)\n    finally: os._exit(0)\n  os.close(w)\n  ps.append(r)\nif [os.read(r, 1) for r in ps] == [b'x'] * 6: won()", True),
+    "in files in memory": ("moderate", "fd = os.memfd_create('m')\nfor _ in range(120): os.write(fd, bytes(1 << 20))\nwon()", True),
+    "of System V": ("moderate", "i = call(29, 0, 120 << 20, 0o1600)\nlibc.shmat.restype = ctypes.c_long\na = libc.shmat(i, None, 0)\nlibc.shmctl(i, 0, None)\nlibc.memset(ctypes.c_void_p(a), 1, ctypes.c_size_t(120 << 20))\nwon()", True),
+    "in sockets": ("moderate", SOCKETS, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MEMORY)
+def test_memory(what: str) -> None:
+    """120 MiB of it are had outside, and not under a limit of 48."""
+    level, source, together = MEMORY[what]
+    attack = Attack(what, source)
+    outside(attack)
+    limits: dict[str, Any] = {"memory": 48 * M, "disk": 8 * M, "open_files": 1000, "cpu_time": 2.0}
+    result = inside(attack, level, **limits)
+    if together and not HAS_CGROUP:
+        lacks = {p.name for p in result.protections if p.state == "unavailable"}
+        assert "cgroup" in lacks and result.memory_source == "rusage"
+        return
+    assert b"WON" not in result.stdout, result.summary
+    assert (
+        result.verdict is Verdict.memory or b"HELD" in result.stdout or result.verdict in (Verdict.exit, Verdict.signal, Verdict.cpu_time)
+    ), result.summary
+    if HAS_CGROUP:
+        assert result.peak_memory <= 49 * M
+
+
+STRONG: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "threads": ("untrusted", "held = threading.Event()\nn = 0\ntry:\n  for n in range(60): threading.Thread(target=held.wait, args=(5,), daemon=True).start()\n  won()\nfinally: held.set()", {"processes": 16}),
+    "processes": ("moderate", "n = [os.fork() or time.sleep(1) or os._exit(0) for _ in range(60)]\nwon()", {"processes": 16}),
+    "processes that are not waited for": ("moderate", "for _ in range(60):\n  if os.fork() == 0: os._exit(0)\nwon()", {"processes": 16}),
+    "generations of processes": ("moderate", "for generation in range(40):\n  if os.fork(): time.sleep(0.4); os._exit(0)\nwon()", {"processes": 16}),
+    "bytes in a file": ("untrusted", "fd = os.open(f'/tmp/big-{os.getpid()}', os.O_CREAT | os.O_WRONLY, 0o600)\ntry:\n  for _ in range(24): os.write(fd, bytes(1 << 20))\n  won()\nfinally: os.unlink(f'/tmp/big-{os.getpid()}')", {"disk": 8 * M}),
+    "bytes in one file where each is limited": ("untrusted", "signal.signal(25, signal.SIG_IGN)\nfd = os.open(f'/tmp/one-{os.getpid()}', os.O_CREAT | os.O_WRONLY, 0o600)\ntry:\n  n = 0\n  for _ in range(24): n += os.write(fd, bytes(1 << 20))\n  if n == 24 << 20: won()\nfinally: os.unlink(f'/tmp/one-{os.getpid()}')", {"file_size": 2 * M}),
+    "bytes by fallocate": ("untrusted", "fd = os.open(f'/tmp/fall-{os.getpid()}', os.O_CREAT | os.O_WRONLY, 0o600)\ntry: os.posix_fallocate(fd, 0, 24 << 20); won()\nfinally: os.unlink(f'/tmp/fall-{os.getpid()}')", {"disk": 8 * M}),
+    "bytes in three places": ("untrusted", "held = []\ntry:\n  for top in ('/tmp', '/dev/shm', '.' if os.access('.', os.W_OK) else '/tmp/.'):\n    held.append(f'{top}/part{len(held)}-{os.getpid()}')\n    open(held[-1], 'wb').write(bytes(6 << 20))\n  won()\nfinally: [os.unlink(h) for h in held if os.path.exists(h)]", {"disk": 8 * M}),
+    "bytes in unlinked files": ("untrusted", "held = []\nfor n in range(24):\n  held.append(os.open(f'/tmp/u{n}-{os.getpid()}', os.O_CREAT | os.O_RDWR, 0o600))\n  os.unlink(f'/tmp/u{n}-{os.getpid()}')\n  os.write(held[-1], bytes(1 << 20))\nwon()", {"disk": 8 * M}),
+    "files": ("untrusted", "import shutil\ntop = f'/tmp/many-{os.getpid()}'\nos.mkdir(top)\ntry:\n  for n in range(900): os.close(os.open(f'{top}/{n}', os.O_CREAT, 0o600))\n  won()\nfinally: shutil.rmtree(top)", {"files": 300}),
+    "links": ("untrusted", "import shutil\ntop = f'/tmp/links-{os.getpid()}'\nos.mkdir(top)\ntry:\n  for n in range(900): os.symlink('x', f'{top}/{n}')\n  won()\nfinally: shutil.rmtree(top)", {"files": 300}),
+    "descriptors": ("untrusted", "held = [os.dup(0) for _ in range(200)]\nwon()", {"open_files": 64}),
+    "pipes": ("untrusted", "held = [os.pipe() for _ in range(100)]\nwon()", {"open_files": 64}),
+    "output": ("untrusted", "for _ in range(3000): os.write(1, bytes(1000))\nos.write(1, b'WON')", {"output": 1 * M}),
+    "output and errors": ("untrusted", "for _ in range(1500): os.write(1, bytes(1000)); os.write(2, bytes(1000))\nos.write(1, b'WON')", {"output": 2 * M}),
+    "locked memory": ("untrusted", "m = mmap.mmap(-1, 8 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nbuf = (ctypes.c_char * (8 << 20)).from_buffer(m)\nif libc.mlock(buf, 1 << 18) == 0: won()", {}),
+    "pending signals": ("untrusted", "signal.pthread_sigmask(signal.SIG_BLOCK, [40])\nfor _ in range(400): call(129, os.getpid(), 40, struct.pack('iiiiii', 40, 0, -1, 0, 0, 0) + bytes(104))\nwon()", {}),
+    "queued messages": ("moderate", "for n in range(4):\n  name = f'q{n}-{os.getpid()}'.encode()\n  call(240, name, 0o102, 0o600, struct.pack('8q', 0, 10, 8192, 0, 0, 0, 0, 0))\n  call(241, name)\nwon()", {}),
+    "stack": ("untrusted", "import resource\nif resource.getrlimit(resource.RLIMIT_STACK)[0] not in range(0, 3 << 20): won()", {"stack": 2 * M}),
+    "a core file": ("untrusted", "import resource\nresource.setrlimit(resource.RLIMIT_CORE, (1, 1)) if T.get('inside') else won()\nwon()", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STRONG)
+def test_no_more_than_its_limit_of(what: str) -> None:
+    level, source, limits = STRONG[what]
+    if what == "locked memory" and not IS_ROOT:
+        source = source.replace("1 << 18", "1 << 17")  # outside a user may lock 8 MiB, inside 64 KiB
+    outside(Attack(what, source))
+    result = inside(Attack(what, source), level, {"inside": True}, **limits)
+    assert b"WON" not in result.stdout, result.summary
+    assert b"DONE" not in result.stdout or what in ("locked memory", "stack"), result.summary
+    assert len(result.stdout) + len(result.stderr) <= 2 * M + 65536
+
+
+BURN = "def burn(seconds):\n  end = time.process_time() + seconds\n  while time.process_time() < end: pass\n"
+CLOCKS: dict[str, tuple[str, str]] = {
+    "one thread": ("untrusted", BURN + "burn(1.2)\nwon()"),
+    "many threads": ("untrusted", BURN + "ts = [threading.Thread(target=burn, args=(1.2,)) for _ in range(4)]\n[t.start() for t in ts]\n[t.join() for t in ts]\nwon()"),
+    "ignored signals": ("untrusted", BURN + "for n in range(1, 65):\n  try: signal.signal(n, signal.SIG_IGN)\n  except (OSError, ValueError): pass\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nburn(1.2)\nwon()"),
+    "closed streams": ("untrusted", BURN + "out = os.dup(1)\nfor fd in (0, 1, 2): os.close(fd)\nburn(1.2)\nos.write(out, b'WON')"),
+    "raised limits": ("untrusted", BURN + "import resource\ntry: resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY,) * 2)\nexcept (OSError, ValueError): pass\nburn(1.2)\nwon()"),
+    "a child": ("moderate", BURN + "if os.fork() == 0: burn(1.2); won(); os._exit(0)\nos.wait()"),
+    "a session of its own": ("moderate", BURN + "if os.fork() == 0: os.setsid(); burn(1.2); won(); os._exit(0)\ntime.sleep(3)"),
+    "a double fork": ("moderate", BURN + "if os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0: burn(1.2); won()\n  os._exit(0)\ntime.sleep(3)"),
+    "processes side by side": ("moderate", BURN + "for _ in range(4):\n  if os.fork() == 0: burn(0.4); os._exit(0)\nfor _ in range(4): os.wait()\nwon()"),
+}  # fmt: skip
+TOGETHER = {
+    "many short-lived children": BURN + "for _ in range(60):\n  if os.fork() == 0: burn(0.02); os._exit(0)\n  os.wait()\nwon()",
+    "children that nobody waits for": BURN + "signal.signal(17, signal.SIG_IGN)\nfor _ in range(60):\n  if os.fork() == 0: burn(0.02); os._exit(0)\n  time.sleep(0.01)\ntime.sleep(0.3)\nwon()",
+}  # fmt: skip
+
+
+def clocked(policy: Policy) -> Policy:
+    return replace(policy, limits=replace(policy.limits, cpu_time=0.3))
+
+
+@pytest.mark.parametrize("way", CLOCKS)
+def test_processor_time_is_not_evaded_by(way: str) -> None:
+    level, source = CLOCKS[way]
+    outside(Attack(way, source))
+    result = inside(Attack(way, source), clocked(WALLS[level]))
+    assert result.verdict is Verdict.cpu_time and b"WON" not in result.stdout, (result.summary, result.stdout)
+    assert result.cpu_time < 0.7
+
+
+@pytest.mark.parametrize("way", TOGETHER)
+def test_processor_time_of_what_has_ended_counts(way: str) -> None:
+    """With a control group at once; without, at the latest when the run ends, and never beyond the wall clock."""
+    outside(Attack(way, TOGETHER[way]))
+    result = inside(Attack(way, TOGETHER[way]), clocked(WALLS["moderate"]), wall_time=4.0)
+    if HAS_CGROUP:
+        assert result.verdict is Verdict.cpu_time and b"WON" not in result.stdout and result.cpu_time < 0.7, result.summary
+    else:
+        assert result.wall_time < 5 and "cgroup" in {p.name for p in result.protections if p.state == "unavailable"}
+
+
+STALLS = {
+    "sleep": "time.sleep(30)",
+    "a stop": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "a stopped child": "if os.fork() == 0: os.kill(os.getpid(), signal.SIGSTOP)\nos.wait()",
+    "ignored signals": "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\ntime.sleep(30)",
+    "closed streams": "for fd in (0, 1, 2): os.close(fd)\ntime.sleep(30)",
+    "a read of nothing": "r, w = os.pipe()\nos.read(r, 1)",
+    "a lock on itself": "import fcntl\nl = threading.Lock()\nl.acquire()\nl.acquire()",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", STALLS)
+def test_wall_time_is_not_evaded_by(way: str) -> None:
+    """Outside such a program is still there after the time; inside it is gone."""
+    import subprocess
+    import sys
+
+    from .runner import PRELUDE, canary_process, stop
+
+    stalled = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE, "{}", STALLS[way]], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    canary = canary_process()
+    try:
+        result = inside(Attack(way, STALLS[way]), "moderate", wall_time=0.3)
+        assert stalled.poll() is None
+        assert result.verdict is Verdict.wall_time and result.wall_time < 1.5
+    finally:
+        stop(canary)
+        import os
+        import signal
+
+        os.killpg(stalled.pid, signal.SIGKILL)
+        stalled.wait()
+
+
+def test_rolling_forks_are_all_gone_when_the_run_is_over() -> None:
+    """No list of processes is walked: the namespace ends. Outside, some generation is always left."""
+    marker = f"roll-{time.monotonic_ns()}"
+    roll = "import os, sys, time\nfor _ in range(24):\n  time.sleep(0.05)\n  if os.fork(): os._exit(0)\n  os.setsid()\n"
+    start = f"import os, subprocess, sys, time\nfor _ in range(3): subprocess.Popen([sys.executable, '-c', {roll!r}, {marker!r}])\ntime.sleep(0.3)\n"
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-c", start], check=False)
+    assert processes_with(marker)
+    result = nsjail_py.run_python(start, policy="moderate", args=[marker], processes=40)
+    assert result.verdict in (Verdict.ok, Verdict.processes, Verdict.exit)
+    deadline = time.monotonic() + 20  # the bounded ones outside come to their end
+    while processes_with(marker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_with(marker)
+
+
+def test_a_flood_of_denied_calls_ends_the_run() -> None:
+    source = "import ctypes\nl = ctypes.CDLL(None)\nfor i in range(400_000): l.ptrace(0, 0, 0, 0)\nprint('WON')"
+    result = nsjail_py.run_python(source)
+    assert result.verdict is Verdict.syscall and b"WON" not in result.stdout
+    assert result.denied["ptrace"] >= 100_000
+
+
+TREES = {
+    "deep": "for _ in range(600):\n  os.mkdir('d' * 200); os.chdir('d' * 200)",
+    "without permission": "for n in range(50):\n  os.mkdir(f'm{n}'); open(f'm{n}/f', 'w'); os.chmod(f'm{n}', 0)",
+    "of odd names": "for n in list(range(1, 47)) + list(range(48, 256)): open(bytes([n]) * 40 + b'\\n\\xff', 'w')",
+    "full": "try:\n  f = open('full', 'wb')\n  while True: f.write(bytes(1 << 20))\nexcept OSError: pass",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_whatever_tree_is_left_is_cleared_away(tree: str) -> None:
+    """nothing_is_left (conftest.py) holds for these runs as for all; and the next run finds an empty directory."""
+    for level in ("untrusted", "moderate"):
+        result = inside(Attack(tree, TREES[tree]), level, disk=16 * M)
+        assert b"DONE" in result.stdout, result.stdout
+        assert inside(Attack("", "print(os.listdir('.'), os.listdir('/tmp'))"), level).stdout.endswith(b"[] []\n")
+
+
+def test_swap_counts_as_memory_wherever_the_kernel_counts_it() -> None:
+    """A limit on memory alone would let a program move out of it: both are set, or the result says that one is missing."""
+    from nsjail_py.compiled import Host, _cgroup
+
+    files = {kind: {write.file for write in _cgroup(WALLS["untrusted"], Host(kind, "", True, True, 7))} for kind in ("v1", "v2")}
+    assert {"memory.limit_in_bytes", "memory.memsw.limit_in_bytes"} <= files["v1"]
+    assert {"memory.max", "memory.swap.max"} <= files["v2"]
+    result = nsjail_py.run(["/bin/true"])
+    assert {p.state for p in result.protections if p.name == "swap"} <= {"applied", "unavailable"}
