@@ -40,6 +40,7 @@ struct run {
 	uint64_t cpu_base;        /* what making the cell had used */
 	uint64_t cpu_seen, cpu_seen_ns; /* for the idle clock */
 	int execed, ended;
+	int stamped;              /* it came as far as exec */
 	int asked;                /* the caller wants to know the program's pid */
 	struct report report;
 };

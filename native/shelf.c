@@ -136,7 +136,7 @@ static void restock(struct launcher *launcher, struct shelf *shelf) {
 	launcher->parked++;
 	if (cell_make(launcher, run) == STEP_NONE)
 		shelf->spoiled = 0;
-	else if (run->init < 0)
+	else
 		cell_release(launcher, run);
 }
 

@@ -72,7 +72,11 @@ class Process:
         except (BrokenPipeError, ConnectionResetError):  # it died since the last run: nothing was started
             launcher.lost(self.launcher)
             self.launcher = launcher.current()
-            return self.launcher.submit(plan, order, descriptors, stock)
+            try:
+                return self.launcher.submit(plan, order, descriptors, stock)
+            except (BrokenPipeError, ConnectionResetError):
+                launcher.lost(self.launcher)
+                raise LauncherDied("the launcher ends as soon as it is started, and the next one, too") from None
 
     @property
     def pid(self) -> int | None:
@@ -96,7 +100,7 @@ class Process:
             return True
         report = parse(message)
         if report.kind == lib.REPORT_STARTED:
-            self._pid = report.pid
+            self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
             return False
         self.reported = report
         return True

@@ -111,6 +111,8 @@ class Launcher:
                 hello.groups |= 1 << GROUPS[name]
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             send(self.socket, bytes(ffi.buffer(hello)), descriptors)
+        except (BrokenPipeError, ConnectionResetError):
+            raise SetupError("launcher", detail="it ends as soon as it is started") from None
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
