@@ -105,7 +105,19 @@ static int job_clone(struct launcher *launcher, struct run *run, int cell_end, i
 	return message_send(NULL, template->program, &job, sizeof job, ends, 2);
 }
 
-/* A step that fails here: errno is set, and there is a process to be killed if run->init says so. */
+/* It cannot be listened to, so its end is waited for at once. Both sockets go first: init ends without them, too. */
+static void abandon(struct launcher *launcher, struct run *run) {
+	siginfo_t info;
+	unwatch(launcher, &run->cell);
+	unwatch(launcher, &run->program);
+	if (run->init < 0)
+		return; /* a job: it ends with its sockets, and its template waits for it */
+	run_kill(run, CAUSE_NONE);
+	waitid(P_PIDFD, (id_t)run->init, &info, WEXITED);
+	unwatch(launcher, &run->init);
+}
+
+/* A step that fails here: errno is set, and no process is left. */
 enum step cell_make(struct launcher *launcher, struct run *run) {
 	int init[2], program[2];
 	if (cgroup_make(launcher, run) < 0)
@@ -130,20 +142,23 @@ enum step cell_make(struct launcher *launcher, struct run *run) {
 	run->timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
 	if (run->timer < 0 || watch(launcher, run->timer, EVENT_TIMER, run) < 0 || watch(launcher, run->cell, EVENT_CELL, run) < 0 ||
 	    watch(launcher, run->program, EVENT_PROGRAM, run) < 0 || (!job && watch(launcher, run->init, EVENT_INIT, run) < 0)) {
-		run_spoil(run, STEP_CLONE, errno);
-		return STEP_NONE; /* its end will tell */
+		error = errno;
+		abandon(launcher, run);
+		errno = error;
+		return STEP_CLONE;
 	}
 	clocks_check(launcher, run);
 	return STEP_NONE;
 }
 
-static void map(const struct launcher *launcher, const struct run *run) {
+static void map(const struct launcher *launcher, struct run *run) {
 	uint32_t host = launcher->hello.uid_base + run->index;
 	int error = put_map(run->pid, "gid_map", run->plan->gid, host) < 0 ? errno : 0;
 	if (!error)
 		error = put_map(run->pid, "uid_map", run->plan->uid, host) < 0 ? errno : 0;
 	struct cell_order mapped = {.kind = CELL_MAPPED, .value = (uint32_t)error};
-	message_send(NULL, run->cell, &mapped, sizeof mapped, NULL, 0);
+	if (message_send(NULL, run->cell, &mapped, sizeof mapped, NULL, 0) < 0 && errno != EPIPE)
+		run_spoil(run, STEP_ID_MAP, errno);
 }
 
 /* The host's number of a process that we have a descriptor of. proc_pid_fdinfo(5) */
@@ -242,13 +257,18 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 	return 1;
 }
 
-/* One message of the program's before it runs; 0 when there is none, -1 when there will be none. */
+/* One message of the program's before it runs; 0 when there is none, -1 when there will be none. Only the end of file says that it
+ * runs: what cannot be received could have been anything. */
 static int hear_program(struct launcher *launcher, struct run *run) {
 	struct cell_message message;
 	int sent = -1, count = 1;
 	ssize_t size = message_receive(NULL, run->program, &message, sizeof message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT, &sent, &count);
+	if (size < 0 && errno == EAGAIN)
+		return 0;
+	if (size < 0 && run->report.cause == CAUSE_NONE)
+		run_spoil(run, STEP_ORDER, errno);
 	if (size != sizeof message)
-		return size < 0 && errno == EAGAIN ? 0 : -1;
+		return -1;
 	if (message.kind == CELL_FAILED)
 		failed(run, &message);
 	else if (message.kind == CELL_NEED_PLACE)
@@ -261,7 +281,8 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		run->report.flags |= message.flags;
 		if (count == 1) {
 			run->listener = sent;
-			watch(launcher, run->listener, EVENT_LISTENER, run);
+			if (watch(launcher, run->listener, EVENT_LISTENER, run) < 0)
+				run_spoil(run, STEP_SECCOMP, errno); /* a denied call would never return */
 		}
 		run_held_send(launcher, run);
 		return 1;
@@ -287,6 +308,8 @@ static void program_gone(struct launcher *launcher, struct run *run) {
 
 /* When the program has let go of its socket it runs, or it is dead. */
 void program_heard(struct launcher *launcher, struct run *run) {
+	if (run->program < 0)
+		return; /* an event from before we let go of it */
 	if (hear_program(launcher, run) < 0)
 		program_gone(launcher, run);
 }

@@ -101,8 +101,12 @@ void cgroup_sweep(struct launcher *launcher) {
 			continue;
 		int copy = openat(launcher->groups[group], ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 		DIR *directory = copy < 0 ? NULL : fdopendir(copy);
-		if (!directory)
+		if (!directory) {
+			if (copy >= 0)
+				close(copy);
+			launcher->undead++; /* as many as there are: the next time */
 			continue;
+		}
 		for (struct dirent *entry; (entry = readdir(directory));)
 			if (!strncmp(entry->d_name, "cell-", 5) && !in_use(launcher, entry->d_name) && !removed(launcher, entry->d_name))
 				launcher->undead++;

@@ -5,6 +5,7 @@
 #include "kernel.h"
 #include "launcher.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,11 +42,12 @@ uint64_t run_cpu(const struct launcher *launcher, const struct run *run) {
 	return used > run->cpu_base ? used - run->cpu_base : 0;
 }
 
-static void set(const struct run *run, uint64_t in_ns) {
+static void set(struct run *run, uint64_t in_ns) {
 	if (in_ns < 1)
 		in_ns = 1;
 	struct itimerspec timer = {.it_value = {(time_t)(in_ns / 1000000000u), (long)(in_ns % 1000000000u)}};
-	timerfd_settime(run->timer, 0, &timer, NULL);
+	if (timerfd_settime(run->timer, 0, &timer, NULL) < 0)
+		run_spoil(run, STEP_RESOURCE_LIMITS, errno);
 }
 
 static uint64_t earlier(uint64_t a, uint64_t b) { return a < b ? a : b; }
@@ -107,7 +109,7 @@ void clocks_start(struct launcher *launcher, struct run *run) {
 /* A program that ended between two looks at the clock is still held to the total. */
 void clocks_final(struct run *run) {
 	struct report *report = &run->report;
-	if (report->cause != CAUSE_NONE)
+	if (report->cause != CAUSE_NONE || report->step)
 		return;
 	if (run->plan->cpu_ns && report->cpu_ns > run->plan->cpu_ns) {
 		report->cause = CAUSE_CPU;

@@ -25,7 +25,8 @@ int message_send(const struct cell *cell, int socket, const void *message, size_
 	return late(cell, SYS_sendmsg, socket, (long)&header, MSG_NOSIGNAL, 0, 0) == (long)size ? 0 : -1;
 }
 
-/* count: how many descriptors there is room for, then how many there are. A message that is cut is an error. */
+/* count: how many descriptors there is room for, then how many there are. A message that is cut is an error. That the other side has
+ * ended without reading all of ours shows as one reset, before what it had sent. */
 ssize_t message_receive(const struct cell *cell, int socket, void *message, size_t size, int flags, int *descriptors,
                         int *count) {
 	_Alignas(struct cmsghdr) char control[ROOM];
@@ -34,6 +35,8 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 	header.msg_controllen = *count ? CMSG_SPACE(sizeof(int) * (size_t)*count) : 0;
 	*count = 0;
 	long received = late(cell, SYS_recvmsg, socket, (long)&header, flags, 0, 0);
+	if (received < 0 && errno == ECONNRESET)
+		received = late(cell, SYS_recvmsg, socket, (long)&header, flags, 0, 0);
 	struct cmsghdr *first = received < 0 ? NULL : CMSG_FIRSTHDR(&header);
 	if (first) {
 		*count = (int)((first->cmsg_len - CMSG_LEN(0)) / sizeof(int));
@@ -62,18 +65,16 @@ int descriptors_place(const struct cell *cell, const struct order *order, const 
 	return 0;
 }
 
-/* Out of the way of the numbers that a program may be given. */
+/* Out of the way of the numbers that a program may be given. Where that fails it stays where it is. */
 int descriptor_high(int descriptor) {
-	int high = descriptor < 0 ? -1 : fcntl(descriptor, F_DUPFD_CLOEXEC, MAX_FD_NUMBER);
-	int error = errno;
-	if (descriptor >= 0)
+	int high = fcntl(descriptor, F_DUPFD_CLOEXEC, MAX_FD_NUMBER);
+	if (high >= 0)
 		close(descriptor);
-	errno = error;
 	return high;
 }
 
 /* Closes all but these. Sorts them on the way. */
-void descriptors_keep(int *kept, int count) {
+int descriptors_keep(int *kept, int count) {
 	unsigned next = 0;
 	for (int i = 1; i < count; i++)
 		for (int j = i; j > 0 && kept[j] < kept[j - 1]; j--) {
@@ -84,9 +85,9 @@ void descriptors_keep(int *kept, int count) {
 	for (int i = 0; i < count; i++) {
 		if (kept[i] < 0)
 			continue;
-		if ((unsigned)kept[i] > next)
-			syscall(SYS_close_range, next, (unsigned)kept[i] - 1, 0);
+		if ((unsigned)kept[i] > next && syscall(SYS_close_range, next, (unsigned)kept[i] - 1, 0) < 0)
+			return -1;
 		next = (unsigned)kept[i] + 1;
 	}
-	syscall(SYS_close_range, next, ~0U, 0);
+	return (int)syscall(SYS_close_range, next, ~0U, 0);
 }

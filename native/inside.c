@@ -69,8 +69,8 @@ _Noreturn void cell_main(struct cell *cell) {
 	const struct plan *plan = cell->plan;
 	int kept[] = {cell->launcher,  cell->orders,    cell->template,  cell->sysctl,
 	              cell->groups[0], cell->groups[1], cell->groups[2], cell->groups[3]};
-	descriptors_keep(kept, 8); /* of the launcher's: other cells', other callers' */
 	cell->failures = cell->launcher;
+	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 8)); /* of the launcher's: other cells', other callers' */
 	step(cell, STEP_SESSION, session_new());
 	step(cell, STEP_KEYRING, keyring_new());
 	if (cell->rootless)
@@ -94,6 +94,7 @@ _Noreturn void cell_main(struct cell *cell) {
 	int template = (plan->flags & PLAN_TEMPLATE) != 0;
 	if (!template)
 		all_rights_end(cell);
+	step(cell, STEP_PROGRAM_PROCESS, pipe2(cell->gate, O_CLOEXEC));
 	pid_t program = program_start(cell);
 	step(cell, STEP_PROGRAM_PROCESS, program);
 	if (program == 0)
@@ -114,23 +115,38 @@ static int cgroup_join(const struct cell *cell) {
 	return 0;
 }
 
+/* Nothing runs while init has a right left, or has failed to give one up: then init has told, and goes, and we with it. */
+static int init_is_ready(const struct cell *cell) {
+	char byte;
+	close(cell->gate[1]);
+	ssize_t size = read(cell->gate[0], &byte, 1);
+	if (size == 0)
+		late(cell, SYS_exit_group, 1, 0, 0, 0, 0);
+	return size == 1 ? 0 : -1;
+}
+
 /* The program's descriptors will take the low numbers, as they come. */
 int descriptors_clear(struct cell *cell) {
 	int kept[] = {cell->orders, cell->app, cell->ruleset};
-	descriptors_keep(kept, 3);
-	cell->orders = cell->failures = descriptor_high(cell->orders);
+	if (descriptors_keep(kept, 3) < 0)
+		return -1;
+	int orders = descriptor_high(cell->orders);
+	if (orders < 0)
+		return -1;
+	cell->orders = cell->failures = orders;
 	if (cell->app >= 0 && (cell->app = descriptor_high(cell->app)) < 0)
 		return -1;
 	if (cell->ruleset >= 0 && (cell->ruleset = descriptor_high(cell->ruleset)) < 0)
 		return -1;
-	return cell->orders < 0 ? -1 : 0;
+	return 0;
 }
 
 int ready(const struct cell *cell, int *listener) {
 	struct cell_message message = {.kind = CELL_READY, .flags = cell->flags};
 	int result = message_send(cell, cell->orders, &message, sizeof message, listener, *listener >= 0);
-	if (*listener >= 0)
-		late(cell, SYS_close, *listener, 0, 0, 0, 0);
+	/* Its number is the first of the program's own. */
+	if (*listener >= 0 && late(cell, SYS_close, *listener, 0, 0, 0, 0) < 0)
+		return -1;
 	return result;
 }
 
@@ -153,6 +169,7 @@ _Noreturn void program_main(struct cell *cell) {
 	step(cell, STEP_WORK_DIRECTORY, chdir(at(plan, plan->directory)));
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_prepare(cell));
+	step(cell, STEP_PROGRAM_PROCESS, init_is_ready(cell));
 	step(cell, STEP_DESCRIPTORS, descriptors_clear(cell));
 	if (plan->flags & PLAN_FILTER)
 		step(cell, STEP_SECCOMP, filter_install(cell, &listener));

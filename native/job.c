@@ -93,7 +93,7 @@ static int reaper_is_there(int go) {
 	char byte;
 	ssize_t size = read(go, &byte, 1);
 	close(go);
-	return (int)size;
+	return size == 1 ? 0 : -1;
 }
 
 /* Returns when nothing but the order is missing. listener: of the denied calls; -1 without a filter. */

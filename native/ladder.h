@@ -15,6 +15,7 @@ struct cell {
 	int orders;             /* the program's: its order comes here, and its end of file says that the program runs */
 	int template;           /* mount namespace with the shared part of the root; -1: there is none yet */
 	int children;           /* init's signalfd for SIGCHLD */
+	int gate[2];            /* pipe: a byte from init says that it is nobody, too */
 	int groups[GROUPS];     /* v1: each group's `tasks`; v2: the group's directory; -1: none */
 	uint32_t cgroup_kind;
 	uint32_t uid, gid;      /* on the host */
@@ -93,7 +94,7 @@ int loopback_up(void);
 ssize_t message_receive(const struct cell *cell, int socket, void *message, size_t size, int flags, int *descriptors, int *count);
 int message_send(const struct cell *cell, int socket, const void *message, size_t size, const int *descriptors, int count);
 int descriptors_place(const struct cell *cell, const struct order *order, const int *descriptors);
-void descriptors_keep(int *kept, int count);
+int descriptors_keep(int *kept, int count);
 int descriptor_high(int descriptor);
 
 /* order.c */

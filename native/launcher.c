@@ -92,20 +92,26 @@ static int hello(struct launcher *launcher) {
 	return next == count;
 }
 
+/* What all cells rest on, or no launcher. */
+static void must(int result) {
+	if (result < 0)
+		exit(1);
+}
+
 static void settle(struct launcher *launcher) {
 	struct rlimit files, none = {0, 0};
 	cpu_set_t cpus;
 	sigset_t none_blocked;
-	syscall(SYS_close_range, 3, ~0U, 0);
+	must((int)syscall(SYS_close_range, 3, ~0U, 0));
 	/* Once, for all cells: they are our copies. What cannot be reset has no handler to lose. */
 	for (int number = 1; number < NSIG; number++)
-		signal(number, SIG_DFL);
+		must(signal(number, SIG_DFL) == SIG_ERR && errno != EINVAL ? -1 : 0);
 	sigemptyset(&none_blocked);
-	sigprocmask(SIG_SETMASK, &none_blocked, NULL);
-	session_new();
+	must(sigprocmask(SIG_SETMASK, &none_blocked, NULL));
+	must(session_new());
 	prctl(PR_SET_NAME, "nsjail-launcher");
-	prctl(PR_SET_DUMPABLE, 0);
-	setrlimit(RLIMIT_CORE, &none);
+	must(prctl(PR_SET_DUMPABLE, 0));
+	must(setrlimit(RLIMIT_CORE, &none));
 	if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
 		files.rlim_cur = files.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &files);
@@ -113,8 +119,7 @@ static void settle(struct launcher *launcher) {
 	launcher->cpus = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
 	launcher->sysctl = open("/proc/sys/user", O_PATH | O_DIRECTORY | O_CLOEXEC); /* used, or missed, in nested_refuse */
 	launcher->stamps = mmap(NULL, MAX_RUNS * sizeof *launcher->stamps, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	if (chdir("/") < 0 || launcher->stamps == MAP_FAILED)
-		exit(1);
+	must(launcher->stamps == MAP_FAILED ? -1 : chdir("/"));
 }
 
 int main(int count, char **arguments) {

@@ -44,6 +44,7 @@ struct run {
 	uint32_t template;        /* its name, if this is one */
 	int doomed;               /* to be killed as soon as it is born */
 	struct held *held;        /* a job's order, until it can be taken */
+	int stamped;              /* it came as far as exec */
 	int asked;                /* the caller wants to know the program's pid */
 	struct report report;
 };

@@ -14,6 +14,10 @@ int limits_apply(const struct cell *cell) {
 			continue;
 		if (errno != EPERM || late(cell, SYS_prlimit64, 0, resource, 0, (long)&now, 0) < 0)
 			return -1;
+		if (now.rlim_max > limits[i].value) {
+			errno = EPERM; /* it is not the hard limit that is in the way */
+			return -1;
+		}
 		wanted.rlim_cur = wanted.rlim_max = now.rlim_max;
 		if (late(cell, SYS_prlimit64, 0, resource, (long)&wanted, 0, 0) < 0)
 			return -1;

@@ -14,7 +14,7 @@ static struct order *order_map(const struct cell *cell, int descriptor, size_t *
 	struct stat status;
 	if (late(cell, SYS_fstat, descriptor, (long)&status, 0, 0, 0) < 0)
 		return NULL;
-	if ((late(cell, SYS_fcntl, descriptor, F_GET_SEALS, 0, 0, 0) & BLOCK_SEALS) != BLOCK_SEALS || status.st_size <= 0 ||
+	if (!is_sealed(late(cell, SYS_fcntl, descriptor, F_GET_SEALS, 0, 0, 0)) || status.st_size <= 0 ||
 	    status.st_size > MAX_BLOCK) {
 		errno = EINVAL;
 		return NULL;

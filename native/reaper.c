@@ -11,6 +11,7 @@
 #include <sys/signalfd.h>
 #include <sys/statfs.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 static void tell(const struct cell *cell, struct cell_message *message) {
 	if (message_send(NULL, cell->launcher, message, sizeof *message, NULL, 0) < 0)
@@ -59,6 +60,8 @@ static void children_reap(const struct cell *cell, pid_t program) {
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 		if (pid == program)
 			ended(cell, status);
+	if (pid < 0 && errno != ECHILD)
+		_exit(1); /* an end that is missed would never be told */
 }
 
 static void signal_forward(const struct cell *cell, pid_t program) {
@@ -86,7 +89,8 @@ _Noreturn void reaper_main(char **arguments) {
 		number[i] = atoi(arguments[i]);
 	cell.launcher = cell.failures = number[0];
 	cell.scratch = number[1];
-	if (prctl(PR_SET_DUMPABLE, 0) < 0 || prctl(PR_SET_NAME, "nsjail-init") < 0 || close(number[3]) < 0)
+	cell.gate[1] = number[3];
+	if (prctl(PR_SET_DUMPABLE, 0) < 0 || prctl(PR_SET_NAME, "nsjail-init") < 0)
 		fail(&cell, STEP_REAPER, errno);
 	reap(&cell, number[2]);
 }
@@ -99,11 +103,16 @@ _Noreturn void reap(struct cell *cell, pid_t program) {
 	    [LAUNCHER] = {.fd = cell->launcher, .events = POLLIN},
 	    [CHILDREN] = {.fd = cell->children, .events = POLLIN},
 	};
-	int kept[] = {cell->launcher, cell->children, cell->scratch};
-	descriptors_keep(kept, 3); /* what is the program's: its end of a socket must be the last one */
+	int kept[] = {cell->launcher, cell->children, cell->scratch, cell->gate[1]};
+	/* What is the program's: its end of a socket must be the last one. */
+	if (descriptors_keep(kept, 4) < 0)
+		fail(cell, STEP_DESCRIPTORS, errno);
 	/* The launcher's death is ours; if it has come already, the socket says so. A job's parent is its template: there only the socket tells. */
 	if (cell->plan && prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
 		fail(cell, STEP_PROGRAM_PROCESS, errno);
+	if (write(cell->gate[1], "", 1) != 1)
+		fail(cell, STEP_PROGRAM_PROCESS, errno);
+	close(cell->gate[1]);
 	children_reap(cell, program); /* one may have died before we watched */
 	for (;;) {
 		if (poll(watched, WATCHED, -1) < 0 && errno != EINTR)

@@ -23,10 +23,17 @@ static void refuse(int channel, enum step step, int error) {
 void run_kill(struct run *run, enum cause cause) {
 	if (run->report.cause == CAUSE_NONE)
 		run->report.cause = cause;
-	if (run->init < 0)
+	if (run->init < 0) {
 		run->doomed = 1; /* a job that is not born yet */
-	else
-		sys_pidfd_send_signal(run->init, SIGKILL); /* and the kernel kills all of the pid namespace */
+		return;
+	}
+	/* The kernel kills all of the pid namespace with it. Were the signal refused: init ends with its socket. */
+	if (sys_pidfd_send_signal(run->init, SIGKILL) == 0 || errno == ESRCH)
+		return;
+	if (run->cell >= 0)
+		shutdown(run->cell, SHUT_RDWR);
+	if (run->program >= 0)
+		shutdown(run->program, SHUT_RDWR);
 }
 
 /* A cell that exists cannot be made whole: it ends, and the report says why. */
@@ -160,6 +167,7 @@ void run_started(struct run *run) {
 void run_execed(struct launcher *launcher, struct run *run) {
 	uint64_t stamp = launcher->stamps[run->index];
 	run->execed = 1;
+	run->stamped = stamp != 0;
 	run->exec_ns = stamp ? stamp : now_ns();
 	run->report.setup_ns = run->exec_ns - run->start_ns;
 	run->report.flags |= REPORT_EXECED;
@@ -201,7 +209,7 @@ void run_count(struct launcher *launcher, struct run *run) {
 	struct report *report = &run->report;
 	if (report->step) { /* there was no program: how its process ended says nothing */
 		report->exit_code = report->signal = -1;
-	} else if (run->execed) {
+	} else if (run->stamped) {
 		report->wall_ns = (run->ended ? run->end_ns : now_ns()) - run->exec_ns;
 		if (!run->ended)
 			report->signal = SIGKILL;
@@ -214,8 +222,8 @@ void run_count(struct launcher *launcher, struct run *run) {
 		if (report->cause == CAUSE_CPU)
 			report->cpu_ns = report->observed;
 	}
-	clocks_final(run);
-	if (report->step == STEP_NONE && !run->ended && report->cause == CAUSE_NONE && report->oom_kills == 0)
+	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && report->oom_kills == 0)
 		report->step = STEP_LOST;
+	clocks_final(run);
 	unwatch(launcher, &run->timer);
 }

@@ -15,7 +15,7 @@ static const struct plan *plan_map(int descriptor) {
 	struct stat status;
 	if (fstat(descriptor, &status) < 0)
 		return NULL;
-	if ((fcntl(descriptor, F_GET_SEALS) & BLOCK_SEALS) != BLOCK_SEALS || status.st_size <= 0 || status.st_size > MAX_BLOCK) {
+	if (!is_sealed(fcntl(descriptor, F_GET_SEALS)) || status.st_size <= 0 || status.st_size > MAX_BLOCK) {
 		errno = EINVAL;
 		return NULL;
 	}
@@ -137,7 +137,7 @@ static void restock(struct launcher *launcher, struct shelf *shelf) {
 	launcher->parked++;
 	if (cell_make(launcher, run) == STEP_NONE)
 		shelf->spoiled = 0;
-	else if (run->init < 0)
+	else
 		cell_release(launcher, run);
 }
 

@@ -112,7 +112,7 @@ class Process:
             return True
         report = parse(message)
         if report.kind == lib.REPORT_STARTED:
-            self._pid = report.pid
+            self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
             return False
         self.reported = report
         return True

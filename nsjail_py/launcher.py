@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._native import ffi, lib
-from .errors import SetupError
+from .errors import LauncherDied, SetupError
 from .plan import Sealed
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class Launcher:
                 hello.groups |= 1 << GROUPS[name]
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             send(self.socket, bytes(ffi.buffer(hello)), descriptors)
+        except (BrokenPipeError, ConnectionResetError):
+            raise SetupError("launcher", detail="it ends as soon as it is started") from None
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -191,7 +193,11 @@ def submit(plan: bytes, order: bytes, descriptors: list[int], stock: int, templa
     except (BrokenPipeError, ConnectionResetError):
         lost(launcher)
     launcher = current()
-    return launcher, launcher.submit(plan, order, descriptors, stock, template)
+    try:
+        return launcher, launcher.submit(plan, order, descriptors, stock, template)
+    except (BrokenPipeError, ConnectionResetError):
+        lost(launcher)
+        raise LauncherDied("the launcher ends as soon as it is started, and the next one, too") from None
 
 
 def lost(launcher: Launcher) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SOURCES = {lib.SOURCE_NONE: "none", lib.SOURCE_RUSAGE: "rusage", lib.SOURCE_CGROUP1: "cgroup1", lib.SOURCE_CGROUP2: "cgroup2"}
 STEP_NAMES = {number: name.removeprefix("STEP_").lower().replace("_", " ") for number, name in ffi.typeof("enum step").elements.items()}
+MAX_ERRNO = 4095
 MOUNT_STEPS = ("mount target", "mount source", "mount bind", "mount idmap", "mount scratch", "mount proc", "mount devpts", "mount mask")
 
 
@@ -33,11 +34,14 @@ class Context(NamedTuple):
 
 
 def parse(message: bytes) -> Any:
-    """A `struct report`. A message of another size is not one of ours."""
+    """A `struct report`. A message of another size, or with numbers that are none of ours, is an error."""
     report = ffi.new("struct report *")
     if len(message) != ffi.sizeof("struct report"):
         raise SetupError("report", detail=f"{len(message)} bytes where {ffi.sizeof('struct report')} were expected")
     ffi.buffer(report)[:] = message
+    sound = report.step in STEP_NAMES and report.error <= MAX_ERRNO and report.denied_count <= lib.MAX_DENIED
+    if not sound or report.cpu_source not in SOURCES or report.memory_source not in SOURCES:
+        raise SetupError("report", detail="it makes no sense")
     return report
 
 

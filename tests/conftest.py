@@ -19,6 +19,10 @@ IS_ROOT = os.geteuid() == 0
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="every fault and thousands of kills: minutes, not seconds (./dev faults)")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_stock() -> None:
     """A jail that waits for the next run would count as one left behind. test_stock.py is about those."""

@@ -160,3 +160,29 @@ def test_arguments_that_do_not_fit_into_a_request_reach_the_program_whole() -> N
     argument = "".join(map(str, range(20_000)))
     result = nsjail_py.run(["/bin/echo", "-n", argument[:100_000]])
     assert result.stdout.decode() == argument[:100_000]
+
+
+def test_a_plan_in_what_cannot_be_sealed_is_refused(tmp_path: Path) -> None:
+    good = Jail("untrusted")
+    sound = compiled.for_program(good.policy, good._host(), "/bin/true").plan
+    (tmp_path / "plan").write_bytes(sound)
+    order = plan.compile_order("/bin/true", ["true"], {})
+    head = launcher.REQUEST.pack(lib.REQUEST_MAGIC, len(order), 1 << 41, 0, 0)
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, its, open(os.devnull, "r+b") as null, (tmp_path / "plan").open("rb") as file:
+        launcher.send(launcher.current().socket, head + order, [file.fileno(), its.fileno(), *[null.fileno()] * 3])
+        its.close()
+        assert reports.STEP_NAMES[reports.parse(ours.recv(1 << 16)).step] == "plan"
+
+
+def test_an_order_in_what_cannot_be_sealed_is_refused(tmp_path: Path) -> None:
+    good = Jail("untrusted")
+    sound = compiled.for_program(good.policy, good._host(), "/bin/true").plan
+    (tmp_path / "order").write_bytes(plan.compile_order("/bin/true", ["true"], {}))
+    head = launcher.REQUEST.pack(lib.REQUEST_MAGIC, 0, 1 << 42, 0, 0)
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    block = plan.Sealed("plan", sound)
+    with ours, its, open(os.devnull, "r+b") as null, (tmp_path / "order").open("rb") as file:
+        launcher.send(launcher.current().socket, head, [block.fd, its.fileno(), file.fileno(), *[null.fileno()] * 3])
+        its.close()
+        assert reports.STEP_NAMES[reports.parse(ours.recv(1 << 16)).step] == "order"

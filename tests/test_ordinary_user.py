@@ -25,6 +25,7 @@ SUITES = [
     "test_embedding.py",
     "test_programs.py",
     "test_selftest.py",
+    "test_faults.py",
     "escape",
 ]
 
@@ -59,7 +60,7 @@ def test_the_suite_holds_for_an_ordinary_user(suite: str, home: Path) -> None:
         shutil.copytree(site, home / "site-packages", ignore=shutil.ignore_patterns("__pycache__", "ruff*", "mypy*"))
         site = str(home / "site-packages")
     if not usable_by_all(str(ROOT / "nsjail_py")):
-        for name in ("nsjail_py", "policies", "tests", "examples", "README.md", "docs"):
+        for name in ("nsjail_py", "native", "policies", "tests", "examples", "README.md", "docs"):
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, home / name)
         project = home
     user = home / "user"

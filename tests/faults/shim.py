@@ -1,0 +1,154 @@
+"""The launcher built so that any one call of it can be made to fail, and what it called is known."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import struct
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+NATIVE = HERE.parent.parent / "native"
+ROLES = ("launcher", "init", "program")
+CANNOT_FAIL = frozenset(
+    [
+        "__errno_location",
+        "__sched_cpucount",
+        "__stack_chk_fail",
+        "_exit",
+        "exit",
+        "memchr",
+        "memcmp",
+        "memcpy",
+        "memmove",
+        "memset",
+        "snprintf",
+        "strchr",
+        "strcmp",
+        "strlen",
+        "strncmp",
+        "strrchr",
+        "atoi",
+        "free",
+        "strstr",
+        "strtol",
+        "strtoul",
+        "strtoull",
+        "sigaddset",
+        "sigemptyset",
+        "getegid",
+        "geteuid",
+        "getpid",
+        "getppid",
+    ]
+)
+"""What the launcher calls and has no failure. Everything else is made to fail: a call that is new, too."""
+NULL_ON_FAILURE = frozenset({"fdopendir", "readdir"})
+DONE_ALL_THE_SAME = frozenset({"close", "closedir", "munmap"})
+"""The kernel lets go of a descriptor also when close answers with an error."""
+SUB = {"prctl": "a", "fcntl": "b", "ioctl": "b", "clock_gettime": "a", "setrlimit": "a", "epoll_ctl": "b"}
+"""Which argument tells what the call is about."""
+HEAD = struct.Struct("=4IqIIII")
+ENTRY = struct.Struct("=4Iq")
+LOG = 65536
+
+
+class Point(NamedTuple):
+    """One call in one process: the nth of its kind there."""
+
+    role: str
+    cell: int
+    call: str
+    sub: int
+    nth: int
+
+    @property
+    def name(self) -> str:
+        """The system call where it is known by number, else the function and what it is about."""
+        if self.call == "syscall":
+            from nsjail_py.syscalls import name_of
+
+            return name_of(self.sub)
+        return f"{self.call}:{self.sub}" if self.call in SUB else self.call
+
+    def __str__(self) -> str:
+        return f"{self.role}{self.cell or ''} {self.name} {self.nth}"
+
+
+def _wrapper(name: str) -> str:
+    sub, failed = SUB.get(name, "0"), "0" if name in NULL_ON_FAILURE else "-1"
+    exempt = "a != 1 && " if name == "clock_gettime" else ""  # CLOCK_MONOTONIC, which is no call into the kernel
+    really = f"real_{name}(a, b, c, d, e, f)"
+    fail = f"{{ int error = errno; {really}; errno = error; return {failed}; }}" if name in DONE_ALL_THE_SAME else f"return {failed};"
+    return (
+        f'long real_{name}(long, ...) __asm__("{name}");\n'
+        f"long faulty_{name}(long a, long b, long c, long d, long e, long f) {{\n"
+        f"\tif ({exempt}due(CALL_{name}, (int){sub})) {fail}\n\treturn {really};\n}}\n"
+    )
+
+
+class Shim:
+    """The program, and the page through which it is told what to do."""
+
+    def __init__(self, directory: Path) -> None:
+        self.program, control = directory / "nsjail-launcher", directory / "control"
+        self.calls = self._build(directory, control)
+        control.write_bytes(b"")
+        os.truncate(control, HEAD.size + LOG * ENTRY.size)
+        with control.open("r+b") as file:
+            self.page = mmap.mmap(file.fileno(), 0)
+
+    def _build(self, directory: Path, control: Path) -> list[str]:
+        sources = sorted(path for path in NATIVE.glob("*.c") if path.name not in ("probe.c", "template.c"))
+        flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-stack-protector"]
+        objects = [directory / f"{path.stem}.o" for path in sources]
+        compilers = [subprocess.Popen(["gcc", *flags, "-c", s, "-o", o]) for s, o in zip(sources, objects, strict=True)]
+        assert [compiler.wait() for compiler in compilers] == [0] * len(sources)
+        symbols = [line.split()[-2:] for line in _output("nm", *objects).splitlines() if len(line.split()) >= 2]
+        defined = {name for kind, name in symbols if kind != "U"}
+        calls = sorted({name for kind, name in symbols if kind == "U"} - defined - CANNOT_FAIL)
+        renamed = directory / "renamed"
+        renamed.write_text("".join(f"{name} faulty_{name}\n" for name in calls))
+        for path in objects:
+            subprocess.run(["objcopy", f"--redefine-syms={renamed}", path], check=True)
+        table = "".join(f"#define CALL_{name} {number}\n" for number, name in enumerate(calls))
+        shim = directory / "shim.c"
+        shim.write_text(table + (HERE / "shim.c").read_text() + "".join(map(_wrapper, sorted(set(calls) - {"syscall"}))))
+        subprocess.run(["gcc", *flags, "-fno-builtin", f'-DCONTROL="{control}"', "-static", shim, *objects, "-o", self.program], check=True)
+        return calls
+
+    def arm(self, point: Point | None, error: int = errno.ENOMEM) -> None:
+        """From now on the log is empty, and this call fails."""
+        if point is None:
+            HEAD.pack_into(self.page, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        else:
+            where = (ROLES.index(point.role), point.cell, self.calls.index(point.call), point.nth)
+            HEAD.pack_into(self.page, 0, *where, point.sub, error, 0, 0, 0)
+
+    @property
+    def hit(self) -> int:
+        """Where in the log the call failed, from 1 on; 0: it was not made."""
+        return int(HEAD.unpack_from(self.page)[7])
+
+    def log(self) -> list[Point]:
+        seen: Counter[tuple[str, int, str, int]] = Counter()
+        points = []
+        for number in range(min(HEAD.unpack_from(self.page)[8], LOG)):
+            role, cell, call, _, sub = ENTRY.unpack_from(self.page, HEAD.size + number * ENTRY.size)
+            key = (ROLES[min(role, 2)], cell, self.calls[call], sub)
+            seen[key] += 1
+            points.append(Point(*key, seen[key]))
+        return points
+
+    def close(self) -> None:
+        with contextlib.suppress(BufferError):
+            self.page.close()
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,98 @@
+"""Every step fails closed: each call that the launcher, init and the program's process make, failing alone.
+
+The calls are those of a traced run, so one that is new is covered by itself. The launcher is built with a shim that lets one chosen call
+fail; where a failure is no error by design, faults/scenarios.py says so and why. `./dev faults` tries every call with every errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from faults.scenarios import SCENARIOS, Take, judge, take
+from faults.shim import Point, Shim
+
+from nsjail_py import JailError, launcher, run
+
+THOROUGH = (errno.ENOMEM, errno.EPERM, errno.EMFILE, errno.EIO, errno.ENOSYS, errno.EACCES)
+NEW_TO = {"shared": (), "own": ("shared",), "ended": ("shared", "own")}
+"""The suite tries a call once: in the first scenario that makes it."""
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shim]:
+    directory = tmp_path_factory.mktemp("shim")
+    genuine = launcher.PROGRAM
+    built = Shim(directory)
+    launcher.PROGRAM = built.program
+    yield built
+    launcher.shutdown()
+    launcher.PROGRAM = genuine
+    built.close()
+
+
+@pytest.fixture(scope="module")
+def untroubled(shim: Shim) -> dict[str, Take]:
+    return {name: take(shim, scenario, None, 0) for name, scenario in SCENARIOS.items()}
+
+
+def kind(point: Point) -> tuple[str, str, int]:
+    return point.role, point.call, point.sub
+
+
+def sample(name: str, untroubled: dict[str, Take]) -> list[Point]:
+    """One call of each kind. The same ones each time: what is new is looked for by `./dev faults`."""
+    known = {kind(point) for other in NEW_TO[name] for point in untroubled[other].log}
+    chance = random.Random(name)
+    by_kind: dict[tuple[str, str, int], list[Point]] = {}
+    for point in untroubled[name].log:
+        by_kind.setdefault(kind(point), []).append(point)
+    return [chance.choice(points) for key, points in by_kind.items() if key not in known]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_call_that_fails_is_an_error_that_starts_nothing_and_leaves_nothing(
+    name: str, shim: Shim, untroubled: dict[str, Take], request: pytest.FixtureRequest
+) -> None:
+    thorough = request.config.getoption("--thorough")
+    base = untroubled[name]
+    points = list(dict.fromkeys(base.log)) if thorough else sample(name, untroubled)
+    errors = THOROUGH if thorough else (random.Random(name).choice(THOROUGH),)
+    faults = [(point, error) for error in errors for point in points]
+    ends: Counter[str] = Counter()
+    wrong = []
+    for point, error in faults:
+        verdict = judge(take(shim, SCENARIOS[name], point, error, base.left), base, name)
+        ends[verdict.split(":")[0]] += 1
+        if verdict.startswith("WRONG"):
+            wrong.append(f"{point} {errno.errorcode[error]}: {verdict}")
+    print(f"\n{name}: {len(faults)} faults, {dict(ends)}")
+    assert not wrong, "\n".join(wrong)
+    assert name != "shared" or ends["typed"] > len(faults) / 4
+
+
+@pytest.mark.parametrize("call", ["close_range", "chdir", "epoll_create1", "mmap"])
+def test_a_launcher_that_can_never_start_is_a_typed_error(call: str, shim: Shim, untroubled: dict[str, Take]) -> None:
+    point = next(p for p in untroubled["shared"].log if p.name == call and (p.role, p.cell) == ("launcher", 0))
+    launcher.shutdown()
+    shim.arm(point._replace(nth=0))
+    try:
+        for _ in range(5):
+            with pytest.raises(JailError):
+                run(["/bin/true"])
+    finally:
+        shim.arm(None)
+    assert run(["/bin/true"]).ok
+
+
+def test_the_program_of_a_cell_that_is_never_made_whole_does_not_run(shim: Shim, untroubled: dict[str, Take]) -> None:
+    """Init drops its rights beside the program's process, so it is tried often."""
+    for point in [p for p in untroubled["own"].log if p.role == "init" and p.cell == 1 and p.call in ("setresuid", "signalfd")]:
+        for _ in range(10):
+            taken = take(shim, SCENARIOS["own"], point, errno.EPERM, untroubled["own"].left)
+            assert judge(taken, untroubled["own"], "own") == "typed", (point, taken.outcomes, os.uname().release)
