@@ -86,7 +86,7 @@ static pid_t cell_clone(const struct launcher *launcher, struct run *run, int ce
 
 int cell_is_job(const struct run *run) { return run->shelf->warm != 0; }
 
-struct run *cell_template(struct launcher *launcher, uint32_t name) {
+static struct run *template_find(struct launcher *launcher, uint32_t name) {
 	for (uint32_t i = 0; i < launcher->top_run; i++)
 		if (launcher->runs[i].used && launcher->runs[i].template == name && launcher->runs[i].execed)
 			return &launcher->runs[i];
@@ -96,7 +96,7 @@ struct run *cell_template(struct launcher *launcher, uint32_t name) {
 
 /* A job's cell is made by its template. It is born later: hear_init. */
 static int job_clone(struct launcher *launcher, struct run *run, int cell_end, int program_end) {
-	struct run *template = cell_template(launcher, run->shelf->warm);
+	struct run *template = template_find(launcher, run->shelf->warm);
 	struct cell_order job = {.kind = CELL_JOB};
 	int ends[] = {cell_end, program_end};
 	if (!template)
@@ -204,9 +204,64 @@ static void failed(struct run *run, const struct cell_message *message) {
 	run->report.detail = message->detail;
 }
 
-/* Nothing but init is left in the cell. Where nothing of the host's was shown inside, the caller need not wait for its end. */
-static void program_drain(struct launcher *launcher, struct run *run);
+/* One message of the program's before it runs; 0 when there is none, -1 when there will be none. Only the end of file says that it
+ * runs: what cannot be received could have been anything. */
+static int hear_program(struct launcher *launcher, struct run *run) {
+	struct cell_message message;
+	int sent = -1, count = 1;
+	ssize_t size = message_receive(NULL, run->program, &message, sizeof message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT, &sent, &count);
+	if (size < 0 && errno == EAGAIN)
+		return 0;
+	if (size < 0 && run->report.cause == CAUSE_NONE)
+		run_spoil(run, STEP_ORDER, errno);
+	if (size != sizeof message)
+		return -1;
+	if (message.kind == CELL_FAILED)
+		failed(run, &message);
+	else if (message.kind == CELL_NEED_PLACE)
+		place(launcher, run);
+	else if (message.kind == CELL_SERVING && run->template && !run->execed) {
+		run_execed(launcher, run);
+		run_started(run);
+	} else if (message.kind == CELL_READY && !run->ready) {
+		run->ready = 1;
+		run->report.flags |= message.flags;
+		if (count == 1) {
+			run->listener = sent;
+			if (watch(launcher, run->listener, EVENT_LISTENER, run) < 0)
+				run_spoil(run, STEP_SECCOMP, errno); /* a denied call would never return */
+		}
+		run_held_send(launcher, run);
+		return 1;
+	}
+	if (count == 1)
+		close(sent);
+	return 1;
+}
 
+static void program_gone(struct launcher *launcher, struct run *run) {
+	unwatch(launcher, &run->program);
+	if (run->ordered && !run->execed && !run->report.step)
+		run_execed(launcher, run);
+}
+
+/* When the program has let go of its socket it runs, or it is dead. */
+void program_heard(struct launcher *launcher, struct run *run) {
+	if (run->program < 0)
+		return; /* an event from before we let go of it */
+	if (hear_program(launcher, run) < 0)
+		program_gone(launcher, run);
+}
+
+/* What it said before it was gone. */
+static void program_drain(struct launcher *launcher, struct run *run) {
+	while (run->program >= 0 && hear_program(launcher, run) > 0)
+		;
+	if (run->program >= 0)
+		program_gone(launcher, run);
+}
+
+/* Nothing but init is left in the cell. Where nothing of the host's was shown inside, the caller need not wait for its end. */
 static void ended(struct launcher *launcher, struct run *run, const struct cell_message *message) {
 	struct report *report = &run->report;
 	run->ended = 1;
@@ -257,69 +312,12 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 	return 1;
 }
 
-/* One message of the program's before it runs; 0 when there is none, -1 when there will be none. Only the end of file says that it
- * runs: what cannot be received could have been anything. */
-static int hear_program(struct launcher *launcher, struct run *run) {
-	struct cell_message message;
-	int sent = -1, count = 1;
-	ssize_t size = message_receive(NULL, run->program, &message, sizeof message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT, &sent, &count);
-	if (size < 0 && errno == EAGAIN)
-		return 0;
-	if (size < 0 && run->report.cause == CAUSE_NONE)
-		run_spoil(run, STEP_ORDER, errno);
-	if (size != sizeof message)
-		return -1;
-	if (message.kind == CELL_FAILED)
-		failed(run, &message);
-	else if (message.kind == CELL_NEED_PLACE)
-		place(launcher, run);
-	else if (message.kind == CELL_SERVING && run->template && !run->execed) {
-		run_execed(launcher, run);
-		run_started(run);
-	} else if (message.kind == CELL_READY && !run->ready) {
-		run->ready = 1;
-		run->report.flags |= message.flags;
-		if (count == 1) {
-			run->listener = sent;
-			if (watch(launcher, run->listener, EVENT_LISTENER, run) < 0)
-				run_spoil(run, STEP_SECCOMP, errno); /* a denied call would never return */
-		}
-		run_held_send(launcher, run);
-		return 1;
-	}
-	if (count == 1)
-		close(sent);
-	return 1;
-}
-
 void cell_heard(struct launcher *launcher, struct run *run) {
 	if (hear_init(launcher, run))
 		return;
 	unwatch(launcher, &run->cell); /* closed: init's own end is about to be seen */
 	if (run->init < 0)
 		cell_finish(launcher, run); /* it was never born */
-}
-
-static void program_gone(struct launcher *launcher, struct run *run) {
-	unwatch(launcher, &run->program);
-	if (run->ordered && !run->execed && !run->report.step)
-		run_execed(launcher, run);
-}
-
-/* When the program has let go of its socket it runs, or it is dead. */
-void program_heard(struct launcher *launcher, struct run *run) {
-	if (run->program < 0)
-		return; /* an event from before we let go of it */
-	if (hear_program(launcher, run) < 0)
-		program_gone(launcher, run);
-}
-
-/* What it said before it was gone. */
-static void program_drain(struct launcher *launcher, struct run *run) {
-	while (run->program >= 0 && hear_program(launcher, run) > 0)
-		;
-	if (run->program >= 0)
-		program_gone(launcher, run);
 }
 
 void cell_finish(struct launcher *launcher, struct run *run) {

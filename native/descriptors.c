@@ -49,6 +49,20 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 	return received;
 }
 
+/* What only the launcher has the right to do. The answer's value is its errno. */
+int launcher_ask(int socket, enum cell_message_kind what, enum cell_order_kind done) {
+	struct cell_message need = {.kind = what};
+	struct cell_order answer;
+	int none = 0;
+	if (message_send(NULL, socket, &need, sizeof need, NULL, 0) < 0)
+		return -1;
+	ssize_t size = message_receive(NULL, socket, &answer, sizeof answer, 0, NULL, &none);
+	if (size < 0)
+		return -1;
+	errno = size == sizeof answer && answer.kind == done ? (int)answer.value : EPROTO;
+	return errno ? -1 : 0;
+}
+
 /* They came on the lowest numbers, in order, and are to have rising ones: so from the last to the first, each can go to its place. */
 int descriptors_place(const struct cell *cell, const struct order *order, const int *descriptors) {
 	const uint32_t *numbers = at(order, order->descriptors.offset);

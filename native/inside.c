@@ -8,7 +8,6 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <time.h>
 
 _Noreturn void fail(const struct cell *cell, enum step step, int error) {
 	struct cell_message message = {.kind = CELL_FAILED, .step = step, .error = (uint32_t)error, .detail = cell->detail};
@@ -116,7 +115,7 @@ static int cgroup_join(const struct cell *cell) {
 }
 
 /* Nothing runs while init has a right left, or has failed to give one up: then init has told, and goes, and we with it. */
-static int init_is_ready(const struct cell *cell) {
+int init_is_ready(const struct cell *cell) {
 	char byte;
 	close(cell->gate[1]);
 	ssize_t size = read(cell->gate[0], &byte, 1);

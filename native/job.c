@@ -25,25 +25,24 @@ static int born(const struct cell *cell) {
 	return result;
 }
 
-_Noreturn static void become_reaper(struct cell *cell, int reaper, pid_t program, int go) {
+_Noreturn static void become_reaper(struct cell *cell, int reaper, pid_t program) {
 	char text[4][16];
 	char *arguments[] = {"nsjail-init", text[0], text[1], text[2], text[3], NULL}, *none[] = {NULL};
-	int numbers[] = {cell->launcher, cell->scratch, (int)program, go};
+	int numbers[] = {cell->launcher, cell->scratch, (int)program, cell->gate[1]};
 	for (int i = 0; i < 4; i++)
 		snprintf(text[i], sizeof text[i], "%d", numbers[i]);
-	if (pass_on(cell->launcher) < 0 || pass_on(cell->scratch) < 0 || pass_on(go) < 0)
+	if (pass_on(cell->launcher) < 0 || pass_on(cell->scratch) < 0 || pass_on(cell->gate[1]) < 0)
 		fail(cell, STEP_REAPER, errno);
 	syscall(SYS_execveat, reaper, "", arguments, none, AT_EMPTY_PATH);
 	fail(cell, STEP_REAPER, errno);
 }
 
 /* program is called in the job's process, and does not return. */
-_Noreturn void job_init(struct cell *cell, int reaper, void (*program)(struct cell *cell, int go)) {
+_Noreturn void job_init(struct cell *cell, int reaper, void (*program)(void)) {
 	const struct plan *plan = cell->plan;
-	int go[2];
 	int kept[] = {cell->launcher, cell->orders, reaper};
-	descriptors_keep(kept, 3);
 	cell->failures = cell->launcher;
+	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 3));
 	signal(SIGCHLD, SIG_DFL);
 	step(cell, STEP_CLONE, born(cell));
 	step(cell, STEP_SESSION, session_new());
@@ -62,54 +61,32 @@ _Noreturn void job_init(struct cell *cell, int reaper, void (*program)(struct ce
 		step(cell, STEP_TIME_NAMESPACE, unshare(CLONE_NEWTIME));
 	step(cell, STEP_SECUREBITS, securebits_lock());
 	step(cell, STEP_CAPABILITIES, bounding_set_empty());
-	step(cell, STEP_PROGRAM_PROCESS, pipe2(go, O_CLOEXEC));
+	step(cell, STEP_PROGRAM_PROCESS, pipe2(cell->gate, O_CLOEXEC));
 	pid_t pid = fork();
 	step(cell, STEP_PROGRAM_PROCESS, pid);
 	if (pid == 0) {
-		close(go[1]);
-		program(cell, go[0]);
+		program();
 		__builtin_trap();
 	}
 	become_nobody(cell);
-	become_reaper(cell, reaper, pid, go[1]);
-}
-
-/* The launcher puts us into the cell's groups: the right is its own. */
-static int placed(const struct cell *cell) {
-	struct cell_message need = {.kind = CELL_NEED_PLACE};
-	struct cell_order answer;
-	int none = 0;
-	if (message_send(NULL, cell->orders, &need, sizeof need, NULL, 0) < 0)
-		return -1;
-	ssize_t size = message_receive(NULL, cell->orders, &answer, sizeof answer, 0, NULL, &none);
-	if (size < 0)
-		return -1;
-	errno = size == sizeof answer && answer.kind == CELL_PLACED ? (int)answer.value : EPROTO;
-	return errno ? -1 : 0;
-}
-
-/* Process 1 is a stranger to us when it has become the reaper and cannot be looked into. */
-static int reaper_is_there(int go) {
-	char byte;
-	ssize_t size = read(go, &byte, 1);
-	close(go);
-	return size == 1 ? 0 : -1;
+	become_reaper(cell, reaper, pid);
 }
 
 /* Returns when nothing but the order is missing. listener: of the denied calls; -1 without a filter. */
-void job_program(struct cell *cell, int go, int *listener) {
+void job_program(struct cell *cell, int *listener) {
 	const struct plan *plan = cell->plan;
 	cell->failures = cell->orders;
 	cell->secret = 0;
 	cell->ruleset = -1;
 	signal(SIGCHLD, SIG_DFL);
-	step(cell, STEP_CGROUP_JOIN, placed(cell));
+	/* The launcher puts us into our groups: the right is its own. */
+	step(cell, STEP_CGROUP_JOIN, launcher_ask(cell->orders, CELL_NEED_PLACE, CELL_PLACED));
 	if (plan->namespaces & CLONE_NEWCGROUP)
 		step(cell, STEP_CGROUP_NAMESPACE, unshare(CLONE_NEWCGROUP));
 	step(cell, STEP_SESSION, session_new());
 	become_nobody(cell);
 	step(cell, STEP_WORK_DIRECTORY, chdir(at(plan, plan->directory)));
-	step(cell, STEP_REAPER, reaper_is_there(go));
+	step(cell, STEP_REAPER, init_is_ready(cell)); /* the reaper by now, which cannot be looked into */
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_prepare(cell));
 	cell->app = -1;

@@ -93,9 +93,14 @@ int loopback_up(void);
 /* descriptors.c */
 ssize_t message_receive(const struct cell *cell, int socket, void *message, size_t size, int flags, int *descriptors, int *count);
 int message_send(const struct cell *cell, int socket, const void *message, size_t size, const int *descriptors, int count);
+int launcher_ask(int socket, enum cell_message_kind what, enum cell_order_kind done);
 int descriptors_place(const struct cell *cell, const struct order *order, const int *descriptors);
 int descriptors_keep(int *kept, int count);
 int descriptor_high(int descriptor);
+
+/* blocks.c */
+void *block_map(const struct cell *cell, int descriptor, int protection, size_t *size);
+const struct plan *plan_map(int descriptor);
 
 /* order.c */
 int order_take(const struct cell *cell, struct order **order, int *descriptors);
@@ -114,12 +119,13 @@ int filter_install(struct cell *cell, int *listener);
 long late(const struct cell *cell, long call, long a, long b, long c, long d, long e);
 
 /* job.c */
-_Noreturn void job_init(struct cell *cell, int reaper, void (*program)(struct cell *cell, int go));
-void job_program(struct cell *cell, int go, int *listener);
+_Noreturn void job_init(struct cell *cell, int reaper, void (*program)(void));
+void job_program(struct cell *cell, int *listener);
 
 /* inside.c, reaper.c */
 void step(const struct cell *cell, enum step step, int result);
 void become_nobody(const struct cell *cell);
+int init_is_ready(const struct cell *cell);
 int descriptors_clear(struct cell *cell);
 int ready(const struct cell *cell, int *listener);
 int unshared(const struct cell *cell, uint64_t others);

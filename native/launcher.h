@@ -57,7 +57,7 @@ struct held {
 };
 
 struct launcher {
-	int epoll, control, caller;
+	int epoll, caller;
 	int sysctl; /* /proc/sys/user */
 	struct hello hello;
 	int groups[GROUPS];
@@ -86,7 +86,6 @@ enum step cell_make(struct launcher *launcher, struct run *run);
 void cell_heard(struct launcher *launcher, struct run *run);    /* a message from init */
 void program_heard(struct launcher *launcher, struct run *run); /* a message from the program, or its exec */
 void cell_finish(struct launcher *launcher, struct run *run);   /* init is dead */
-struct run *cell_template(struct launcher *launcher, uint32_t name);
 int cell_is_job(const struct run *run);
 void cell_release(struct launcher *launcher, struct run *run);
 

@@ -6,24 +6,8 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-static struct order *order_map(const struct cell *cell, int descriptor, size_t *size) {
-	struct stat status;
-	if (late(cell, SYS_fstat, descriptor, (long)&status, 0, 0, 0) < 0)
-		return NULL;
-	if (!is_sealed(late(cell, SYS_fcntl, descriptor, F_GET_SEALS, 0, 0, 0)) || status.st_size <= 0 ||
-	    status.st_size > MAX_BLOCK) {
-		errno = EINVAL;
-		return NULL;
-	}
-	*size = (size_t)status.st_size;
-	void *block = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
-	late(cell, SYS_close, descriptor, 0, 0, 0, 0);
-	return block == MAP_FAILED ? NULL : block;
-}
 
 /* The order lies behind its message, or, when it is large, in the last descriptor that comes along; the others are the program's. */
 int order_take(const struct cell *cell, struct order **order, int *descriptors) {
@@ -41,8 +25,12 @@ int order_take(const struct cell *cell, struct order **order, int *descriptors) 
 		return -1;
 	}
 	*order = (struct order *)message.order;
-	if (size == 0 && !(*order = order_map(cell, received[--count], &size)))
-		return -1;
+	if (size == 0) {
+		int block = received[--count];
+		if (!(*order = block_map(cell, block, PROT_READ | PROT_WRITE, &size)))
+			return -1;
+		late(cell, SYS_close, block, 0, 0, 0, 0);
+	}
 	if (!order_check(*order, size) || (*order)->descriptors.count != (uint32_t)count) {
 		errno = EINVAL;
 		return -1;

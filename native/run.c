@@ -45,7 +45,6 @@ void run_spoil(struct run *run, enum step step, int error) {
 	run_kill(run, CAUSE_NONE);
 }
 
-/* A job runs from here on: there is no exec that would tell. */
 static int order_send(const struct launcher *launcher, const struct run *run, const struct request *request,
                       const int *descriptors, int count) {
 	struct {
@@ -55,7 +54,7 @@ static int order_send(const struct launcher *launcher, const struct run *run, co
 	message.head = (struct cell_order){.kind = CELL_RUN, .value = request->inlined};
 	if (request->inlined)
 		memcpy(message.order, request + 1, request->inlined);
-	if (cell_is_job(run))
+	if (cell_is_job(run)) /* it runs from here on: there is no exec that would tell */
 		launcher->stamps[run->index] = now_ns();
 	return message_send(NULL, run->program, &message, sizeof message.head + request->inlined, descriptors, count);
 }

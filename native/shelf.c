@@ -3,31 +3,10 @@
 #include "launcher.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #define IDLE_NS 10000000000u
-
-static const struct plan *plan_map(int descriptor) {
-	struct stat status;
-	if (fstat(descriptor, &status) < 0)
-		return NULL;
-	if (!is_sealed(fcntl(descriptor, F_GET_SEALS)) || status.st_size <= 0 || status.st_size > MAX_BLOCK) {
-		errno = EINVAL;
-		return NULL;
-	}
-	void *block = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-	if (block == MAP_FAILED)
-		return NULL;
-	if (plan_check(block, (size_t)status.st_size))
-		return block;
-	munmap(block, (size_t)status.st_size);
-	errno = EINVAL;
-	return NULL;
-}
 
 static void clear(struct shelf *shelf) {
 	munmap((void *)shelf->plan, shelf->plan->size);

@@ -12,24 +12,18 @@
 #include <sched.h>
 #include <setjmp.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 enum { STACK = 131072 };
 
 static struct cell cell;
-static int reaper_fd, go_fd, listener = -1;
+static int reaper_fd, listener = -1;
 static jmp_buf in_job;
 
-static void jump(struct cell *unused, int go) {
-	(void)unused;
-	go_fd = go;
-	_longjmp(in_job, 1);
-}
+static void jump(void) { _longjmp(in_job, 1); }
 
 static int init_main(void *unused) {
 	(void)unused;
@@ -89,19 +83,6 @@ static PyObject *take(PyObject *module, PyObject *nothing) {
 	                     (Py_ssize_t)file->size, texts(order, order->argv), texts(order, order->environment));
 }
 
-static const struct plan *plan_map(int descriptor) {
-	struct stat status;
-	if (fstat(descriptor, &status) < 0)
-		return NULL;
-	void *block = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-	if (block == MAP_FAILED)
-		return NULL;
-	if (plan_check(block, (size_t)status.st_size))
-		return block;
-	errno = EINVAL;
-	return NULL;
-}
-
 /* serve(control, reaper, plan): descriptors of the launcher's socket, of the reaper's executable, and of the jobs' plan. Returns True in
  * a job, which is then in its jail and has given everything up, and False in the template when the launcher is gone. */
 static PyObject *serve(PyObject *module, PyObject *arguments) {
@@ -119,7 +100,7 @@ static PyObject *serve(PyObject *module, PyObject *arguments) {
 	PyOS_BeforeFork();
 	if (_setjmp(in_job)) {
 		PyOS_AfterFork_Child();
-		job_program(&cell, go_fd, &listener);
+		job_program(&cell, &listener);
 		Py_RETURN_TRUE;
 	}
 	while (job_make(control, plan, stack) == 0)

@@ -28,27 +28,10 @@ static int map_self(const struct cell *cell) {
 	return prctl(PR_SET_DUMPABLE, 0);
 }
 
-static int map_by_launcher(const struct cell *cell) {
-	struct cell_message need = {.kind = CELL_NEED_MAP};
-	struct cell_order answer;
-	int none = 0;
-	if (message_send(NULL, cell->launcher, &need, sizeof need, NULL, 0) < 0)
-		return -1;
-	ssize_t size = message_receive(NULL, cell->launcher, &answer, sizeof answer, 0, NULL, &none);
-	if (size < 0)
-		return -1;
-	if (size != sizeof answer || answer.kind != CELL_MAPPED) {
-		errno = EPROTO;
-		return -1;
-	}
-	errno = (int)answer.value;
-	return answer.value ? -1 : 0;
-}
-
 int user_namespace_enter(struct cell *cell) {
 	if (cell->rootless)
 		return map_self(cell); /* made by clone */
-	return unshare(CLONE_NEWUSER) < 0 ? -1 : map_by_launcher(cell);
+	return unshare(CLONE_NEWUSER) < 0 ? -1 : launcher_ask(cell->launcher, CELL_NEED_MAP, CELL_MAPPED);
 }
 
 /* Zero user namespaces below this one. The sysctl of the namespace that looks it up is the one that is set. */

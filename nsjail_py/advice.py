@@ -39,6 +39,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("seccomp", E.EACCES): "no_new_privs was not set",
     ("app files", E.ENOSPC): "the script is larger than the disk limit",
     ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
+    ("template", ANY): "the warm interpreter ended: the next run starts another",
     ("setup time", ANY): "making the jail took more than 30 s: a source on a file system that hangs?",
     ("lost", ANY): "the jail's init was killed from outside, perhaps for lack of memory on the host",
 }

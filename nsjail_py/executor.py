@@ -6,8 +6,8 @@ lists, dictionaries, dates, None, and numpy arrays. Nothing that a job wrote is 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import functools
 import os
 import sys
 import sysconfig
@@ -120,8 +120,8 @@ class JailExecutor(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As concurrent.futures says. What cannot be pickled is an error here, not in the future."""
-        with by_value(self._pickle, fn):
-            call = Call(Future(), self._pickle.dumps((fn, args, kwargs)))
+        by_value(self._pickle, fn)
+        call = Call(Future(), self._pickle.dumps((fn, args, kwargs)))
         with self._lock:
             if len(self._threads) < self._workers and not self._queue.closed:
                 thread = threading.Thread(target=_work, args=(self._queue, self._jail), name=f"jail-{len(self._threads)}", daemon=True)
@@ -195,13 +195,15 @@ def _array(code: int, data: memoryview) -> Any:
     return np.frombuffer(raw, dtype).reshape(shape).copy()
 
 
-@contextlib.contextmanager
-def by_value(pickle: Any, fn: Callable[..., Any]) -> Any:
+def by_value(pickle: Any, fn: Callable[..., Any]) -> None:
     """The caller's own modules are not inside: their functions go with their code; those of installed packages go by name."""
     module = sys.modules.get(getattr(fn, "__module__", None) or "")
     file = getattr(module, "__file__", None)
-    places = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    own = file is not None and not any(file.startswith(place + os.sep) for place in places)
+    own = file is not None and not file.startswith(installed())
     if module is not None and own and module.__name__ != "__main__" and module.__name__ not in pickle.list_registry_pickle_by_value():
         pickle.register_pickle_by_value(module)
-    yield
+
+
+@functools.cache
+def installed() -> tuple[str, ...]:
+    return tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))

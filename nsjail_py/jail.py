@@ -205,6 +205,8 @@ class Jail:
     policy: a Policy, the name of a shipped one, or the path of a TOML file. changes: fields that differ from it (limits by their names,
     `imports`, `env`, `mounts`, `workdir` ...; numbers or strings with units). Raises PolicyError with everything that is wrong.
     stock: how many jails wait for the next runs, made from the second run of a program on, and gone ten seconds after the last. 0: none.
+    preload: modules that a warm interpreter has imported, from which `run_python` forks its runs (docs/how-it-works.md); the distributions
+    that they come from are visible inside. Empty for a bare one; None: each run starts an interpreter. Close the Jail to end it.
     """
 
     def __init__(

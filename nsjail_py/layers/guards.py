@@ -84,7 +84,7 @@ class Facade:
         return sorted(object.__getattribute__(self, "_names"))
 
 
-class Record(dict):  # type: ignore[type-arg]
+class Record(dict[str, Any]):
     """A dictionary from outside whose entries are also attributes, as templates like them."""
 
 

@@ -136,7 +136,7 @@ def test_landlock_alone_refuses_what_was_written_where_other_programs_may_run(mo
 # 8. Two signals of the C library's start ignored: posix_spawn leaves them so, and signal(2) of the C library cannot set them back.
 
 
-@open_if(True, "signals_reset goes by the C library, which refuses 32 and 33")
+@open_if(True, "signal() goes by the C library, which refuses 32 and 33")
 def test_no_signal_at_all_is_ignored() -> None:
     text = nsjail_py.run(["/bin/cat", "/proc/self/status"], policy="moderate").check().stdout.decode()
     assert next(line for line in text.splitlines() if line.startswith("SigIgn")).split()[1] == "0" * 16
