@@ -292,7 +292,7 @@ class Jail:
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
     def start_own(self, filename: str, data: bytes, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
-        """For JailExecutor and Session: a script of ours. descriptors: by the numbers, from 3 on and rising, that the script knows them by."""
+        """For JailExecutor and Session: a script of ours. descriptors: by the numbers that it knows them by, rising from 3 on."""
         template = None
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)
