@@ -7,6 +7,7 @@ result.verdict, result.stdout, result.cpu_time, result.peak_memory
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, ScriptRefused, SetupError, Unavailable
@@ -16,6 +17,7 @@ from .policyfile import load as policy
 from .result import Protection, Result, Verdict
 
 if TYPE_CHECKING:
+    from . import aio
     from .executor import JailExecutor
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __all__ = [
     "Syscalls",
     "Unavailable",
     "Verdict",
+    "aio",
     "policy",
     "run",
     "run_python",
@@ -50,9 +53,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The executor is imported when it is asked for: most users start programs."""
-    if name != "JailExecutor":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .executor import JailExecutor
+    """asyncio and the executor are imported when they are asked for: most users start programs."""
+    if name == "aio":
+        return importlib.import_module(".aio", __name__)
+    if name == "JailExecutor":
+        from .executor import JailExecutor
 
-    return JailExecutor
+        return JailExecutor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
