@@ -62,8 +62,9 @@ def test_a_nul_in_an_argument_or_variable_is_refused() -> None:
 
 
 def test_an_argument_list_beyond_the_kernels_limit_is_exec_failed() -> None:
-    result = nsjail_py.run(["/bin/true", "x" * 200_000])
-    assert result.verdict is Verdict.exec_failed and result.evidence["error"] == "Argument list too long"
+    for arguments in (["x" * 200_000], ["x" * 100_000] * 30, ["x"] * 500_000):  # one, all together, and their pointers
+        results = nsjail_py.run(["/bin/true", *arguments]), nsjail_py.run_python("print(1)", args=arguments)
+        assert [(r.verdict, r.evidence["error"]) for r in results] == [(Verdict.exec_failed, "Argument list too long")] * 2
 
 
 def test_a_program_for_another_machine_is_exec_failed(tmp_path: Path) -> None:
