@@ -23,6 +23,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("shared root", ANY): "a mount namespace cannot be entered again (no CAP_SYS_CHROOT, or a container's filter refuses setns)",
     ("user namespace", E.EPERM): f"user namespaces are restricted here (Ubuntu: {APPARMOR}): see `nsjail-py doctor`",
     ("id map", E.EPERM): f"root needs CAP_SETUID and CAP_SETGID; from a user AppArmor may withhold every right (Ubuntu: {APPARMOR})",
+    ("mount private", E.EINVAL): "the root directory is no mount point, as in a chroot: enter it with pivot_root, as containers do",
     ("mount private", E.ENOSYS): "mount_setattr is missing: Linux 5.12 or later",
     ("mount private", E.EPERM): "no right to mount in the new namespace: AppArmor or a container's filter refuses it",
     ("mount source", E.ENOENT): "the source does not exist on the host",

@@ -28,7 +28,7 @@ from .policy import Policy
 from .policyfile import load, override
 from .reports import Context, parse, to_result
 from .result import Result
-from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, split
 
 if TYPE_CHECKING:
     from .session import Session
@@ -320,7 +320,7 @@ class Jail:
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""
-        return _to_end(self.start(args, **_captured(input, streams)), input, timeout)
+        return _to_end(self.start(args, **captured(input, streams)), input, timeout)
 
     def run_python(
         self,
@@ -333,7 +333,7 @@ class Jail:
         **streams: Any,
     ) -> Result:
         """Runs a Python script to its end and returns its result."""
-        return _to_end(self.start_python(source, args=args, filename=filename, **_captured(input, streams)), input, timeout)
+        return _to_end(self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
 
     def _host(self) -> Host:
         claim = launcher.current().claim
@@ -366,29 +366,14 @@ def environment(policy: Policy) -> dict[str, str]:
     return variables | policy.env
 
 
-def _captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
-    if input is not None:
-        if "stdin" in streams:
-            raise ValueError("stdin and input cannot both be given")
-        streams["stdin"] = PIPE
-    return {"stdout": PIPE, "stderr": PIPE, **streams}
-
-
 def _to_end(process: Process, input: bytes | None, timeout: float | None) -> Result:
     with process:
         return process.communicate(input, timeout)
 
 
-STREAMS = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {k: v for k, v in options.items() if k in STREAMS}, {k: v for k, v in options.items() if k not in STREAMS}
-
-
 def run(args: Args, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:
     """Runs a program in a jail, like subprocess.run. options: streams, input and timeout as there; everything else changes the policy."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     return Jail(policy, **changes).run(args, **streams)
 
 
@@ -401,5 +386,5 @@ def run_python(
     **options: Any,
 ) -> Result:
     """Runs Python source in a jail. options as for `run`."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     return Jail(policy, **changes).run_python(source, args=args, filename=filename, **streams)
