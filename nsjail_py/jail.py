@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from . import launcher
 from ._native import ffi, lib
 from .compiled import PATH, Compiled, Host, for_program, for_python, landlock_abi
-from .errors import JailError, LauncherDied, PolicyError
+from .errors import JailError, LauncherDied, PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
 from .policyfile import load, override
@@ -60,7 +60,7 @@ class Process:
     ) -> None:
         self.compiled = compiled
         self.template = template
-        """Kept alive by its jobs."""
+        """Kept alive by its jobs, to their end."""
         self.args = args
         self.reported: Any = None
         self._pid: int | None = None
@@ -173,6 +173,7 @@ class Process:
     def _finish(self) -> Result:
         if self._result is None:
             self._finalizer()
+            self.template = None
             if self._lost:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
             self._result = to_result(self.reported, self._context())
@@ -300,7 +301,10 @@ class Jail:
         from .warm import PROBE
 
         job = self._start_job(template, PROBE.encode(), (), "probe.py", (None, PIPE, None), ())
-        return _to_end(job, None, None).check().stdout
+        result = _to_end(job, None, None)
+        if not result.ok:
+            raise SetupError("template", detail=f"its first job: {result.summary}")
+        return result.stdout
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""

@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ REQUEST = struct.Struct("=IIQII")
 """`struct request` of native/plan.h."""
 MAX_PLANS = 32
 """How many plans keep a descriptor open in this process."""
+END_S = 5.0
+"""How long a launcher may take to end."""
 numbers = itertools.count(1)
 """Names for plans and templates."""
 
@@ -55,6 +58,8 @@ class Launcher:
         self.plans: dict[tuple[bytes, int], tuple[int, Sealed]] = {}
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket = ours
+        self.sending = threading.Lock()
+        """A socket that another thread closes must not be one that is just written to."""
         try:
             with its:
                 uid_base, uid_count = self._uids() if os.geteuid() == 0 else (0, 0)
@@ -113,7 +118,7 @@ class Launcher:
             for name, path in sorted(self.claim.directories.items(), key=lambda item: GROUPS[item[0]]):
                 hello.groups |= 1 << GROUPS[name]
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            send(self.socket, bytes(ffi.buffer(hello)), descriptors)
+            self._send(bytes(ffi.buffer(hello)), descriptors)
         except (BrokenPipeError, ConnectionResetError):
             raise SetupError("launcher", detail="it ends as soon as it is started") from None
         finally:
@@ -130,9 +135,9 @@ class Launcher:
         with its:
             try:
                 if large:
-                    send(self.socket, head, [block.fd, its.fileno(), *descriptors, large.fd])
+                    self._send(head, [block.fd, its.fileno(), *descriptors, large.fd])
                 else:
-                    send(self.socket, head + order, [block.fd, its.fileno(), *descriptors])
+                    self._send(head + order, [block.fd, its.fileno(), *descriptors])
             except BaseException:
                 channel.close()
                 raise
@@ -147,24 +152,39 @@ class Launcher:
             known = self.plans.setdefault((plan, template), (next(numbers), Sealed("plan", plan)))
         return known
 
+    def _send(self, message: bytes, descriptors: list[int]) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        with self.sending:
+            if self.socket.fileno() < 0:  # another thread has found it dead
+                raise BrokenPipeError
+            self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+
     def close(self) -> None:
         """Ends the launcher and every jail of it."""
-        self.socket.close()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # whoever is just sending gets an error
+        with self.sending:
+            self.socket.close()
+        self.plans = {}
         if self.pid:
-            with contextlib.suppress(ChildProcessError):  # somebody waits for all children, or ignores SIGCHLD
-                os.waitpid(self.pid, 0)
+            _reap(self.pid)
             self.pid = 0
-        if self.uid_lock >= 0:
-            os.close(self.uid_lock)
-            self.uid_lock = -1
         from . import cgroups
 
         cgroups.release(self.claim)
+        if self.uid_lock >= 0:  # the last of its jails is gone, so the ids are free
+            os.close(self.uid_lock)
+            self.uid_lock = -1
 
 
-def send(to: socket.socket, message: bytes, descriptors: list[int]) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    to.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+def _reap(pid: int) -> None:
+    """Waits for a launcher to end. One that somebody has stopped would not: it is killed, and the kernel ends its jails."""
+    deadline = time.monotonic() + END_S
+    with contextlib.suppress(ChildProcessError):  # somebody waits for all children, or ignores SIGCHLD
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.001)
 
 
 _lock = threading.Lock()
