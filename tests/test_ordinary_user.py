@@ -26,6 +26,7 @@ SUITES = [
     "test_programs.py",
     "test_selftest.py",
     "test_faults.py",
+    "test_chaos.py",
     "escape",
 ]
 
