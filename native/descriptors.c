@@ -33,6 +33,7 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 	struct iovec vector = {.iov_base = message, .iov_len = size};
 	struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control};
 	header.msg_controllen = *count ? CMSG_SPACE(sizeof(int) * (size_t)*count) : 0;
+	int room = *count;
 	*count = 0;
 	long received = late(cell, SYS_recvmsg, socket, (long)&header, flags, 0, 0);
 	if (received < 0 && errno == ECONNRESET)
@@ -43,7 +44,7 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 		memcpy(descriptors, CMSG_DATA(first), sizeof(int) * (size_t)*count);
 	}
 	if (received >= 0 && header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
-		errno = EPROTO;
+		errno = header.msg_flags & MSG_CTRUNC && *count < room ? EMFILE : EPROTO; /* it is our table that is full */
 		return -1;
 	}
 	return received;

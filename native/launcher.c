@@ -52,6 +52,8 @@ static void request(struct launcher *launcher) {
 	if (size >= (ssize_t)sizeof request.head && request.head.magic == REQUEST_MAGIC && count >= least &&
 	    request.head.inlined == (size_t)size - sizeof request.head)
 		run_start(launcher, &request.head, descriptors, count);
+	else if (count) /* the channel comes first */
+		run_refuse(descriptors[0], STEP_REQUEST, size < 0 ? errno : EPROTO);
 	for (int i = 0; i < count; i++)
 		if (descriptors[i] >= 0)
 			close(descriptors[i]);

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -29,7 +28,7 @@ from .policy import Policy
 from .policyfile import load, override
 from .reports import Context, parse, to_result
 from .result import Result
-from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory, ready
 
 if TYPE_CHECKING:
     from .warm import Template, Templates
@@ -96,7 +95,7 @@ class Process:
         if self._pid is None and not self.reported:
             self._command(0, lib.CAUSE_NONE)
         while self._pid is None and not self.reported:
-            select.select([self.channel], [], [])
+            ready([self.channel.fileno()], None)
             self.hear()
         return self._pid
 
@@ -106,9 +105,10 @@ class Process:
             return True
         message = self._receive()
         if not message:
-            self._lost = True
-            self.reported = ffi.new("struct report *")
-            launcher.lost(self.launcher)
+            self.reported = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
+            if not self.launcher.alive:
+                self._lost = True
+                launcher.lost(self.launcher)
             return True
         report = parse(message)
         if report.kind == lib.REPORT_STARTED:
@@ -126,14 +126,14 @@ class Process:
 
     def poll(self) -> Result | None:
         """The result if the run is over, else None. Does not wait."""
-        while not self.reported and select.select([self.channel], [], [], 0)[0]:
+        while not self.reported and ready([self.channel.fileno()], 0):
             self.hear()
         return self._finish() if self.reported else None
 
     def wait(self, timeout: float | None = None) -> Result:
         """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
         while not self.reported:
-            if not select.select([self.channel], [], [], timeout)[0]:
+            if not ready([self.channel.fileno()], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             self.hear()
         return self._finish()

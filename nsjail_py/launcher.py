@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import select
 import signal
 import socket
 import struct
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._native import ffi, lib
-from .errors import LauncherDied, SetupError
+from .advice import advice
+from .errors import LauncherDied, SetupError, during
 from .plan import Sealed
 
 if TYPE_CHECKING:
@@ -52,16 +54,16 @@ class Launcher:
     def __init__(self) -> None:
         from . import cgroups
 
-        self.claim: Claim = cgroups.claim()
         self.pid = 0
         self.uid_lock = -1
         self.plans: dict[tuple[bytes, int], tuple[int, Sealed]] = {}
-        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket = ours
         self.sending = threading.Lock()
         """A socket that another thread closes must not be one that is just written to."""
+        self.socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.claim: Claim = cgroups.Claim("none", "rootless")
         try:
             with its:
+                self.claim = cgroups.claim()
                 uid_base, uid_count = self._uids() if os.geteuid() == 0 else (0, 0)
                 self.pid = self._spawn(its.fileno())
                 self._hello(uid_base, uid_count)
@@ -86,9 +88,10 @@ class Launcher:
         )
 
     def _spawn(self, control: int) -> int:
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        high = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 3)  # closed standard streams of ours must not get in its way
+        high = null = -1
         try:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            high = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 3)  # closed standard streams of ours must not get in its way
             return os.posix_spawn(
                 PROGRAM,
                 [b"nsjail-launcher"],
@@ -102,11 +105,11 @@ class Launcher:
                 setsigdef=(signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT),
             )
         except OSError as error:
-            advice = "the package was not built whole: install it again" if error.errno == 2 else ""
-            raise SetupError("launcher", error.errno or 0, str(PROGRAM), advice) from None
+            raise SetupError("launcher", error.errno or 0, str(PROGRAM), advice("launcher", error.errno or 0)) from None
         finally:
-            os.close(high)
-            os.close(null)
+            for descriptor in (high, null):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def _hello(self, uid_base: int, uid_count: int) -> None:
         hello = ffi.new("struct hello *")
@@ -128,6 +131,10 @@ class Launcher:
     def submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int = 0) -> socket.socket:
         """Asks for one run. stock: how many jails are to wait for further ones. template: the number of the one that is started, or that
         is to fork the run. The descriptors stay the caller's; the channel is his."""
+        with during("request"):
+            return self._submit(plan, order, descriptors, stock, template)
+
+    def _submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int) -> socket.socket:
         number, block = self._plan(plan, template)
         large = Sealed("order", order) if len(order) > lib.MAX_INLINE else None
         head = REQUEST.pack(lib.REQUEST_MAGIC, 0 if large else len(order), number, stock, template)
@@ -135,9 +142,9 @@ class Launcher:
         with its:
             try:
                 if large:
-                    self._send(head, [block.fd, its.fileno(), *descriptors, large.fd])
+                    self._send(head, [its.fileno(), block.fd, *descriptors, large.fd])
                 else:
-                    self._send(head + order, [block.fd, its.fileno(), *descriptors])
+                    self._send(head + order, [its.fileno(), block.fd, *descriptors])
             except BaseException:
                 channel.close()
                 raise
@@ -158,6 +165,16 @@ class Launcher:
             if self.socket.fileno() < 0:  # another thread has found it dead
                 raise BrokenPipeError
             self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it listens. Its socket is the first descriptor that goes with it."""
+        poll = select.poll()
+        with self.sending:
+            if self.socket.fileno() < 0:
+                return False
+            poll.register(self.socket, 0)
+            return not poll.poll(0)
 
     def close(self) -> None:
         """Ends the launcher and every jail of it."""
@@ -196,7 +213,8 @@ def current() -> Launcher:
     global _current
     with _lock:
         if _current is None:
-            _current = Launcher()
+            with during("launcher"):
+                _current = Launcher()
         return _current
 
 

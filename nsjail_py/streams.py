@@ -11,9 +11,10 @@ import select
 import stat
 import subprocess
 import time
+from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING, Any
 
-from .errors import PolicyError
+from .errors import PolicyError, during
 
 if TYPE_CHECKING:
     from .jail import Process
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 Stream = int | IO[Any] | None
 CHUNK = 65536
+
+
+def ready(descriptors: Iterable[int], timeout: float | None) -> list[int]:
+    """Those that can be read, or have been closed on the other side, within timeout seconds. Also of numbers that select(2) cannot take."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(None if timeout is None else max(0.0, timeout) * 1000)]
 
 
 def no_directory(descriptor: int) -> None:
@@ -37,8 +46,9 @@ class Ends:
         self.ours: list[int | None] = [None, None, None]
         self.opened: list[int] = []
         try:
-            for number, stream in enumerate((stdin, stdout, stderr)):
-                self.inside.append(self._one(number, stream))
+            with during("streams"):
+                for number, stream in enumerate((stdin, stdout, stderr)):
+                    self.inside.append(self._one(number, stream))
         except BaseException:
             self.close()
             raise
