@@ -27,6 +27,7 @@ SUITES = [
     "test_selftest.py",
     "test_faults.py",
     "test_chaos.py",
+    "test_exhaustion.py",
     "escape",
 ]
 
