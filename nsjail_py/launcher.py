@@ -41,6 +41,7 @@ MAX_PLANS = 32
 """How many plans keep a descriptor open in this process."""
 END_S = 5.0
 """How long a launcher may take to end."""
+DYING_MS = 200
 numbers = itertools.count(1)
 """Names for plans and templates."""
 
@@ -168,13 +169,13 @@ class Launcher:
 
     @property
     def alive(self) -> bool:
-        """Whether it listens. Its socket is the first descriptor that goes with it."""
+        """Whether it listens. Of one that is just dying the descriptors go in any order."""
         poll = select.poll()
         with self.sending:
             if self.socket.fileno() < 0:
                 return False
             poll.register(self.socket, 0)
-            return not poll.poll(0)
+            return not poll.poll(DYING_MS)
 
     def close(self) -> None:
         """Ends the launcher and every jail of it."""
