@@ -16,7 +16,7 @@ int message_send(const struct cell *cell, int socket, const void *message, size_
 	if (count) {
 		header.msg_control = control;
 		header.msg_controllen = CMSG_SPACE(sizeof(int) * (size_t)count);
-		struct cmsghdr *first = CMSG_FIRSTHDR(&header);
+		struct cmsghdr *first = header.msg_control;
 		first->cmsg_level = SOL_SOCKET;
 		first->cmsg_type = SCM_RIGHTS;
 		first->cmsg_len = CMSG_LEN(sizeof(int) * (size_t)count);
@@ -39,7 +39,7 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 	if (received < 0 && errno == ECONNRESET)
 		received = late(cell, SYS_recvmsg, socket, (long)&header, flags, 0, 0);
 	struct cmsghdr *first = received < 0 ? NULL : CMSG_FIRSTHDR(&header);
-	if (first) {
+	if (first && room) {
 		*count = (int)((first->cmsg_len - CMSG_LEN(0)) / sizeof(int));
 		memcpy(descriptors, CMSG_DATA(first), sizeof(int) * (size_t)*count);
 	}
