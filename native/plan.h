@@ -196,7 +196,7 @@ struct hello { /* with one directory descriptor for each bit of groups, in order
 	uint32_t reserved;
 };
 
-struct request { /* with plan, channel, the program's descriptors, and the order if it is large */
+struct request { /* with channel, plan, the program's descriptors, and the order if it is large */
 	uint32_t magic;
 	uint32_t inlined; /* bytes of the order behind this; 0: it has a descriptor */
 	uint64_t plan;    /* the caller's name for the plan: one plan, one name */

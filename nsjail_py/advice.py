@@ -9,6 +9,8 @@ ANY = 0
 APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 
 ROWS: dict[tuple[str, int], str] = {
+    ("launcher", E.ENOENT): "the package was not built whole: install it again",
+    ("request", ANY): "the launcher could not take it: raise the limit of open files (ulimit -Hn), or run fewer jails at a time",
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
     ("cgroup", E.ENODEV): "this host gives us no control group: see `nsjail-py doctor`",
     ("cgroup", E.ENOSPC): "the control group's cpuset is empty, or the limit of groups is reached",
@@ -38,6 +40,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("landlock", E.EOPNOTSUPP): "Landlock is switched off: add landlock to the kernel's lsm= list",
     ("seccomp", E.EBUSY): "another program listens to this process's filter already (a container manager): it cannot be nested",
     ("seccomp", E.EACCES): "no_new_privs was not set",
+    ("descriptors", E.EINVAL): "the hard limit of open files is too low: jails need numbers above 1000 (ulimit -Hn)",
     ("app files", E.ENOSPC): "the script is larger than the disk limit",
     ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
     ("template", ANY): "the warm interpreter ended: the next run starts another",
@@ -46,6 +49,19 @@ ROWS: dict[tuple[str, int], str] = {
 }
 
 
+SCARCE: dict[int, str] = {
+    E.EMFILE: "raise the limit of open files (ulimit -n), or close some",
+    E.ENFILE: "raise the limit of open files of the whole host (fs.file-max)",
+    E.ETOOMANYREFS: "raise the limit of open files (ulimit -n): it also holds for those on their way",
+    E.ENOMEM: "free memory, or raise the limit of address space (ulimit -v)",
+    E.ENOBUFS: "free memory",
+    E.EAGAIN: "raise the limit of processes (ulimit -u, or the control group's pids.max)",
+    E.ENOSPC: "make room on the disk",
+    E.EDQUOT: "make room within the quota of this user",
+}
+"""Whatever the step: the system has run out of something."""
+
+
 def advice(step: str, error: int) -> str:
     """The remedy for this step and errno; empty when there is none to give."""
-    return ROWS.get((step, error)) or ROWS.get((step, ANY), "")
+    return ROWS.get((step, error)) or ROWS.get((step, ANY)) or SCARCE.get(error, "")

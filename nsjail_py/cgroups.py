@@ -31,6 +31,8 @@ V1_CONTROLLERS = {"memory": "memory", "pids": "pids", "cpu": "cpuacct"}
 REQUIRED = ("memory", "pids")
 WANTED = ("memory", "pids", "cpu")
 DELEGATE = "systemd-run --user --scope -p Delegate=yes COMMAND"
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""These say nothing about the host's control groups."""
 TRIES = 100
 PAUSE = 0.005
 
@@ -89,7 +91,8 @@ def visible(path: str, mounts: list[mountinfo.Entry]) -> Path | None:
 
 
 def claim() -> Claim:
-    """Makes the directories of one launcher, and removes those of callers that are dead. Never fails: `reason` says why there are none."""
+    """Makes the directories of one launcher, and removes those of callers that are dead. `reason` says why there are none;
+    an error is only what passes: no descriptor, no memory."""
     root = os.geteuid() == 0
     try:
         groups = memberships(Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape"))
@@ -103,6 +106,8 @@ def claim() -> Claim:
     except _NoneError as error:
         why, remedy = error.args
     except OSError as error:
+        if error.errno in PASSING:
+            raise
         why = f"{error.filename}: {error.strerror}"
         remedy = "give this container writable control groups" if error.errno == errno.EROFS else ""
     return Claim("none", "root" if root else "rootless", why=why, remedy=remedy)
@@ -225,7 +230,7 @@ def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third on; none for a process that is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):  # what cannot be read for another reason is not gone
         return []
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -22,13 +21,13 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from . import launcher
 from ._native import ffi, lib
 from .compiled import PATH, Compiled, Host, for_program, for_python, landlock_abi
-from .errors import JailError, LauncherDied, PolicyError
+from .errors import JailError, LauncherDied, PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
 from .policyfile import load, override
 from .reports import Context, parse, to_result
 from .result import Result
-from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, split
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, ready, split
 
 if TYPE_CHECKING:
     from .session import Session
@@ -60,7 +59,7 @@ class Process:
     ) -> None:
         self.compiled = compiled
         self.template = template
-        """Kept alive by its jobs."""
+        """Kept alive by its jobs, to their end."""
         self.args = args
         self.reported: Any = None
         self._pid: int | None = None
@@ -97,7 +96,7 @@ class Process:
         if self._pid is None and not self.reported:
             self._command(0, lib.CAUSE_NONE)
         while self._pid is None and not self.reported:
-            select.select([self.channel], [], [])
+            ready([self.channel.fileno()], None)
             self.hear()
         return self._pid
 
@@ -107,9 +106,10 @@ class Process:
             return True
         message = self._receive()
         if not message:
-            self._lost = True
-            self.reported = ffi.new("struct report *")
-            launcher.lost(self.launcher)
+            self.reported = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
+            if not self.launcher.alive:
+                self._lost = True
+                launcher.lost(self.launcher)
             return True
         report = parse(message)
         if report.kind == lib.REPORT_STARTED:
@@ -127,14 +127,14 @@ class Process:
 
     def poll(self) -> Result | None:
         """The result if the run is over, else None. Does not wait."""
-        while not self.reported and select.select([self.channel], [], [], 0)[0]:
+        while not self.reported and ready([self.channel.fileno()], 0):
             self.hear()
         return self._finish() if self.reported else None
 
     def wait(self, timeout: float | None = None) -> Result:
         """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
         while not self.reported:
-            if not select.select([self.channel], [], [], timeout)[0]:
+            if not ready([self.channel.fileno()], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             self.hear()
         return self._finish()
@@ -174,6 +174,7 @@ class Process:
     def _finish(self) -> Result:
         if self._result is None:
             self._finalizer()
+            self.template = None
             self._ends.finish()
             if self._lost:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
@@ -316,7 +317,10 @@ class Jail:
         from .warm import PROBE
 
         job = self._start_job(template, PROBE.encode(), (), "probe.py", (None, PIPE, None), ())
-        return _to_end(job, None, None).check().stdout
+        result = _to_end(job, None, None)
+        if not result.ok:
+            raise SetupError("template", detail=f"its first job: {result.summary}")
+        return result.stdout
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""

@@ -11,10 +11,11 @@ import select
 import stat
 import subprocess
 import time
+from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING, Any
 
 from .carrier import Carrier, would_own
-from .errors import PolicyError
+from .errors import PolicyError, during
 
 if TYPE_CHECKING:
     from .jail import Process
@@ -40,6 +41,14 @@ def captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
     return {"stdout": PIPE, "stderr": PIPE, **streams}
 
 
+def ready(descriptors: Iterable[int], timeout: float | None) -> list[int]:
+    """Those that can be read, or have been closed on the other side, within timeout seconds. Also of numbers that select(2) cannot take."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(None if timeout is None else max(0.0, timeout) * 1000)]
+
+
 def no_directory(descriptor: int) -> None:
     """A directory would open the host's files below it to the program: mounts are the way to show one."""
     if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -55,8 +64,9 @@ class Ends:
         self.opened: list[int] = []
         self.carriers: list[Carrier] = []
         try:
-            for number, stream in enumerate((stdin, stdout, stderr)):
-                self.inside.append(self._one(number, stream))
+            with during("streams"):
+                for number, stream in enumerate((stdin, stdout, stderr)):
+                    self.inside.append(self._one(number, stream))
         except BaseException:
             self.close()
             raise

@@ -18,7 +18,7 @@ import asyncio, os, signal, sys, threading, time
 sys.path.insert(0, {tests!r})
 import nsjail_py
 from nsjail_py import aio
-from conftest import traces
+from conftest import settled, traces
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -29,8 +29,7 @@ idle = [threading.Thread(target=stop.wait) for _ in range(20)]
 for thread in idle: thread.start()
 
 jail = nsjail_py.Jail("untrusted")
-jail.run(["/bin/true"])
-while (before := traces())["cells"]: time.sleep(0.01)
+before = settled()
 wrong = []
 
 def work(number):

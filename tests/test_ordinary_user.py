@@ -27,6 +27,8 @@ SUITES = [
     "test_cachedir.py",
     "test_selftest.py",
     "test_faults.py",
+    "test_chaos.py",
+    "test_exhaustion.py",
     "escape",
 ]
 
