@@ -221,8 +221,11 @@ void run_count(struct launcher *launcher, struct run *run) {
 		if (report->cause == CAUSE_CPU)
 			report->cpu_ns = report->observed;
 	}
-	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && report->oom_kills == 0)
+	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && report->oom_kills == 0) {
 		report->step = STEP_LOST;
+		if (report->signal == SIGSYS) /* before it ran: by no filter of ours */
+			report->error = EPERM;
+	}
 	clocks_final(run);
 	unwatch(launcher, &run->timer);
 }

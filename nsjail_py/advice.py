@@ -8,6 +8,8 @@ E = errno
 ANY = 0
 APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 
+OPENAT2 = "openat2 is missing: Linux 5.6 or later, and a filter that lets it pass (systemd unit: RestrictSUIDSGID=no)"
+
 ROWS: dict[tuple[str, int], str] = {
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
     ("cgroup", E.ENODEV): "this host gives us no control group: see `nsjail-py doctor`",
@@ -16,22 +18,26 @@ ROWS: dict[tuple[str, int], str] = {
     ("clone", E.EACCES): f"AppArmor refuses user namespaces: sysctl -w {APPARMOR}=0, or load a profile that allows them",
     ("clone", E.ENOSPC): "the limit of namespaces is reached: raise user.max_user_namespaces and its siblings",
     ("clone", E.EAGAIN): "no more processes: raise the limit of processes of this user or group",
-    ("clone", E.ENOSYS): "clone3 is missing: Linux 5.3 or later, and a container filter that lets it pass",
+    ("clone", E.ENOSYS): "clone3 is missing: Linux 5.3 or later, and a filter that lets it pass (systemd unit: RestrictNamespaces=no)",
     ("namespaces", E.EINVAL): "the kernel lacks a kind of namespace: see `nsjail-py doctor`",
-    ("namespaces", E.EPERM): "no right to make namespaces: root without CAP_SYS_ADMIN, or a container's filter",
+    ("namespaces", E.EPERM): "no right to make namespaces: root without CAP_SYS_ADMIN, or a filter (systemd unit: RestrictNamespaces=no)",
     ("namespaces", E.ENOSPC): "the limit of namespaces is reached: raise user.max_net_namespaces and its siblings",
     ("shared root", ANY): "a mount namespace cannot be entered again (no CAP_SYS_CHROOT, or a container's filter refuses setns)",
     ("user namespace", E.EPERM): f"user namespaces are restricted here (Ubuntu: {APPARMOR}): see `nsjail-py doctor`",
+    ("user namespace", E.ENOSPC): "none may be made here: sysctl -w user.max_user_namespaces=15000",
     ("id map", E.EPERM): f"root needs CAP_SETUID and CAP_SETGID; from a user AppArmor may withhold every right (Ubuntu: {APPARMOR})",
     ("mount private", E.ENOSYS): "mount_setattr is missing: Linux 5.12 or later",
     ("mount private", E.EPERM): "no right to mount in the new namespace: AppArmor or a container's filter refuses it",
     ("mount source", E.ENOENT): "the source does not exist on the host",
+    ("mount target", E.ENOSYS): OPENAT2,
+    ("mount bind", E.ENOSYS): OPENAT2,
     ("mount target", E.EROFS): "the target lies in a read-only tree and is not there: choose one outside of it",
     ("mount bind", E.ENOENT): "the target does not exist inside: it lies below a directory that is shown read-only",
     ("mount bind", E.ENOTDIR): "source and target must both be files or both be directories",
     ("mount idmap", E.EPERM): "a writable directory must not belong to root: chown it to the user who is to own the files",
     ("mount idmap", E.EINVAL): "this file system cannot be mounted with other ids: use ext4, xfs, btrfs, or tmpfs on Linux 6.3 or later",
     ("mount proc", E.EPERM): 'parts of the host\'s /proc are covered (a container): run with an uncovered /proc, or set proc = "none"',
+    ("hostname", E.EPERM): "a filter refuses sethostname (systemd unit: ProtectHostname=no); or leave uts out of the policy's namespaces",
     ("nested userns", ANY): 'add "nested_userns" to best_effort, or make /proc/sys writable',
     ("landlock", E.ENOSYS): "Landlock is missing: Linux 5.13 or later",
     ("landlock", E.EOPNOTSUPP): "Landlock is switched off: add landlock to the kernel's lsm= list",
@@ -41,6 +47,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
     ("template", ANY): "the warm interpreter ended: the next run starts another",
     ("setup time", ANY): "making the jail took more than 30 s: a source on a file system that hangs?",
+    ("lost", E.EPERM): "a system call filter killed the jail while it was made (systemd unit: one line more, SystemCallFilter=@mount)",
     ("lost", ANY): "the jail's init was killed from outside, perhaps for lack of memory on the host",
 }
 

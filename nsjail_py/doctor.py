@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json as jsonlib
-import os
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from . import cgroups, hostinfo, mountinfo, userns
+from . import cgroups, hostinfo, idmap, launcher, mountinfo, userns
 from ._native import lib
 from .errors import JailError
 from .hostinfo import Host
@@ -89,6 +89,8 @@ def _kernel(host: Host) -> list[Finding]:
     found = [Finding("kernel", "ok", machine)]
     if not any(lack.name in hostinfo.CALLS for lack in lacks):
         found.append(Finding("system calls", "ok", f"{', '.join(hostinfo.CALLS)}: all there"))
+    if host.euid == 0 and not idmap.covers(launcher.UID_BASE, launcher.UID_BLOCK):
+        found.append(Finding("user ids", "lack", launcher.NO_IDS_REASON, launcher.NO_IDS))
     return found + [Finding(lack.name, "lack", lack.reason, lack.remedy) for lack in lacks]
 
 
@@ -106,9 +108,13 @@ def _gibibytes(size: int) -> str:
 def _proc() -> list[Finding]:
     found = []
     error = lib.probe_proc(1)
+    if error in (errno.ENOSYS, lib.PROBE_KILLED):
+        return []  # a consequence of what was told under system calls
     if error:
         covered = sorted({mount.target for mount in mountinfo.entries() if mount.target.startswith("/proc/")})
-        text = f"a fresh /proc cannot be mounted: {os.strerror(error)}" + (f"; covered here: {', '.join(covered)}" if covered else "")
+        text = f"a fresh /proc cannot be mounted: {hostinfo.error_text(error)}" + (
+            f"; covered here: {', '.join(covered)}" if covered else ""
+        )
         remedy = 'docker run --security-opt systempaths=unconfined, podman run --security-opt unmask=ALL, or proc = "none" in the policy'
         found.append(Finding("/proc", "lack", text, remedy))
     else:

@@ -114,6 +114,8 @@ def test_refused_user_namespaces_are_the_finding_and_not_their_consequences(monk
 
 def test_the_covers_of_proc_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Covered:
+        PROBE_KILLED = lib.PROBE_KILLED
+
         @staticmethod
         def probe_proc(pids_only: int) -> int:
             return errno.EPERM
