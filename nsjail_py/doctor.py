@@ -63,8 +63,7 @@ class Report:
 def report(host: Host | None = None) -> Report:
     """Looks at everything, and runs one real jail under the default policy."""
     host = host or hostinfo.probe()
-    claim = cgroups.claim()
-    cgroups.release(claim)
+    claim = _claim()
     findings = [
         *_kernel(host),
         *_namespaces(host),
@@ -77,6 +76,16 @@ def report(host: Host | None = None) -> Report:
     missing = {} if result is None else {p.name: p.reason for p in result.protections if p.state == "unavailable"}
     full = result is not None and result.ok and not missing
     return Report(host, findings, _modes(host, claim), claim.mode, full, jail, missing)
+
+
+def _claim() -> cgroups.Claim:
+    """The control groups of a real launcher; where there can be none, those that it would be given."""
+    try:
+        return launcher.current().claim
+    except (JailError, OSError):
+        claim = cgroups.claim()
+        cgroups.release(claim)
+        return claim
 
 
 # ---------------------------------------------------------------- what is looked at
@@ -183,7 +192,7 @@ def _modes(host: Host, claim: cgroups.Claim) -> list[Mode]:
     delegated = whole if version == "v2" else "not on this host: version 2 of control groups is needed"
     return [
         Mode("root", claim.mode == "root", "started by root", "one of its own for each jail", as_root),
-        Mode("delegated", claim.mode == "delegated", cgroups.DELEGATE, "the caller's", delegated),
+        Mode("delegated", claim.mode == "delegated", f"a user with a systemd, or {cgroups.DELEGATE}", "the caller's", delegated),
         Mode("rootless", claim.mode == "rootless", "started by any user", "the caller's", per_process),
     ]
 

@@ -54,7 +54,7 @@ class Launcher:
     def __init__(self) -> None:
         from . import cgroups
 
-        self.claim: Claim = cgroups.claim()
+        self.claim: Claim = cgroups.Claim("none", "rootless")
         self.pid = 0
         self.uid_lock = -1
         self.plans: dict[tuple[bytes, int], tuple[int, Sealed]] = {}
@@ -64,6 +64,7 @@ class Launcher:
             with its:
                 uid_base, uid_count = self._uids() if os.geteuid() == 0 else (0, 0)
                 self.pid = self._spawn(its.fileno())
+                self.claim = cgroups.claim(self.pid)
                 self._hello(uid_base, uid_count)
         except BaseException:
             self.close()
@@ -159,6 +160,13 @@ class Launcher:
                 self.plans = {}  # the launcher forgets those that are not used, too
             known = self.plans.setdefault((plan, template), (next(numbers), Sealed("plan", plan)))
         return known
+
+    @property
+    def alive(self) -> bool:
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
 
     def close(self) -> None:
         """Ends the launcher and every jail of it."""
