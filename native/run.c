@@ -130,7 +130,8 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 		cell_release(launcher, run);
 		return run_answer(launcher, run);
 	}
-	if ((!parked && order_give(launcher, run, request, descriptors + 2, count - 2) < 0) ||
+	/* A cell that is dead already has told why: its step comes behind. */
+	if ((!parked && order_give(launcher, run, request, descriptors + 2, count - 2) < 0 && errno != EPIPE) ||
 	    watch(launcher, run->channel, EVENT_CHANNEL, run) < 0)
 		return run_spoil(run, STEP_ORDER, errno);
 	if (cell_is_job(run) && !run->held)
