@@ -8,7 +8,9 @@ E = errno
 ANY = 0
 APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 
-OPENAT2 = "openat2 is missing: Linux 5.6 or later, and a filter that lets it pass (systemd unit: RestrictSUIDSGID=no)"
+OPENAT2 = (
+    "openat2 is missing: Linux 5.6 or later, and a filter that lets it pass (systemd unit: RestrictSUIDSGID=no, which DynamicUser= forbids)"
+)
 
 ROWS: dict[tuple[str, int], str] = {
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
@@ -47,7 +49,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
     ("template", ANY): "the warm interpreter ended: the next run starts another",
     ("setup time", ANY): "making the jail took more than 30 s: a source on a file system that hangs?",
-    ("lost", E.EPERM): "a system call filter killed the jail while it was made (systemd unit: one line more, SystemCallFilter=@mount)",
+    ("lost", E.EPERM): "a system call filter killed it (systemd unit: SystemCallFilter= as `nsjail-py systemd unit` has it)",
     ("lost", ANY): "the jail's init was killed from outside, perhaps for lack of memory on the host",
 }
 

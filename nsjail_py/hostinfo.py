@@ -33,7 +33,7 @@ SINCE = {
     "mount_setattr": "5.12",
 }
 UNIT_SETTINGS = {"openat2": "RestrictSUIDSGID=no", "clone3": "RestrictNamespaces=no"} | dict.fromkeys(
-    ("open_tree", "fsopen", "mount_setattr"), "one line more: SystemCallFilter=@mount"
+    ("open_tree", "fsopen", "mount_setattr"), "SystemCallFilter= as `nsjail-py systemd unit` has it"
 )
 """What lets each pass that a systemd unit's filter may refuse. systemd.exec(5)"""
 NEEDED_ACTIONS = ("kill_process", "errno", "user_notif", "allow")

@@ -83,7 +83,7 @@ BLOCKERS = (
         lambda host: host.filtered,
         "a system call filter is on this process, as in a container or a systemd unit",
         "docker run --security-opt seccomp=unconfined, or a profile that allows clone, clone3 and unshare with CLONE_NEWUSER; "
-        "in a systemd unit RestrictNamespaces=no, and one line more: SystemCallFilter=@mount",
+        "in a systemd unit RestrictNamespaces=no, and SystemCallFilter= as `nsjail-py systemd unit` has it",
     ),
     Blocker((errno.EINVAL,), lambda host: True, "the kernel was built without them", "a kernel with CONFIG_USER_NS=y"),
 )
