@@ -171,6 +171,8 @@ void run_execed(struct launcher *launcher, struct run *run) {
 	run->exec_ns = stamp ? stamp : now_ns();
 	run->report.setup_ns = run->exec_ns - run->start_ns;
 	run->report.flags |= REPORT_EXECED;
+	if (run->stamped && !label_given(run))
+		run_spoil(run, STEP_LABEL, EPERM);
 	if (run->asked)
 		run_started(run);
 	for (uint32_t number = 1; run->early_signals && number <= 64; number++)

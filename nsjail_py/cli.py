@@ -118,6 +118,9 @@ def parser(listed: bool = True) -> Parser:
     unit.add_argument("policy", metavar="POLICY")
     unit.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- CMD [ARGS...]")
     unit.set_defaults(act=systemd_unit)
+    apparmor = commands.add_parser("apparmor", help="print an AppArmor profile: for our launcher, or a sample for programs")
+    apparmor.add_argument("profile", choices=["launcher", "sample"])
+    apparmor.set_defaults(act=apparmor_profile)
     for name, text in LAYERS.items() if listed else ():
         commands.add_parser(name, help=text)
     return top
@@ -314,6 +317,13 @@ def systemd_unit(options: argparse.Namespace) -> int:
             _print(str(Path(options.output) / name))
         else:
             _print(f"# /etc/systemd/system/{name}\n{text}")
+    return 0
+
+
+def apparmor_profile(options: argparse.Namespace) -> int:
+    from .apparmor import profile
+
+    _print(profile(options.profile), end="")
     return 0
 
 

@@ -64,15 +64,15 @@ def report(host: Host | None = None) -> Report:
     """Looks at everything, and runs one real jail under the default policy."""
     host = host or hostinfo.probe()
     claim = _claim()
+    jail, result = _trial()
     findings = [
         *_kernel(host),
-        *_namespaces(host),
+        *_namespaces(host, result is not None),
         *_control_groups(claim),
         *_seccomp(host),
         *_landlock(host),
         *_memory(host, claim),
     ]
-    jail, result = _trial()
     missing = {} if result is None else {p.name: p.reason for p in result.protections if p.state == "unavailable"}
     full = result is not None and result.ok and not missing
     return Report(host, findings, _modes(host, claim), claim.mode, full, jail, missing)
@@ -103,8 +103,11 @@ def _kernel(host: Host) -> list[Finding]:
     return found + [Finding(lack.name, "lack", lack.reason, lack.remedy) for lack in lacks]
 
 
-def _namespaces(host: Host) -> list[Finding]:
+def _namespaces(host: Host, made: bool) -> list[Finding]:
+    """made: whether a jail was made, by the launcher, which may have a profile of its own."""
     refused = userns.refusal(host)
+    if refused and made:
+        return [Finding(refused.name, "note", f"refused to this process, but not to the launcher: {refused.reason}")]
     if refused:
         return [Finding(refused.name, "lack", refused.reason, refused.remedy)]
     return [Finding("namespaces", "ok", f"user, {', '.join(userns.NAMESPACES)}: all can be made"), *_proc()]

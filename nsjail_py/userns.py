@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import mountinfo
+from . import apparmor, mountinfo
 from ._native import lib
 from .hostinfo import Host, Lack, error_text, read
 
@@ -70,7 +70,7 @@ BLOCKERS = (
         (errno.EPERM, errno.EACCES),
         lambda host: _sysctl("kernel.apparmor_restrict_unprivileged_userns") == "1",
         "AppArmor restricts them: kernel.apparmor_restrict_unprivileged_userns is 1",
-        "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or load a profile for the launcher that has the rule `userns,`",
+        f"{apparmor.INSTALL}; or sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
     ),
     Blocker(
         (errno.EPERM, errno.EACCES),
