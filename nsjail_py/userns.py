@@ -45,7 +45,7 @@ BLOCKERS = (
     Blocker(
         (errno.ENOSPC, errno.EUSERS),
         lambda host: _sysctl("user.max_user_namespaces") == "0",
-        "user.max_user_namespaces is 0",
+        "user.max_user_namespaces is 0, as inside of a jail of nsjail_py",
         "sysctl -w user.max_user_namespaces=15000",
     ),
     Blocker(
