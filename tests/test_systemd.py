@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -185,6 +186,7 @@ def test_a_name_that_is_no_units_is_an_error(name: str, capfd: pytest.CaptureFix
 real = pytest.mark.skipif(
     not (IS_ROOT and Path("/run/systemd/system").is_dir()), reason="systemd does not run this machine, or we are not root"
 )
+LOCKS = ("RuntimeDirectory=nsjail_py", "RuntimeDirectoryPreserve=yes")
 UNITS = Path("/run/systemd/system")
 RUN = """
 import nsjail_py
@@ -212,7 +214,11 @@ def in_unit(*settings: str) -> str:
         (["DynamicUser=yes", "CacheDirectory=x"], "RestrictSUIDSGID=no, which DynamicUser= forbids"),
         (["PrivateUsers=yes"], "PrivateUsers=no"),
         (["ProtectSystem=strict"], "RuntimeDirectory=nsjail_py"),
-        (["ProtectSystem=strict", "RuntimeDirectory=nsjail_py", "RuntimeDirectoryPreserve=yes"], "CacheDirectory=nsjail_py"),
+        (
+            [*LOCKS, "ProtectSystem=strict", "Environment=NSJAIL_PY_CACHE=/var/cache/not-there"],
+            "cache directory: Read-only file system (/var/cache/not-there); set NSJAIL_PY_CACHE to a directory of your own, or in a "
+            "systemd unit CacheDirectory=nsjail_py",
+        ),
         (["SystemCallFilter=@system-service"], "SystemCallFilter= as `nsjail-py systemd unit` has it"),
         (["SystemCallFilter=@system-service", "SystemCallErrorNumber=EPERM"], "EPERM"),
         (["ProtectHostname=yes"], "ProtectHostname=no"),
@@ -235,7 +241,7 @@ def test_a_setting_that_forbids_something_is_named(settings: list[str], remedy: 
     [
         ["Delegate=yes"],
         ["NoNewPrivileges=yes"],
-        ["ProtectSystem=strict", "RuntimeDirectory=nsjail_py", "RuntimeDirectoryPreserve=yes", "CacheDirectory=nsjail_py"],
+        [*LOCKS, "ProtectSystem=strict", "CacheDirectory=nsjail_py"],
         ["SystemCallFilter=@system-service", f"SystemCallFilter={unitfile.CALLS}"],
         ["ProtectHome=yes", "PrivateTmp=yes", "PrivateDevices=yes", "PrivateNetwork=yes"],
         ["ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectClock=yes", "MemoryDenyWriteExecute=yes"],
@@ -425,3 +431,69 @@ def test_a_bus_that_refuses_is_named_and_an_error_where_the_policy_demands_a_gro
     assert said.startswith("ok: the program exited with 0 rootless rusage")
     assert "the user manager refuses one" in said
     assert "strict: protections (cgroup: our control group" in said
+
+
+# ---------------------------------------------------------------- a group that somebody gave away by hand
+
+
+@pytest.fixture
+def bare() -> Iterator[tuple[Path, list[str]]]:
+    """A group that belongs to a user, as `mkdir` and `chown` make it, and what stands before a command of his in it."""
+    user = pwd.getpwnam(USER)
+    group = Path(f"/sys/fs/cgroup/nsjail-test-{os.getpid()}")
+    group.mkdir()
+    for file in (group, group / "cgroup.procs", group / "cgroup.subtree_control", group / "cgroup.threads"):
+        os.chown(file, user.pw_uid, user.pw_gid)
+    become = f'exec setpriv --reuid={USER} --regid={user.pw_gid} --init-groups --reset-env "$@"'
+    yield (
+        group,
+        ["sh", "-c", f"test -d {group}/main && echo $$ >{group}/main/cgroup.procs || echo $$ >{group}/cgroup.procs; {become}", "sh"],
+    )
+    (group / "cgroup.kill").write_text("1")
+    for _ in range(500):
+        with contextlib.suppress(OSError):
+            for place, _, _ in list(os.walk(group, topdown=False)):
+                os.rmdir(place)
+            break
+        time.sleep(0.01)
+
+
+def below(group: Path) -> list[str]:
+    return [Path(place).name for place, _, _ in os.walk(group) if Path(place).name.startswith("nsjail_py.")]
+
+
+@real
+@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+def test_a_bare_group_of_a_users_is_used_and_what_a_crash_left_in_it_is_removed(bare: tuple[Path, list[str]]) -> None:
+    group, enter = bare
+    said = subprocess.run([*enter, sys.executable, "-c", RUN], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("ok: the program exited with 0 delegated cgroup2")
+    assert not below(group)
+    crash = (
+        "import os; from nsjail_py import Jail, launcher; run = Jail('moderate').start(['/bin/sleep', '99']); run.pid\n"
+        "os.kill(launcher.current().pid, 9); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([*enter, sys.executable, "-c", crash], check=False).returncode == -9
+    assert below(group)
+    said = subprocess.run([*enter, sys.executable, "-c", RUN], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("ok: the program exited with 0 delegated cgroup2")
+    assert not below(group)
+
+
+@real
+@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+def test_a_bare_group_with_a_stranger_in_it_is_not_used_and_the_stranger_stays(bare: tuple[Path, list[str]]) -> None:
+    group, enter = bare
+    stranger = subprocess.Popen([*enter, "sleep", "999"])
+    while str(stranger.pid) not in (group / "cgroup.procs").read_text().split():
+        time.sleep(0.05)
+    said = subprocess.run(
+        [*enter, sys.executable, "-c", "import os\nif os.fork(): os.wait(); os._exit(0)\n" + RUN],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.startswith("ok: the program exited with 0 rootless"), said.stdout
+    assert str(stranger.pid) in (group / "cgroup.procs").read_text().split()
+    stranger.kill()
+    stranger.wait()
