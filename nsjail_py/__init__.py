@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, ScriptRefused, SetupError, Unavailable
+from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, ScriptRefused, SessionError, SetupError, Unavailable
 from .jail import DEVNULL, PIPE, STDOUT, Jail, Process, run, run_python
 from .policy import Limits, Mount, Policy, Python, Syscalls
 from .policyfile import load as policy
@@ -17,6 +17,7 @@ from .result import Protection, Result, Verdict
 
 if TYPE_CHECKING:
     from .executor import JailExecutor
+    from .session import Session
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,8 @@ __all__ = [
     "Result",
     "RunFailed",
     "ScriptRefused",
+    "Session",
+    "SessionError",
     "SetupError",
     "Syscalls",
     "Unavailable",
@@ -49,10 +52,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """The executor is imported when it is asked for: most users start programs."""
-    if name != "JailExecutor":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .executor import JailExecutor
+LATE = {"JailExecutor": "executor", "Session": "session"}
+"""What is imported when it is asked for: most users start programs."""
 
-    return JailExecutor
+
+def __getattr__(name: str) -> Any:
+    if name not in LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{LATE[name]}", __name__), name)

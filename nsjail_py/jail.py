@@ -8,15 +8,14 @@ Made for use from any number of threads at once. aio.py has the same for asyncio
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import select
 import signal
 import socket
 import subprocess
+import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -32,6 +31,7 @@ from .result import Result
 from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory
 
 if TYPE_CHECKING:
+    from .session import Session
     from .warm import Template, Templates
 
 __all__ = ["DEVNULL", "PIPE", "STDOUT", "Jail", "Process", "run", "run_python"]
@@ -225,6 +225,9 @@ class Jail:
         self.stock = stock
         loaded = policy if isinstance(policy, Policy) else load(policy)
         self.policy = override(loaded, **changes)
+        self.preload = None if preload is None else tuple(preload)
+        self._sessions: dict[float | None, Jail] = {}
+        self._sessions_lock = threading.Lock()
         self._templates: Templates | None = None
         if preload is not None:
             from .warm import Templates, with_imports
@@ -241,7 +244,9 @@ class Jail:
         self.close()
 
     def close(self) -> None:
-        """Ends the warm interpreter, if there is one, and its jobs. Nothing else is held between runs."""
+        """Ends the warm interpreter, if there is one, with its jobs and sessions. Nothing else is held between runs."""
+        for jail in self._sessions.values():
+            jail.close()
         if self._templates is not None:
             self._templates.close()
 
@@ -288,17 +293,26 @@ class Jail:
         argv = [template.compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
-    def start_function(self, result: int, call: int, streams: Sequence[Stream]) -> Process:
-        """For JailExecutor: a job with the descriptors that its script knows."""
-        from . import executor_inside as inside
+    def start_own(self, filename: str, data: bytes, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
+        """For JailExecutor and Session: a script of ours. descriptors: by the numbers, from 3 on and rising, that the script knows them by."""
+        template = None
+        if self._templates is not None:
+            template = self._templates.take(self._host(), environment(self.policy), self._probe)
+        compiled = for_python(self.policy, self._host()) if template is None else template.compiled
+        argv = [compiled.program, "-s", f"/app/{filename}"]
+        files = (OrderFile(filename, data),)
+        order = compile_order(compiled.program, argv, environment(self.policy), files, [0, 1, 2, *descriptors])
+        return Process(compiled, order, argv, Ends(*streams), list(descriptors.values()), self.stock, template)
 
-        if self._templates is None:
-            raise PolicyError("only a Jail with preload runs functions")
-        template = self._templates.take(self._host(), environment(self.policy), self._probe)
-        argv = [template.compiled.program, "-s", "/app/call.py"]
-        files = (OrderFile("call.py", executor_source()),)
-        order = compile_order(template.compiled.program, argv, environment(self.policy), files, [0, 1, 2, inside.RESULT_FD, inside.CALL_FD])
-        return Process(template.compiled, order, argv, Ends(*streams), [result, call], self.stock, template)
+    def session(self, lifetime: float | None = None) -> Session:
+        """One interpreter for many cells of code (session.py), forked from the warm one where there is `preload`. The policy's limits of
+        time are those of each cell. lifetime: seconds after which the whole session ends. A session may fork, whatever the policy says."""
+        from .session import Session, inner_jail
+
+        with self._sessions_lock:
+            if lifetime not in self._sessions:
+                self._sessions[lifetime] = inner_jail(self, lifetime)
+        return Session(self._sessions[lifetime], self.policy.limits)
 
     def _probe(self, template: Template) -> bytes:
         from .warm import PROBE
@@ -343,11 +357,6 @@ class Jail:
             no_directory(number)
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
         return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
-
-
-@functools.cache
-def executor_source() -> bytes:
-    return Path(__file__).with_name("executor_inside.py").read_bytes()
 
 
 def environment(policy: Policy) -> dict[str, str]:

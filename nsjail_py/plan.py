@@ -148,9 +148,11 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
 
 
 def as_template(block: bytes) -> bytes:
-    """The same plan, for a template: it keeps the rights that it needs for its jobs."""
+    """The same plan, for a template: it keeps the rights that it needs for its jobs, and is not watched for what they use."""
     changed = bytearray(block)
-    ffi.from_buffer("struct plan *", changed).flags |= lib.PLAN_TEMPLATE
+    head = ffi.from_buffer("struct plan *", changed)
+    head.flags |= lib.PLAN_TEMPLATE
+    head.memory = 0
     return bytes(changed)
 
 

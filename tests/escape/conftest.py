@@ -24,6 +24,7 @@ def nothing_is_left() -> Iterator[None]:
     while (before := left())["cells"]:  # the last run is answered before its empty jail is taken apart
         time.sleep(0.01)
     yield
+    runner.close_warm()
     deadline = time.monotonic() + 5
     while (after := left()) != before and time.monotonic() < deadline:
         time.sleep(0.01)
