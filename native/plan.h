@@ -70,6 +70,7 @@ enum step {
 	STEP_APP_FILES,
 	STEP_DESCRIPTORS,
 	STEP_WORK_DIRECTORY,
+	STEP_LABEL,
 	STEP_RESOURCE_LIMITS,
 	STEP_LANDLOCK,
 	STEP_SECCOMP,
@@ -159,6 +160,7 @@ struct plan {
 	uint32_t unknown_from;             /* system calls from this number on are new to us: ENOSYS, and not EPERM */
 	uint32_t shared;                   /* so many of the mounts, from the first on, are the same in every cell, now and later */
 	uint32_t hostname, directory;      /* strings */
+	uint32_t label, label_file, label_shown, reserved; /* strings: label.c; label 0: none is asked for */
 	uint64_t landlock_fs, landlock_net, landlock_scope;
 	struct span mounts;  /* struct mount_step */
 	struct span paths;   /* struct path_rule */
