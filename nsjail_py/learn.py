@@ -1,7 +1,7 @@
 """The smallest policy that runs what was observed (observe.py), as a file with a reason beside each entry.
 
-A file of the host is shown when the sample opened it, could read it, and the minimal root does not have it. A call is allowed by its name, or
-where only sets allow it, by the smallest one whose conditions the observed arguments fulfil. What no policy should give stands as a comment.
+A file of the host is shown when the sample opened it, could read it, and the minimal root does not have it. A call is allowed by its name,
+or where only sets allow it, by the smallest one whose conditions the observed arguments fulfil. What no policy should give is a comment.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def learn(
     earlier: Sequence[Observation] = (),
     **changes: Any,
 ) -> Learned:
-    """Runs a trusted script twice, and gives the policy for it and for what was observed earlier. The first run finds what it has to see; the
-    second, which sees nothing else, which calls it makes then. changes: `project`, `mounts`, `env` and the like. Raises as Jail does."""
+    """Runs a trusted script twice, and gives the policy for it and for what was observed earlier. The first run finds what it has to see;
+    the second, which sees nothing else, which calls it makes then. changes: `project`, `mounts`, `env`. Raises as Jail does."""
     common: dict[str, Any] = {"name": name, "python": python, "input": input}
     first, _ = observe(source, args, **common, **changes)
     idle, _ = observe(b"", name=name, python=python)
@@ -226,9 +226,7 @@ def text(seen: Observation, shown: View) -> str:
     programs = sorted(path for path, file in seen.files.items() if "execute" in file.uses)
     own = [path for path in programs if path.split("/")[1] in ("work", "tmp")]
     inet = sorted(one for one in seen.addresses if one.startswith("inet"))
-    lines = [
-        f"# Learned by `nsjail-py learn` from {_comment(', '.join(seen.samples))}. It shows and allows what these runs needed, and nothing else:"
-    ]
+    lines = [f"# Learned by `nsjail-py learn` from {_comment(', '.join(seen.samples))}: what these runs needed, and nothing else."]
     lines += [f"#   {_comment(one)}" for one in seen.outcome]
     lines += ["# Read it before you use it. What other input needs is not in it: learn from more runs (--seen), or ask `nsjail-py why`."]
     lines += [f"# - {_comment(one)}" for one in [*shown.notes, *refused]]
