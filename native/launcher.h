@@ -128,6 +128,9 @@ int label_given(const struct run *run);
 /* denials.c */
 void denials_answer(struct run *run);
 
+/* observe.c */
+int observe(struct run *run);
+
 /* launcher.c */
 int watch(struct launcher *launcher, int descriptor, enum event event, const struct run *run);
 void unwatch(struct launcher *launcher, int *descriptor);

@@ -44,6 +44,12 @@ LAYERS = {
 }
 """Commands of layers/commands.py, which is imported for none but them."""
 
+TOOLS = {
+    "learn": "run a trusted script under observation, and write the smallest policy for it",
+    "why": "what a result says was denied, and the lines of a policy that would allow it",
+}
+"""Commands of toolcommands.py, in the same way."""
+
 EPILOG = """\
 exit status: the program's own; 128+n after signal n; 124 a limit was reached; 125 the jail could not be set up;
 126 the program could not be executed; 127 it was not found. From 124 on one line on standard error says why.
@@ -121,7 +127,7 @@ def parser(listed: bool = True) -> Parser:
     apparmor = commands.add_parser("apparmor", help="print an AppArmor profile: for our launcher, or a sample for programs")
     apparmor.add_argument("profile", choices=["launcher", "sample"])
     apparmor.set_defaults(act=apparmor_profile)
-    for name, text in LAYERS.items() if listed else ():
+    for name, text in (LAYERS | TOOLS).items() if listed else ():
         commands.add_parser(name, help=text)
     return top
 
@@ -389,6 +395,10 @@ def main(argv: list[str] | None = None) -> int:
             from .layers.commands import main as layers
 
             return layers(arguments)
+        if arguments[:1] and arguments[0] in TOOLS:
+            from .toolcommands import main as tools
+
+            return tools(arguments)
         options = parser(arguments[:1] not in (["run"], ["exec"])).parse_args(arguments)
         return int(options.act(options))
     except SystemExit as ended:  # --help
