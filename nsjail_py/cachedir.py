@@ -20,12 +20,14 @@ UNUSED = 7 * 86400.0
 AGAIN = 3600.0
 """Seconds after which a process marks what it goes on using."""
 _marked: dict[Path, float] = {}
+ADVICE = "set NSJAIL_PY_CACHE to a directory of your own, or in a systemd unit CacheDirectory=nsjail_py"
 
 
 def directory(kind: str) -> Path:
     """The cache directory for one kind of thing (`roots`, `filters`), made when it is missing.
 
-    /var/cache/nsjail_py for root, else $XDG_CACHE_HOME or ~/.cache; NSJAIL_PY_CACHE overrides. Raises SetupError where it is not ours.
+    NSJAIL_PY_CACHE, else below $CACHE_DIRECTORY (systemd's CacheDirectory=), else /var/cache/nsjail_py for root, else below $XDG_CACHE_HOME
+    or ~/.cache. Raises SetupError where it is not ours.
     """
     base = _base()
     for path in (base, base / kind):
@@ -33,7 +35,7 @@ def directory(kind: str) -> Path:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = path.lstat()
         except OSError as error:
-            raise SetupError("cache directory", error.errno or 0, str(path), "set NSJAIL_PY_CACHE to a directory of your own") from None
+            raise SetupError("cache directory", error.errno or 0, str(path), ADVICE) from None
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             reason = f"{path} must be a directory that belongs to uid {os.geteuid()} and that nobody else can write"
             raise SetupError("cache directory", detail=reason, advice="remove it, or set NSJAIL_PY_CACHE to a directory of your own")
@@ -112,11 +114,13 @@ def _mounts() -> str:
 def _base() -> Path:
     if chosen := os.environ.get("NSJAIL_PY_CACHE"):
         return Path(chosen).absolute()
+    if given := os.environ.get("CACHE_DIRECTORY"):
+        return Path(given.split(":")[0]) / "nsjail_py"
     if os.geteuid() == 0:
         return Path("/var/cache/nsjail_py")
     if parent := os.environ.get("XDG_CACHE_HOME"):
         return Path(parent) / "nsjail_py"
     home = Path(os.path.expanduser("~"))
-    if not home.is_dir() or str(home) == "/":
-        raise SetupError("cache directory", detail="there is no home directory", advice="set NSJAIL_PY_CACHE to a directory of your own")
+    if not os.path.isdir(home) or str(home) == "/":  # or not to be entered: ProtectHome= of a systemd unit
+        raise SetupError("cache directory", detail="there is no home directory", advice=ADVICE)
     return home / ".cache" / "nsjail_py"

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import cachedir, landlock, plan, rootfs
+from . import cachedir, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
@@ -136,6 +136,7 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         paths=decided.paths,
         cgroup=_cgroup(policy, host),
         rlimits=plan.rlimits(policy.limits, host.cgroup != "none"),
+        label=label.decide(policy),
     )
     return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host), root.path if root else None)
 
@@ -189,7 +190,8 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
     wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)
     wanted |= {"cgroup": True, "swap": policy.limits.memory is not None}
-    lacks = {}
+    wanted |= {"apparmor": policy.apparmor is not None, "selinux": policy.selinux is not None}
+    lacks = {name: why for name, why in label.lacks().items() if why}
     if not host.root:
         lacks["own_uid"] = "only root can give a run a user of its own; it runs as the caller's"
         lacks["groups"] = "only root can leave the caller's supplementary groups"

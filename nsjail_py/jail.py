@@ -233,6 +233,8 @@ class Jail:
         if preload is not None:
             from .warm import Templates, with_imports
 
+            if self.policy.apparmor or self.policy.selinux:
+                raise PolicyError("preload: a label comes with exec, and the jobs of a warm interpreter have none: leave one of them out")
             self.policy = with_imports(self.policy, tuple(preload))
             self._templates = Templates(self.policy, tuple(preload))
 

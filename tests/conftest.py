@@ -18,6 +18,8 @@ from nsjail_py import cachedir, launcher
 
 IS_ROOT = os.geteuid() == 0
 ROOT = Path(__file__).parent.parent
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))
+"""How many times slower this machine is than one of our own, for tests that hold a clock against a limit. ./dev vm sets it where it emulates."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
