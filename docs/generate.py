@@ -177,16 +177,21 @@ def _below(parser: argparse.ArgumentParser, before: str = "") -> Iterator[tuple[
 
 def _command(name: str, description: str, command: argparse.ArgumentParser) -> Iterator[str]:
     shown = [action for action in command._actions if not isinstance(action, argparse._HelpAction)]
-    places = " ".join(str(action.metavar) for action in shown if not action.option_strings)
+    places = " ".join(_place(action) for action in shown if not action.option_strings)
     yield from (f"## nsjail-py {name}{' [OPTIONS]' * any(a.option_strings for a in shown)} {places}".rstrip(), "")
     yield " ".join(description.split())
     if shown:
         yield ""
     for action in shown:
-        value = "" if action.nargs == 0 else f" {action.metavar or '|'.join(action.choices or ())}"
-        written = f"{action.option_strings[0]}{value}" if action.option_strings else action.metavar
+        value = "" if action.nargs == 0 else f" {_place(action)}"
+        written = f"{action.option_strings[0]}{value}" if action.option_strings else _place(action)
         yield f"- `{written}`{f': {action.help}' if action.help else ''}"
     yield ""
+
+
+def _place(action: argparse.Action) -> str:
+    """What stands for a value."""
+    return str(action.metavar or "|".join(action.choices or ()) or action.dest.upper())
 
 
 def _indented(text: str) -> list[str]:
