@@ -105,9 +105,10 @@ static void settle(struct launcher *launcher) {
 	cpu_set_t cpus;
 	sigset_t none_blocked;
 	must((int)syscall(SYS_close_range, 3, ~0U, 0));
-	/* Once, for all cells: they are our copies. What cannot be reset has no handler to lose. */
+	/* Once, for all cells: they are our copies. The C library keeps two for itself and would leave those as they came. */
 	for (int number = 1; number < NSIG; number++)
-		must(signal(number, SIG_DFL) == SIG_ERR && errno != EINVAL ? -1 : 0);
+		if (number != SIGKILL && number != SIGSTOP)
+			must(sys_signal_default(number));
 	sigemptyset(&none_blocked);
 	must(sigprocmask(SIG_SETMASK, &none_blocked, NULL));
 	must(session_new());

@@ -40,6 +40,7 @@ struct run {
 	uint64_t early_signals;   /* to be sent when the program runs: bit 0 for number 1 */
 	uint64_t cpu_base;        /* what making the cell had used */
 	uint64_t cpu_seen, cpu_seen_ns; /* for the idle clock */
+	uint64_t memory_due_ns;   /* when it is to be looked at again */
 	int execed, ended;
 	uint32_t template;        /* its name, if this is one */
 	int doomed;               /* to be killed as soon as it is born */
@@ -116,6 +117,10 @@ uint64_t run_cpu(const struct launcher *launcher, const struct run *run);
 void clocks_start(struct launcher *launcher, struct run *run);
 void clocks_check(struct launcher *launcher, struct run *run);
 void clocks_final(struct run *run);
+
+/* tree.c */
+uint64_t tree_cpu(pid_t init);
+uint64_t tree_memory(pid_t init, uint64_t limit);
 
 /* denials.c */
 void denials_answer(struct run *run);

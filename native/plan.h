@@ -153,6 +153,7 @@ struct plan {
 	uint32_t magic, version, size, flags;
 	uint64_t namespaces; /* CLONE_NEW*; user, mount and pid always among them */
 	uint64_t wall_ns, cpu_ns, idle_ns; /* 0: no limit */
+	uint64_t memory;                   /* bytes, watched where no control group holds them; 0: no limit */
 	uint64_t max_denied;               /* so many denied system calls end the run */
 	uint32_t uid, gid;                 /* inside */
 	uint32_t unknown_from;             /* system calls from this number on are new to us: ENOSYS, and not EPERM */
@@ -211,6 +212,7 @@ enum cause { /* why the launcher ended a run */
              CAUSE_SYSCALL,
              CAUSE_CALLER,
              CAUSE_OUTPUT,
+             CAUSE_MEMORY,
 };
 
 struct command {
@@ -239,7 +241,7 @@ struct report {
 	uint32_t cause; /* enum cause */
 	uint32_t cpu_source, memory_source;
 	uint32_t denied_count;
-	uint64_t observed; /* what the clock of cause showed */
+	uint64_t observed; /* what the clock of cause showed: nanoseconds, or bytes */
 	uint64_t wall_ns, cpu_ns, user_ns, system_ns;
 	uint64_t peak_memory, peak_processes, oom_kills, process_denials;
 	uint64_t setup_ns; /* from request to exec */

@@ -107,9 +107,9 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         raise Unavailable(
             "landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy"
         )
-    decided = (
-        landlock.decide(policy, host.landlock_abi, _executables(program, outside)) if policy.landlock else landlock.Decision((0, 0, 0), [])
-    )
+    decided = landlock.Decision((0, 0, 0), [])
+    if policy.landlock:
+        decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside), mounts)
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,

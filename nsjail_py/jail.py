@@ -72,6 +72,7 @@ class Process:
             ends.close()
             raise
         ends.sent()
+        self._ends = ends
         files = [None if fd is None else os.fdopen(fd, "wb" if number == 0 else "rb", 0) for number, fd in enumerate(ends.ours)]
         self.stdin: IO[bytes] | None
         self.stdout: IO[bytes] | None
@@ -174,6 +175,7 @@ class Process:
         if self._result is None:
             self._finalizer()
             self.template = None
+            self._ends.finish()
             if self._lost:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
             self._result = to_result(self.reported, self._context())

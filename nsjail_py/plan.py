@@ -108,6 +108,7 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
     head.magic = lib.PLAN_MAGIC
     head.namespaces = sum(CLONE[name] for name in set(policy.namespaces))
     head.wall_ns, head.cpu_ns, head.idle_ns = (nanoseconds(t) for t in (limits.wall_time, limits.cpu_time, limits.idle_time))
+    head.memory = limits.memory or 0
     head.max_denied = MAX_DENIED
     head.uid = head.gid = INSIDE_ID
     head.unknown_from = parts.unknown_from

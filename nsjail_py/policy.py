@@ -29,7 +29,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     """Seconds that the run may go on without using the processor at all."""
     memory: int | None = 512 * 1024**2
     """Bytes of memory of all processes together, files in /work, /tmp and /dev/shm included; swap counts as memory.
-    Where the host gives no cgroup: bytes of private memory (RLIMIT_DATA) of each process, and the result says so."""
+    Where the host gives no cgroup, and the result says so: bytes of private memory of each process (RLIMIT_DATA), and of mapped memory of
+    all of them together, looked at so often that no more than some 10 ms of filling goes beyond it."""
     processes: int | None = 64
     """Processes and threads alive at one time."""
     open_files: int | None = 256

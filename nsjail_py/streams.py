@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING, Any
 
+from .carrier import Carrier, would_own
 from .errors import PolicyError, during
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Ends:
         self.inside: list[int] = []
         self.ours: list[int | None] = [None, None, None]
         self.opened: list[int] = []
+        self.carriers: list[Carrier] = []
         try:
             with during("streams"):
                 for number, stream in enumerate((stdin, stdout, stderr)):
@@ -66,7 +68,10 @@ class Ends:
             return self._keep(theirs)
         descriptor = stream if isinstance(stream, int) else stream.fileno()
         no_directory(descriptor)
-        return descriptor
+        if not would_own(descriptor):
+            return descriptor
+        self.carriers.append(Carrier(descriptor, to_program=number == 0))
+        return self._keep(self.carriers[-1].inside)
 
     def _keep(self, descriptor: int) -> int:
         self.opened.append(descriptor)
@@ -74,12 +79,25 @@ class Ends:
 
     def sent(self) -> None:
         """The run has them now; our copies would hide its end of file."""
+        self._close_opened()
+        for carrier in self.carriers:
+            carrier.start()
+
+    def finish(self) -> None:
+        """At the end of the run. Raises OSError where the output could not be written to the caller's file."""
+        for carrier in self.carriers:
+            carrier.finish()
+
+    def _close_opened(self) -> None:
         for descriptor in self.opened:
             os.close(descriptor)
         self.opened = []
 
     def close(self) -> None:
-        self.sent()
+        """Nothing was started."""
+        self._close_opened()
+        for carrier in self.carriers:
+            carrier.close()
         for descriptor in self.ours:
             if descriptor is not None:
                 os.close(descriptor)
