@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pwd
+import secrets
 import shutil
 import socket
 import subprocess
@@ -259,7 +260,7 @@ def installed(tmp_path: Path) -> Iterator[Callable[..., str]]:
     made: list[Path] = []
 
     def install(*words: str) -> str:
-        name = f"nsjail-test-{os.getpid()}-{len(made)}"
+        name = f"nsjail-test-{secrets.token_hex(4)}"
         made.extend(UNITS / file.name for file in written(tmp_path, "--name", name, *words))
         for file in made:
             shutil.copy(tmp_path / file.name, file)
