@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import nsjail_py
@@ -19,6 +20,10 @@ IS_ROOT = os.geteuid() == 0
 ROOT = Path(__file__).parent.parent
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))
 """How many times slower this machine is than one of our own, for tests that hold a clock against a limit. ./dev vm sets it where it emulates."""
+
+hypothesis.settings.register_profile("patient", deadline=None)
+if PATIENCE > 1:
+    hypothesis.settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
