@@ -46,6 +46,8 @@ def for_python(policy: Policy, host: Host) -> Compiled:
     """For scripts: the order brings the script, the root has the interpreter."""
     from . import interpreter, tree
 
+    if policy.root.startswith("oci:"):
+        return _of_image(policy, host, policy.python.interpreter or "python3", with_files=True)
     found = interpreter.inspect(policy.python.interpreter)
     below = (*SYSTEM, found.prefix)
     points = _mountpoints(policy, below) if policy.root == "minimal" else ()
@@ -55,9 +57,26 @@ def for_python(policy: Policy, host: Host) -> Compiled:
 
 def for_program(policy: Policy, host: Host, name: str) -> Compiled:
     """For any program: looked up as a shell would, in the host's PATH. An outside program is shown at /app."""
+    if policy.root.startswith("oci:"):
+        return _of_image(policy, host, name, with_files=False)
     path = find(name)
     status = os.stat(path)
     return _for_program(policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+def _of_image(policy: Policy, host: Host, name: str, *, with_files: bool) -> Compiled:
+    """A program of the image that is the root, found as a shell inside would."""
+    from . import oci_image
+
+    return _from_image(policy, host, name, with_files, oci_image.identity(policy.root))
+
+
+@functools.lru_cache(maxsize=64)
+def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identity: tuple[object, ...]) -> Compiled:
+    from . import oci_image
+
+    program, real = oci_image.find(oci_image.unpacked(policy.root), name, PATH)
+    return _compile(policy, host, None, program, None, with_files=with_files, image=real)
 
 
 @functools.lru_cache(maxsize=256)
@@ -94,7 +113,10 @@ def _mountpoints(policy: Policy, tops: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(point for point in points if any(rootfs.is_below(point, top.rstrip("/")) for top in tops)))
 
 
-def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool) -> Compiled:
+def _compile(
+    policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool, image: str = ""
+) -> Compiled:
+    """image: where a program of an image is on the host."""
     mounts = tuple(rootfs.build(policy, root, outside, with_files))
     bpf, unknown_from = b"", 0
     late: tuple[int, ...] = ()
@@ -108,7 +130,9 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
             "landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy"
         )
     decided = (
-        landlock.decide(policy, host.landlock_abi, _executables(program, outside)) if policy.landlock else landlock.Decision((0, 0, 0), [])
+        landlock.decide(policy, host.landlock_abi, _executables(program, (image, program) if image else outside))
+        if policy.landlock
+        else landlock.Decision((0, 0, 0), [])
     )
     parts = plan.Parts(
         mounts=mounts,

@@ -224,6 +224,10 @@ class Jail:
         loaded = policy if isinstance(policy, Policy) else load(policy)
         self.policy = override(loaded, **changes)
         self._templates: Templates | None = None
+        if self.policy.backend != "native":
+            from .oci_backend import check
+
+            check(self.policy, preload is not None)
         if preload is not None:
             from .warm import Templates, with_imports
 
@@ -248,7 +252,7 @@ class Jail:
         argv = [os.fspath(arg) for arg in args]
         if not argv:
             raise PolicyError("no program: the argument list is empty")
-        compiled = for_program(self.policy, self._host(), argv[0])
+        compiled = self.compiled_for(argv[0])
         return self._start(compiled, argv, (), (stdin, stdout, stderr), tuple(pass_fds))
 
     def start_python(
@@ -319,6 +323,10 @@ class Jail:
         """Runs a Python script to its end and returns its result."""
         return _to_end(self.start_python(source, args=args, filename=filename, **_captured(input, streams)), input, timeout)
 
+    def compiled_for(self, program: str) -> Compiled:
+        """What the policy comes to on this host for a program. Raises FileNotFoundError and PermissionError."""
+        return for_program(self.policy, self._host(), program)
+
     def _host(self) -> Host:
         claim = launcher.current().claim
         return Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi())
@@ -337,6 +345,10 @@ class Jail:
         numbers = sorted(set(pass_fds))
         for number in numbers:
             no_directory(number)
+        if compiled.policy.backend != "native":
+            from .oci_backend import OciProcess
+
+            return OciProcess(compiled, argv, files, Ends(*streams), numbers)
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
         return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
 
