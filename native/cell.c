@@ -322,12 +322,14 @@ void cell_heard(struct launcher *launcher, struct run *run) {
 }
 
 void cell_finish(struct launcher *launcher, struct run *run) {
-	siginfo_t info;
+	siginfo_t info = {0};
 	if (run->init >= 0)
 		waitid(P_PIDFD, (id_t)run->init, &info, WEXITED); /* a job's is not our child, and is waited for by its template */
 	program_drain(launcher, run);
 	while (run->cell >= 0 && hear_init(launcher, run))
 		;
+	if (info.si_code != CLD_EXITED && info.si_status == SIGSYS && !run->report.step)
+		run_spoil(run, STEP_LOST, EPERM); /* of a filter that the launcher was born under */
 	if (!run->ordered)
 		run->shelf->spoiled = 1;
 	int answered = run->channel < 0;

@@ -1,44 +1,19 @@
-/* The clocks of a run: wall, processor, idle. They are kept here, so they hold whatever the caller does. timerfd_create(2)
+/* The clocks of a run: wall, processor, idle; and memory, where no control group holds it. They are kept here, so they hold whatever the
+ * caller does. timerfd_create(2)
  *
  * The processor clock cannot fire by itself: the timer is set to the earliest moment at which the rest could be used up by all
- * processors together, and then asked again. */
+ * processors together, and then asked again. So for memory: FILL_RATE is what one processor can fill at most, in bytes per nanosecond. */
 #include "kernel.h"
 #include "launcher.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <sys/timerfd.h>
 #include <time.h>
 
-enum { SETUP_LIMIT_S = 30, NEAREST_NS = 1000000, DEEPEST = 64 };
-
-/* Without a group: every process below init, and what those had from children that they waited for. proc_pid_children(5) */
-static uint64_t tree_cpu(pid_t pid, int depth) {
-	char path[64], text[4096];
-	struct timespec used;
-	uint64_t sum = 0;
-	if (depth > DEEPEST)
-		return 0;
-	if (depth > 0 && clock_gettime((clockid_t)((~(unsigned)pid << 3) | 2), &used) == 0)
-		sum = (uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec;
-	snprintf(path, sizeof path, "/proc/%d/task/%d/children", pid, pid);
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
-	if (fd >= 0)
-		close(fd);
-	text[length > 0 ? length : 0] = 0;
-	for (char *next, *word = text;; word = next) {
-		pid_t child = (pid_t)strtol(word, &next, 10);
-		if (next == word)
-			return sum;
-		sum += tree_cpu(child, depth + 1);
-	}
-}
+enum { SETUP_LIMIT_S = 30, NEAREST_NS = 1000000, MEMORY_NEAREST_NS = 10000000, FILL_RATE = 4 };
 
 uint64_t run_cpu(const struct launcher *launcher, const struct run *run) {
-	uint64_t used = run->has_groups ? cgroup_cpu(launcher, run) : tree_cpu(run->pid, 0);
+	uint64_t used = run->has_groups ? cgroup_cpu(launcher, run) : tree_cpu(run->pid);
 	return used > run->cpu_base ? used - run->cpu_base : 0;
 }
 
@@ -51,6 +26,11 @@ static void set(struct run *run, uint64_t in_ns) {
 }
 
 static uint64_t earlier(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+static void memory_due(const struct launcher *launcher, struct run *run, uint64_t now, uint64_t used) {
+	uint64_t in_ns = (run->plan->memory - used) / (uint64_t)(FILL_RATE * launcher->cpus);
+	run->memory_due_ns = now + (in_ns > MEMORY_NEAREST_NS ? in_ns : MEMORY_NEAREST_NS);
+}
 
 void clocks_check(struct launcher *launcher, struct run *run) {
 	const struct plan *plan = run->plan;
@@ -94,6 +74,17 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 			next = earlier(next, plan->idle_ns - (now - run->cpu_seen_ns));
 		}
 	}
+	if (plan->memory && !run->has_groups) {
+		if (now >= run->memory_due_ns) {
+			uint64_t used = tree_memory(run->pid, plan->memory);
+			if (used > plan->memory) {
+				run->report.observed = used;
+				return run_kill(run, CAUSE_MEMORY);
+			}
+			memory_due(launcher, run, now, used);
+		}
+		next = earlier(next, run->memory_due_ns - now);
+	}
 	if (next != UINT64_MAX)
 		set(run, next);
 }
@@ -103,6 +94,7 @@ void clocks_start(struct launcher *launcher, struct run *run) {
 	run->cpu_base = 0;
 	run->cpu_base = run_cpu(launcher, run);
 	run->cpu_seen_ns = run->exec_ns;
+	memory_due(launcher, run, run->exec_ns, 0);
 	clocks_check(launcher, run);
 }
 

@@ -169,6 +169,7 @@ _Noreturn void program_main(struct cell *cell) {
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_prepare(cell));
 	step(cell, STEP_PROGRAM_PROCESS, init_is_ready(cell));
+	step(cell, STEP_LABEL, label_ask(plan));
 	step(cell, STEP_DESCRIPTORS, descriptors_clear(cell));
 	if (plan->flags & PLAN_FILTER)
 		step(cell, STEP_SECCOMP, filter_install(cell, &listener));

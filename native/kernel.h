@@ -39,5 +39,9 @@ static inline int sys_pidfd_open(pid_t pid) { return (int)syscall(SYS_pidfd_open
 static inline int sys_pidfd_send_signal(int pidfd, int signal) {
 	return (int)syscall(SYS_pidfd_send_signal, pidfd, signal, 0, 0);
 }
+static inline int sys_signal_default(int number) {
+	const unsigned long kernel_sigaction[4] = {0}; /* SIG_DFL, no flags, and a mask of 64 bits at the end */
+	return (int)syscall(SYS_rt_sigaction, number, kernel_sigaction, NULL, sizeof(uint64_t));
+}
 static inline pid_t sys_clone3(struct clone_args *args) { return (pid_t)syscall(SYS_clone3, args, sizeof *args); }
 #endif

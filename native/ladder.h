@@ -107,6 +107,9 @@ int order_take(const struct cell *cell, struct order **order, int *descriptors);
 char **order_pointers(struct order *order, struct span span);
 int app_write(const struct cell *cell, const struct order *order);
 
+/* label.c */
+int label_ask(const struct plan *plan);
+
 /* limits.c */
 int limits_apply(const struct cell *cell);
 

@@ -40,6 +40,7 @@ struct run {
 	uint64_t early_signals;   /* to be sent when the program runs: bit 0 for number 1 */
 	uint64_t cpu_base;        /* what making the cell had used */
 	uint64_t cpu_seen, cpu_seen_ns; /* for the idle clock */
+	uint64_t memory_due_ns;   /* when it is to be looked at again */
 	int execed, ended;
 	uint32_t template;        /* its name, if this is one */
 	int doomed;               /* to be killed as soon as it is born */
@@ -90,6 +91,7 @@ int cell_is_job(const struct run *run);
 void cell_release(struct launcher *launcher, struct run *run);
 
 /* run.c */
+void run_refuse(int channel, enum step step, int error);
 void run_start(struct launcher *launcher, const struct request *request, int *descriptors, int count);
 void run_kill(struct run *run, enum cause cause);
 void run_spoil(struct run *run, enum step step, int error);
@@ -115,6 +117,13 @@ uint64_t run_cpu(const struct launcher *launcher, const struct run *run);
 void clocks_start(struct launcher *launcher, struct run *run);
 void clocks_check(struct launcher *launcher, struct run *run);
 void clocks_final(struct run *run);
+
+/* tree.c */
+uint64_t tree_cpu(pid_t init);
+uint64_t tree_memory(pid_t init, uint64_t limit);
+
+/* labelled.c */
+int label_given(const struct run *run);
 
 /* denials.c */
 void denials_answer(struct run *run);

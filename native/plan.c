@@ -74,6 +74,9 @@ int plan_check(const void *block, size_t size) {
 		return 0;
 	if (!string_ok(plan, plan->size, plan->hostname) || !string_ok(plan, plan->size, plan->directory))
 		return 0;
+	if (plan->label && (!string_ok(plan, plan->size, plan->label) || !string_ok(plan, plan->size, plan->label_file) ||
+	                    !string_ok(plan, plan->size, plan->label_shown)))
+		return 0;
 	if ((plan->flags & PLAN_FILTER) && plan->filter.count == 0)
 		return 0;
 	if ((plan->flags & PLAN_OBSERVED) && (!(plan->flags & PLAN_FILTER) || (plan->flags & (PLAN_TEMPLATE | PLAN_KILL_DENIED))))

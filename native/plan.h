@@ -70,6 +70,7 @@ enum step {
 	STEP_APP_FILES,
 	STEP_DESCRIPTORS,
 	STEP_WORK_DIRECTORY,
+	STEP_LABEL,
 	STEP_RESOURCE_LIMITS,
 	STEP_LANDLOCK,
 	STEP_SECCOMP,
@@ -154,11 +155,13 @@ struct plan {
 	uint32_t magic, version, size, flags;
 	uint64_t namespaces; /* CLONE_NEW*; user, mount and pid always among them */
 	uint64_t wall_ns, cpu_ns, idle_ns; /* 0: no limit */
+	uint64_t memory;                   /* bytes, watched where no control group holds them; 0: no limit */
 	uint64_t max_denied;               /* so many denied system calls end the run */
 	uint32_t uid, gid;                 /* inside */
 	uint32_t unknown_from;             /* system calls from this number on are new to us: ENOSYS, and not EPERM */
 	uint32_t shared;                   /* so many of the mounts, from the first on, are the same in every cell, now and later */
 	uint32_t hostname, directory;      /* strings */
+	uint32_t label, label_file, label_shown, reserved; /* strings: label.c; label 0: none is asked for */
 	uint64_t landlock_fs, landlock_net, landlock_scope;
 	struct span mounts;  /* struct mount_step */
 	struct span paths;   /* struct path_rule */
@@ -196,7 +199,7 @@ struct hello { /* with one directory descriptor for each bit of groups, in order
 	uint32_t reserved;
 };
 
-struct request { /* with plan, channel, the program's descriptors, and the order if it is large */
+struct request { /* with channel, plan, the program's descriptors, and the order if it is large */
 	uint32_t magic;
 	uint32_t inlined; /* bytes of the order behind this; 0: it has a descriptor */
 	uint64_t plan;    /* the caller's name for the plan: one plan, one name */
@@ -212,6 +215,7 @@ enum cause { /* why the launcher ended a run */
              CAUSE_SYSCALL,
              CAUSE_CALLER,
              CAUSE_OUTPUT,
+             CAUSE_MEMORY,
 };
 
 struct command {
@@ -240,7 +244,7 @@ struct report {
 	uint32_t cause; /* enum cause */
 	uint32_t cpu_source, memory_source;
 	uint32_t denied_count;
-	uint64_t observed; /* what the clock of cause showed */
+	uint64_t observed; /* what the clock of cause showed: nanoseconds, or bytes */
 	uint64_t wall_ns, cpu_ns, user_ns, system_ns;
 	uint64_t peak_memory, peak_processes, oom_kills, process_denials;
 	uint64_t setup_ns; /* from request to exec */

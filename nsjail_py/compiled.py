@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Hashable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import landlock, plan, rootfs
+from . import cachedir, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
@@ -28,6 +30,8 @@ class Compiled(NamedTuple):
     program: str
     mounts: tuple[rootfs.MountStep, ...]
     protections: tuple[Protection, ...]
+    tree: Path | None
+    """The cached tree that its root is made of."""
 
 
 class Host(NamedTuple):
@@ -41,13 +45,17 @@ class Host(NamedTuple):
     landlock_abi: int
 
 
-@functools.lru_cache(maxsize=64)
 def for_python(policy: Policy, host: Host) -> Compiled:
     """For scripts: the order brings the script, the root has the interpreter."""
-    from . import interpreter, tree
-
     if policy.root.startswith("oci:"):
         return _of_image(policy, host, policy.python.interpreter or "python3", with_files=True)
+    return _standing(_for_python, policy, host)
+
+
+@functools.lru_cache(maxsize=64)
+def _for_python(policy: Policy, host: Host) -> Compiled:
+    from . import interpreter, tree
+
     found = interpreter.inspect(policy.python.interpreter)
     below = (*SYSTEM, found.prefix)
     points = _mountpoints(policy, below) if policy.root == "minimal" else ()
@@ -61,7 +69,7 @@ def for_program(policy: Policy, host: Host, name: str) -> Compiled:
         return _of_image(policy, host, name, with_files=False)
     path = find(name)
     status = os.stat(path)
-    return _for_program(policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+    return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 def _of_image(policy: Policy, host: Host, name: str, *, with_files: bool) -> Compiled:
@@ -89,6 +97,15 @@ def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int
     visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
     inside = path if visible else f"/app/{os.path.basename(path)}"
     return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
+
+
+def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> Compiled:
+    """What is known for this key, unless its tree was removed from the cache meanwhile: then it is made anew."""
+    known = make(*key)
+    if known.tree is None or cachedir.mark_again(known.tree):
+        return known
+    make.cache_clear()
+    return make(*key)
 
 
 def find(name: str) -> str:
@@ -129,11 +146,9 @@ def _compile(
         raise Unavailable(
             "landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy"
         )
-    decided = (
-        landlock.decide(policy, host.landlock_abi, _executables(program, (image, program) if image else outside))
-        if policy.landlock
-        else landlock.Decision((0, 0, 0), [])
-    )
+    decided = landlock.Decision((0, 0, 0), [])
+    if policy.landlock:
+        decided = landlock.decide(policy, host.landlock_abi, _executables(program, (image, program) if image else outside), mounts)
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,
@@ -143,8 +158,9 @@ def _compile(
         paths=decided.paths,
         cgroup=_cgroup(policy, host),
         rlimits=plan.rlimits(policy.limits, host.cgroup != "none"),
+        label=label.decide(policy),
     )
-    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host))
+    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host), root.path if root else None)
 
 
 def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:
@@ -196,7 +212,8 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
     wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)
     wanted |= {"cgroup": True, "swap": policy.limits.memory is not None}
-    lacks = {}
+    wanted |= {"apparmor": policy.apparmor is not None, "selinux": policy.selinux is not None}
+    lacks = {name: why for name, why in label.lacks().items() if why}
     if not host.root:
         lacks["own_uid"] = "only root can give a run a user of its own; it runs as the caller's"
         lacks["groups"] = "only root can leave the caller's supplementary groups"

@@ -12,8 +12,9 @@ JailError                     everything below
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +45,19 @@ class SetupError(JailError):
         self.step, self.errno, self.detail, self.advice = step, errno, detail, advice
 
 
+@contextlib.contextmanager
+def during(step: str) -> Iterator[None]:
+    """What the system has run out of is a SetupError of this step; any other error stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        from .advice import SCARCE
+
+        if error.errno not in SCARCE:
+            raise
+        raise SetupError(step, error.errno, str(error.filename or ""), SCARCE[error.errno]) from None
+
+
 class Unavailable(SetupError):
     """This host cannot give a protection that the policy requires."""
 
@@ -69,6 +83,10 @@ class JobError(JailError):
     def __init__(self, type: str, message: str, traceback: str) -> None:
         super().__init__(f"{type}: {message}\n\n{traceback}".rstrip())
         self.type, self.message, self.traceback = type, message, traceback
+
+
+class SessionError(JailError):
+    """A session has ended, or has no state to go on from; the text says why."""
 
 
 class RunFailed(JailError):

@@ -8,30 +8,29 @@ Made for use from any number of threads at once. aio.py has the same for asyncio
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import select
 import signal
 import socket
 import subprocess
+import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from . import launcher
 from ._native import ffi, lib
 from .compiled import PATH, Compiled, Host, for_program, for_python, landlock_abi
-from .errors import JailError, LauncherDied, PolicyError
+from .errors import JailError, LauncherDied, PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
 from .policyfile import load, override
 from .reports import Context, parse, to_result
 from .result import Result
-from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, ready, split
 
 if TYPE_CHECKING:
+    from .session import Session
     from .warm import Template, Templates
 
 __all__ = ["DEVNULL", "PIPE", "STDOUT", "Jail", "Process", "run", "run_python"]
@@ -60,7 +59,7 @@ class Process:
     ) -> None:
         self.compiled = compiled
         self.template = template
-        """Kept alive by its jobs."""
+        """Kept alive by its jobs, to their end."""
         self.args = args
         self.reported: Any = None
         self._pid: int | None = None
@@ -73,6 +72,7 @@ class Process:
             ends.close()
             raise
         ends.sent()
+        self._ends = ends
         files = [None if fd is None else os.fdopen(fd, "wb" if number == 0 else "rb", 0) for number, fd in enumerate(ends.ours)]
         self.stdin: IO[bytes] | None
         self.stdout: IO[bytes] | None
@@ -96,7 +96,7 @@ class Process:
         if self._pid is None and not self.reported:
             self._command(0, lib.CAUSE_NONE)
         while self._pid is None and not self.reported:
-            select.select([self.channel], [], [])
+            ready([self.channel.fileno()], None)
             self.hear()
         return self._pid
 
@@ -106,9 +106,10 @@ class Process:
             return True
         message = self._receive()
         if not message:
-            self._lost = True
-            self.reported = ffi.new("struct report *")
-            launcher.lost(self.launcher)
+            self.reported = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
+            if not self.launcher.alive:
+                self._lost = True
+                launcher.lost(self.launcher)
             return True
         report = parse(message)
         if report.kind == lib.REPORT_STARTED:
@@ -126,14 +127,14 @@ class Process:
 
     def poll(self) -> Result | None:
         """The result if the run is over, else None. Does not wait."""
-        while not self.reported and select.select([self.channel], [], [], 0)[0]:
+        while not self.reported and ready([self.channel.fileno()], 0):
             self.hear()
         return self._finish() if self.reported else None
 
     def wait(self, timeout: float | None = None) -> Result:
         """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
         while not self.reported:
-            if not select.select([self.channel], [], [], timeout)[0]:
+            if not ready([self.channel.fileno()], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             self.hear()
         return self._finish()
@@ -173,6 +174,8 @@ class Process:
     def _finish(self) -> Result:
         if self._result is None:
             self._finalizer()
+            self.template = None
+            self._ends.finish()
             if self._lost:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
             self._result = to_result(self.reported, self._context())
@@ -223,6 +226,9 @@ class Jail:
         self.stock = stock
         loaded = policy if isinstance(policy, Policy) else load(policy)
         self.policy = override(loaded, **changes)
+        self.preload = None if preload is None else tuple(preload)
+        self._sessions: dict[float | None, Jail] = {}
+        self._sessions_lock = threading.Lock()
         self._templates: Templates | None = None
         if self.policy.backend != "native":
             from .oci_backend import check
@@ -231,6 +237,8 @@ class Jail:
         if preload is not None:
             from .warm import Templates, with_imports
 
+            if self.policy.apparmor or self.policy.selinux:
+                raise PolicyError("preload: a label comes with exec, and the jobs of a warm interpreter have none: leave one of them out")
             self.policy = with_imports(self.policy, tuple(preload))
             self._templates = Templates(self.policy, tuple(preload))
 
@@ -241,7 +249,9 @@ class Jail:
         self.close()
 
     def close(self) -> None:
-        """Ends the warm interpreter, if there is one, and its jobs. Nothing else is held between runs."""
+        """Ends the warm interpreter, if there is one, with its jobs and sessions. Nothing else is held between runs."""
+        for jail in self._sessions.values():
+            jail.close()
         if self._templates is not None:
             self._templates.close()
 
@@ -288,27 +298,39 @@ class Jail:
         argv = [template.compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
-    def start_function(self, result: int, call: int, streams: Sequence[Stream]) -> Process:
-        """For JailExecutor: a job with the descriptors that its script knows."""
-        from . import executor_inside as inside
+    def start_own(self, filename: str, data: bytes, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
+        """For JailExecutor and Session: a script of ours. descriptors: by the numbers that it knows them by, rising from 3 on."""
+        template = None
+        if self._templates is not None:
+            template = self._templates.take(self._host(), environment(self.policy), self._probe)
+        compiled = for_python(self.policy, self._host()) if template is None else template.compiled
+        argv = [compiled.program, "-s", f"/app/{filename}"]
+        files = (OrderFile(filename, data),)
+        order = compile_order(compiled.program, argv, environment(self.policy), files, [0, 1, 2, *descriptors])
+        return Process(compiled, order, argv, Ends(*streams), list(descriptors.values()), self.stock, template)
 
-        if self._templates is None:
-            raise PolicyError("only a Jail with preload runs functions")
-        template = self._templates.take(self._host(), environment(self.policy), self._probe)
-        argv = [template.compiled.program, "-s", "/app/call.py"]
-        files = (OrderFile("call.py", executor_source()),)
-        order = compile_order(template.compiled.program, argv, environment(self.policy), files, [0, 1, 2, inside.RESULT_FD, inside.CALL_FD])
-        return Process(template.compiled, order, argv, Ends(*streams), [result, call], self.stock, template)
+    def session(self, lifetime: float | None = None) -> Session:
+        """One interpreter for many cells of code (session.py), forked from the warm one where there is `preload`. The policy's limits of
+        time are those of each cell. lifetime: seconds after which the whole session ends. A session may fork, whatever the policy says."""
+        from .session import Session, inner_jail
+
+        with self._sessions_lock:
+            if lifetime not in self._sessions:
+                self._sessions[lifetime] = inner_jail(self, lifetime)
+        return Session(self._sessions[lifetime], self.policy.limits)
 
     def _probe(self, template: Template) -> bytes:
         from .warm import PROBE
 
         job = self._start_job(template, PROBE.encode(), (), "probe.py", (None, PIPE, None), ())
-        return _to_end(job, None, None).check().stdout
+        result = _to_end(job, None, None)
+        if not result.ok:
+            raise SetupError("template", detail=f"its first job: {result.summary}")
+        return result.stdout
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""
-        return _to_end(self.start(args, **_captured(input, streams)), input, timeout)
+        return _to_end(self.start(args, **captured(input, streams)), input, timeout)
 
     def run_python(
         self,
@@ -321,7 +343,7 @@ class Jail:
         **streams: Any,
     ) -> Result:
         """Runs a Python script to its end and returns its result."""
-        return _to_end(self.start_python(source, args=args, filename=filename, **_captured(input, streams)), input, timeout)
+        return _to_end(self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
 
     def compiled_for(self, program: str) -> Compiled:
         """What the policy comes to on this host for a program. Raises FileNotFoundError and PermissionError."""
@@ -353,11 +375,6 @@ class Jail:
         return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
 
 
-@functools.cache
-def executor_source() -> bytes:
-    return Path(__file__).with_name("executor_inside.py").read_bytes()
-
-
 def environment(policy: Policy) -> dict[str, str]:
     """The whole environment inside. Nothing of the caller's is in it but what the policy names."""
     variables = {"PATH": PATH, "HOME": "/work", "LANG": "C.UTF-8", "USER": "jail", "TMPDIR": "/tmp"}
@@ -367,29 +384,14 @@ def environment(policy: Policy) -> dict[str, str]:
     return variables | policy.env
 
 
-def _captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
-    if input is not None:
-        if "stdin" in streams:
-            raise ValueError("stdin and input cannot both be given")
-        streams["stdin"] = PIPE
-    return {"stdout": PIPE, "stderr": PIPE, **streams}
-
-
 def _to_end(process: Process, input: bytes | None, timeout: float | None) -> Result:
     with process:
         return process.communicate(input, timeout)
 
 
-STREAMS = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {k: v for k, v in options.items() if k in STREAMS}, {k: v for k, v in options.items() if k not in STREAMS}
-
-
 def run(args: Args, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:
     """Runs a program in a jail, like subprocess.run. options: streams, input and timeout as there; everything else changes the policy."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     return Jail(policy, **changes).run(args, **streams)
 
 
@@ -402,5 +404,5 @@ def run_python(
     **options: Any,
 ) -> Result:
     """Runs Python source in a jail. options as for `run`."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     return Jail(policy, **changes).run_python(source, args=args, filename=filename, **streams)

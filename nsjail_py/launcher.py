@@ -12,15 +12,19 @@ import contextlib
 import fcntl
 import itertools
 import os
+import select
 import signal
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import idmap
 from ._native import ffi, lib
-from .errors import LauncherDied, SetupError
+from .advice import advice
+from .errors import LauncherDied, SetupError, during
 from .plan import Sealed
 
 if TYPE_CHECKING:
@@ -32,10 +36,17 @@ UID_BASE = 1_900_000_000
 UID_BLOCK = 1024
 UID_BLOCKS = 64
 LOCKS = Path("/run/nsjail_py")
+NO_LOCKS = "in a systemd unit with ProtectSystem=strict: RuntimeDirectory=nsjail_py and RuntimeDirectoryPreserve=yes"
+"""Preserved, since its locks are everybody's: a unit that ends must not take them away."""
+NO_IDS_REASON = f"root in a user namespace without the ids from {UID_BASE} on"
+NO_IDS = "in a systemd unit PrivateUsers=no, or User= or DynamicUser=yes; in a container run as an ordinary user"
 REQUEST = struct.Struct("=IIQII")
 """`struct request` of native/plan.h."""
 MAX_PLANS = 32
 """How many plans keep a descriptor open in this process."""
+END_S = 5.0
+"""How long a launcher may take to end."""
+DYING_MS = 200
 numbers = itertools.count(1)
 """Names for plans and templates."""
 
@@ -49,16 +60,18 @@ class Launcher:
     def __init__(self) -> None:
         from . import cgroups
 
-        self.claim: Claim = cgroups.claim()
         self.pid = 0
         self.uid_lock = -1
         self.plans: dict[tuple[bytes, int], tuple[int, Sealed]] = {}
-        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket = ours
+        self.sending = threading.Lock()
+        """A socket that another thread closes must not be one that is just written to."""
+        self.socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.claim: Claim = cgroups.Claim("none", "rootless")
         try:
             with its:
                 uid_base, uid_count = self._uids() if os.geteuid() == 0 else (0, 0)
                 self.pid = self._spawn(its.fileno())
+                self.claim = cgroups.claim(self.pid)
                 self._hello(uid_base, uid_count)
         except BaseException:
             self.close()
@@ -66,9 +79,10 @@ class Launcher:
 
     def _uids(self) -> tuple[int, int]:
         """A block of host ids that no other launcher has. The lock lives as long as this process."""
-        LOCKS.mkdir(mode=0o755, exist_ok=True)
+        if not idmap.covers(UID_BASE, UID_BLOCK * UID_BLOCKS):
+            raise SetupError("uid pool", detail=NO_IDS_REASON, advice=NO_IDS)
         for number in range(UID_BLOCKS):
-            lock = os.open(LOCKS / f"uids-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            lock = self._lock(LOCKS / f"uids-{number}")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -80,10 +94,18 @@ class Launcher:
             "uid pool", detail=f"all {UID_BLOCKS} blocks of host ids are in use", advice="end some of the processes that use nsjail_py"
         )
 
-    def _spawn(self, control: int) -> int:
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        high = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 3)  # closed standard streams of ours must not get in its way
+    def _lock(self, path: Path) -> int:
         try:
+            path.parent.mkdir(mode=0o755, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise SetupError("uid pool", error.errno or 0, str(error.filename), NO_LOCKS) from None
+
+    def _spawn(self, control: int) -> int:
+        high = null = -1
+        try:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            high = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 3)  # closed standard streams of ours must not get in its way
             return os.posix_spawn(
                 PROGRAM,
                 [b"nsjail-launcher"],
@@ -97,11 +119,11 @@ class Launcher:
                 setsigdef=(signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT),
             )
         except OSError as error:
-            advice = "the package was not built whole: install it again" if error.errno == 2 else ""
-            raise SetupError("launcher", error.errno or 0, str(PROGRAM), advice) from None
+            raise SetupError("launcher", error.errno or 0, str(PROGRAM), advice("launcher", error.errno or 0)) from None
         finally:
-            os.close(high)
-            os.close(null)
+            for descriptor in (high, null):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def _hello(self, uid_base: int, uid_count: int) -> None:
         hello = ffi.new("struct hello *")
@@ -113,7 +135,7 @@ class Launcher:
             for name, path in sorted(self.claim.directories.items(), key=lambda item: GROUPS[item[0]]):
                 hello.groups |= 1 << GROUPS[name]
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            send(self.socket, bytes(ffi.buffer(hello)), descriptors)
+            self._send(bytes(ffi.buffer(hello)), descriptors)
         except (BrokenPipeError, ConnectionResetError):
             raise SetupError("launcher", detail="it ends as soon as it is started") from None
         finally:
@@ -123,6 +145,10 @@ class Launcher:
     def submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int = 0) -> socket.socket:
         """Asks for one run. stock: how many jails are to wait for further ones. template: the number of the one that is started, or that
         is to fork the run. The descriptors stay the caller's; the channel is his."""
+        with during("request"):
+            return self._submit(plan, order, descriptors, stock, template)
+
+    def _submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int) -> socket.socket:
         number, block = self._plan(plan, template)
         large = Sealed("order", order) if len(order) > lib.MAX_INLINE else None
         head = REQUEST.pack(lib.REQUEST_MAGIC, 0 if large else len(order), number, stock, template)
@@ -130,9 +156,9 @@ class Launcher:
         with its:
             try:
                 if large:
-                    send(self.socket, head, [block.fd, its.fileno(), *descriptors, large.fd])
+                    self._send(head, [its.fileno(), block.fd, *descriptors, large.fd])
                 else:
-                    send(self.socket, head + order, [block.fd, its.fileno(), *descriptors])
+                    self._send(head + order, [its.fileno(), block.fd, *descriptors])
             except BaseException:
                 channel.close()
                 raise
@@ -147,24 +173,49 @@ class Launcher:
             known = self.plans.setdefault((plan, template), (next(numbers), Sealed("plan", plan)))
         return known
 
+    def _send(self, message: bytes, descriptors: list[int]) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        with self.sending:
+            if self.socket.fileno() < 0:  # another thread has found it dead
+                raise BrokenPipeError
+            self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it listens. Of one that is just dying the descriptors go in any order."""
+        poll = select.poll()
+        with self.sending:
+            if self.socket.fileno() < 0:
+                return False
+            poll.register(self.socket, 0)
+            return not poll.poll(DYING_MS)
+
     def close(self) -> None:
         """Ends the launcher and every jail of it."""
-        self.socket.close()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # whoever is just sending gets an error
+        with self.sending:
+            self.socket.close()
+        self.plans = {}
         if self.pid:
-            with contextlib.suppress(ChildProcessError):  # somebody waits for all children, or ignores SIGCHLD
-                os.waitpid(self.pid, 0)
+            _reap(self.pid)
             self.pid = 0
-        if self.uid_lock >= 0:
-            os.close(self.uid_lock)
-            self.uid_lock = -1
         from . import cgroups
 
         cgroups.release(self.claim)
+        if self.uid_lock >= 0:  # the last of its jails is gone, so the ids are free
+            os.close(self.uid_lock)
+            self.uid_lock = -1
 
 
-def send(to: socket.socket, message: bytes, descriptors: list[int]) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    to.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+def _reap(pid: int) -> None:
+    """Waits for a launcher to end. One that somebody has stopped would not: it is killed, and the kernel ends its jails."""
+    deadline = time.monotonic() + END_S
+    with contextlib.suppress(ChildProcessError):  # somebody waits for all children, or ignores SIGCHLD
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.001)
 
 
 _lock = threading.Lock()
@@ -176,7 +227,8 @@ def current() -> Launcher:
     global _current
     with _lock:
         if _current is None:
-            _current = Launcher()
+            with during("launcher"):
+                _current = Launcher()
         return _current
 
 

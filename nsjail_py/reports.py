@@ -119,6 +119,8 @@ def judge(report: Any, policy: Policy, denied: dict[str, int]) -> tuple[Verdict,
     if report.cause in clocks:
         verdict, limit = clocks[report.cause]
         return verdict, {"limit": limit, "observed": report.observed / 1e9}
+    if report.cause == lib.CAUSE_MEMORY:
+        return Verdict.memory, {"limit": limits.memory, "observed": report.observed}
     if report.cause == lib.CAUSE_OUTPUT:
         return Verdict.output, {"limit": limits.output}
     if report.cause == lib.CAUSE_SYSCALL:
@@ -127,11 +129,10 @@ def judge(report: Any, policy: Policy, denied: dict[str, int]) -> tuple[Verdict,
         return Verdict.killed, {}
     if report.oom_kills:
         return Verdict.memory, {"limit": limits.memory, "observed": report.peak_memory, "oom_kills": report.oom_kills}
-    if report.signal == signal.SIGSYS:
+    # Of these two the kernel leaves no other trace than the signal. A program that sends it to itself gets what it asked for.
+    if report.signal == signal.SIGSYS and policy.syscalls is not None:
         return Verdict.syscall, {"syscall": "of a foreign architecture", "signal": signal.SIGSYS}
-    if report.signal == signal.SIGXCPU:
-        return Verdict.cpu_time, {"limit": limits.cpu_time or 0.0, "observed": report.cpu_ns / 1e9}
-    if report.signal == signal.SIGXFSZ:
+    if report.signal == signal.SIGXFSZ and limits.file_size is not None:
         return Verdict.disk, {"limit": limits.file_size, "signal": signal.SIGXFSZ}
     if failed and report.flags & lib.REPORT_DISK_FULL:
         return Verdict.disk, {"limit": limits.disk}

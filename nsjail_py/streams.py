@@ -11,9 +11,11 @@ import select
 import stat
 import subprocess
 import time
+from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING, Any
 
-from .errors import PolicyError
+from .carrier import Carrier, would_own
+from .errors import PolicyError, during
 
 if TYPE_CHECKING:
     from .jail import Process
@@ -21,6 +23,30 @@ if TYPE_CHECKING:
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 Stream = int | IO[Any] | None
 CHUNK = 65536
+OF_A_RUN = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
+"""Options of `run` that are about one run; all others change the policy."""
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of one run, and changes to the policy."""
+    return {k: v for k, v in options.items() if k in OF_A_RUN}, {k: v for k, v in options.items() if k not in OF_A_RUN}
+
+
+def captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
+    """The streams of a run whose output is kept unless they say otherwise. Raises ValueError where input has two sources."""
+    if input is not None:
+        if "stdin" in streams:
+            raise ValueError("stdin and input cannot both be given")
+        streams["stdin"] = PIPE
+    return {"stdout": PIPE, "stderr": PIPE, **streams}
+
+
+def ready(descriptors: Iterable[int], timeout: float | None) -> list[int]:
+    """Those that can be read, or have been closed on the other side, within timeout seconds. Also of numbers that select(2) cannot take."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(None if timeout is None else max(0.0, timeout) * 1000)]
 
 
 def no_directory(descriptor: int) -> None:
@@ -36,9 +62,11 @@ class Ends:
         self.inside: list[int] = []
         self.ours: list[int | None] = [None, None, None]
         self.opened: list[int] = []
+        self.carriers: list[Carrier] = []
         try:
-            for number, stream in enumerate((stdin, stdout, stderr)):
-                self.inside.append(self._one(number, stream))
+            with during("streams"):
+                for number, stream in enumerate((stdin, stdout, stderr)):
+                    self.inside.append(self._one(number, stream))
         except BaseException:
             self.close()
             raise
@@ -56,7 +84,10 @@ class Ends:
             return self._keep(theirs)
         descriptor = stream if isinstance(stream, int) else stream.fileno()
         no_directory(descriptor)
-        return descriptor
+        if not would_own(descriptor):
+            return descriptor
+        self.carriers.append(Carrier(descriptor, to_program=number == 0))
+        return self._keep(self.carriers[-1].inside)
 
     def _keep(self, descriptor: int) -> int:
         self.opened.append(descriptor)
@@ -64,12 +95,25 @@ class Ends:
 
     def sent(self) -> None:
         """The run has them now; our copies would hide its end of file."""
+        self._close_opened()
+        for carrier in self.carriers:
+            carrier.start()
+
+    def finish(self) -> None:
+        """At the end of the run. Raises OSError where the output could not be written to the caller's file."""
+        for carrier in self.carriers:
+            carrier.finish()
+
+    def _close_opened(self) -> None:
         for descriptor in self.opened:
             os.close(descriptor)
         self.opened = []
 
     def close(self) -> None:
-        self.sent()
+        """Nothing was started."""
+        self._close_opened()
+        for carrier in self.carriers:
+            carrier.close()
         for descriptor in self.ours:
             if descriptor is not None:
                 os.close(descriptor)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -76,12 +78,18 @@ SUITES = ("json", "math", "re", "collections", "itertools", "decimal", "struct",
 @pytest.mark.parametrize("name", SUITES)
 def test_cpythons_own_tests_pass_inside_as_they_pass_outside(name: str) -> None:
     folder = Path(sysconfig.get_path("stdlib")) / "test"
-    if not (folder / "test_math.py").exists():  # Debian has them in a package of their own; then only outside is what inside can be
-        pytest.skip("this interpreter was installed without CPython's test package")
-    import sys
-
-    run = f"import sys, unittest\nfrom test import test_{name} as t\nr = unittest.TextTestRunner(verbosity=0).run(unittest.defaultTestLoader.loadTestsFromName('test.test_{name}'))\nprint('ran', r.testsRun, 'failed', sorted(x[0].id() for x in r.failures + r.errors))"
+    if not (folder / "test_math.py").exists():
+        pytest.skip("this interpreter was installed without CPython's tests, which Debian has in libpython3.N-testsuite")
+    source, args = "from test.libregrtest.main import main; main()", ["-v", f"test_{name}"]
     mounts = [nsjail_py.Mount(source=str(folder), target=str(folder))]
-    inside = nsjail_py.run_python(run, policy="moderate", mounts=mounts, memory="2G", wall_time="5m", cpu_time="5m", output="64M")
-    outside = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=False, cwd="/tmp")
-    assert inside.stdout.decode().splitlines()[-1:] == outside.stdout.splitlines()[-1:], inside.stderr[-3000:].decode()
+    inside = nsjail_py.run_python(
+        source, args=args, policy="moderate", mounts=mounts, memory="2G", wall_time="5m", cpu_time="5m", output="64M"
+    )
+    outside = subprocess.run([sys.executable, "-c", source, *args], capture_output=True, text=True, check=False, cwd="/tmp")
+    assert (outside.returncode, inside.verdict) == (0, "ok"), outside.stderr[-2000:] + inside.stderr[-3000:].decode()
+    assert ran(inside.stdout.decode() + inside.stderr.decode()) == ran(outside.stdout + outside.stderr) > 0
+
+
+def ran(said: str) -> int:
+    """How many tests a report of unittest and doctest counts."""
+    return sum(map(int, re.findall(r"^Ran (\d+) tests in", said, re.M)))

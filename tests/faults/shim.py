@@ -51,7 +51,7 @@ CANNOT_FAIL = frozenset(
 NULL_ON_FAILURE = frozenset({"fdopendir", "readdir"})
 DONE_ALL_THE_SAME = frozenset({"close", "closedir", "munmap"})
 """The kernel lets go of a descriptor also when close answers with an error."""
-SUB = {"prctl": "a", "fcntl": "b", "ioctl": "b", "clock_gettime": "a", "setrlimit": "a", "epoll_ctl": "b"}
+SUB = {"prctl": "a", "fcntl": "b", "ioctl": "b", "clock_gettime": "a", "setrlimit": "a", "timerfd_create": "a", "epoll_ctl": "b"}
 """Which argument tells what the call is about."""
 HEAD = struct.Struct("=4IqIIII")
 ENTRY = struct.Struct("=4Iq")

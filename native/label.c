@@ -1,0 +1,9 @@
+/* The label of a security module that the program is to have: AppArmor's profile, SELinux's context. The kernel takes it here and gives it
+ * with exec, or lets exec fail; the launcher looks once more. A jail's processes have /proc, and each writes its own.
+ * proc_pid_attr(5), apparmor(7), selinux(8) */
+#include "kernel.h"
+#include "ladder.h"
+
+int label_ask(const struct plan *plan) {
+	return plan->label ? put(AT_FDCWD, at(plan, plan->label_file), at(plan, plan->label)) : 0;
+}
