@@ -47,6 +47,8 @@ class Host(NamedTuple):
 
 def for_python(policy: Policy, host: Host) -> Compiled:
     """For scripts: the order brings the script, the root has the interpreter."""
+    if policy.root.startswith("oci:"):
+        return _of_image(policy, host, policy.python.interpreter or "python3", with_files=True)
     return _standing(_for_python, policy, host)
 
 
@@ -63,9 +65,26 @@ def _for_python(policy: Policy, host: Host) -> Compiled:
 
 def for_program(policy: Policy, host: Host, name: str) -> Compiled:
     """For any program: looked up as a shell would, in the host's PATH. An outside program is shown at /app."""
+    if policy.root.startswith("oci:"):
+        return _of_image(policy, host, name, with_files=False)
     path = find(name)
     status = os.stat(path)
     return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+def _of_image(policy: Policy, host: Host, name: str, *, with_files: bool) -> Compiled:
+    """A program of the image that is the root, found as a shell inside would."""
+    from . import oci_image
+
+    return _from_image(policy, host, name, with_files, oci_image.identity(policy.root))
+
+
+@functools.lru_cache(maxsize=64)
+def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identity: tuple[object, ...]) -> Compiled:
+    from . import oci_image
+
+    program, real = oci_image.find(oci_image.unpacked(policy.root), name, PATH)
+    return _compile(policy, host, None, program, None, with_files=with_files, image=real)
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,7 +130,10 @@ def _mountpoints(policy: Policy, tops: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(point for point in points if any(rootfs.is_below(point, top.rstrip("/")) for top in tops)))
 
 
-def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool) -> Compiled:
+def _compile(
+    policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool, image: str = ""
+) -> Compiled:
+    """image: where a program of an image is on the host."""
     mounts = tuple(rootfs.build(policy, root, outside, with_files))
     bpf, unknown_from = b"", 0
     late: tuple[int, ...] = ()
@@ -126,7 +148,7 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         )
     decided = landlock.Decision((0, 0, 0), [])
     if policy.landlock:
-        decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside), mounts)
+        decided = landlock.decide(policy, host.landlock_abi, _executables(program, (image, program) if image else outside), mounts)
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,

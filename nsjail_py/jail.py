@@ -230,6 +230,10 @@ class Jail:
         self._sessions: dict[float | None, Jail] = {}
         self._sessions_lock = threading.Lock()
         self._templates: Templates | None = None
+        if self.policy.backend != "native":
+            from .oci_backend import check
+
+            check(self.policy, preload is not None)
         if preload is not None:
             from .warm import Templates, with_imports
 
@@ -258,7 +262,7 @@ class Jail:
         argv = [os.fspath(arg) for arg in args]
         if not argv:
             raise PolicyError("no program: the argument list is empty")
-        compiled = for_program(self.policy, self._host(), argv[0])
+        compiled = self.compiled_for(argv[0])
         return self._start(compiled, argv, (), (stdin, stdout, stderr), tuple(pass_fds))
 
     def start_python(
@@ -341,6 +345,10 @@ class Jail:
         """Runs a Python script to its end and returns its result."""
         return _to_end(self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
 
+    def compiled_for(self, program: str) -> Compiled:
+        """What the policy comes to on this host for a program. Raises FileNotFoundError and PermissionError."""
+        return for_program(self.policy, self._host(), program)
+
     def _host(self) -> Host:
         claim = launcher.current().claim
         return Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi())
@@ -359,6 +367,10 @@ class Jail:
         numbers = sorted(set(pass_fds))
         for number in numbers:
             no_directory(number)
+        if compiled.policy.backend != "native":
+            from .oci_backend import OciProcess
+
+            return OciProcess(compiled, argv, files, Ends(*streams), numbers)
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
         return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
 
