@@ -321,7 +321,7 @@ def _hand_on(group: Path) -> None:
 
 def _name() -> str:
     """Says whose it is, so that it can be told when its owner is dead, also when its number was given to another process since."""
-    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_pid_namespace()}.{secrets.token_hex(4)}"
+    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_view()}.{secrets.token_hex(4)}"
 
 
 def _start(pid: int) -> str:
@@ -329,8 +329,10 @@ def _start(pid: int) -> str:
     return fields[19] if fields else ""
 
 
-def _pid_namespace() -> int:
-    return Path("/proc/self/ns/pid").stat().st_ino
+def _view() -> str:
+    """Where process numbers and times of start mean the same: a time namespace shifts those in /proc, too."""
+    time = Path("/proc/self/ns/time")
+    return f"{Path('/proc/self/ns/pid').stat().st_ino}-{time.stat().st_ino if time.exists() else 0}"
 
 
 def _make(directory: Path) -> Path:
@@ -364,5 +366,5 @@ def _remove_stale(parent: Path) -> None:
     """Directories that a dead caller left behind. Only what has our name, and a process number that we can judge."""
     for directory in parent.glob(f"{PREFIX}.*"):
         words = directory.name.split(".")
-        if len(words) == 5 and words[1].isdigit() and words[3] == str(_pid_namespace()) and _start(int(words[1])) != words[2]:
+        if len(words) == 5 and words[1].isdigit() and words[3] == _view() and _start(int(words[1])) != words[2]:
             _remove(directory)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def escaped(path: str) -> str:
 
 def directory(parent: Path, pid: int, start: str, namespace: int | None = None) -> Path:
     """A claim's directory, as the process `pid` would have named it."""
-    path = parent / f"nsjail_py.{pid}.{start}.{namespace or cgroups._pid_namespace()}.0123abcd"
+    path = parent / f"nsjail_py.{pid}.{start}.{namespace or cgroups._view()}.0123abcd"
     path.mkdir()
     return path
 
@@ -184,6 +184,19 @@ def test_only_what_a_dead_process_of_ours_left_is_stale(tmp_path: Path) -> None:
     cgroups._remove_stale(tmp_path)
     assert not [path for path in stale if path.exists()]
     assert all(path.is_dir() for path in kept)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can shift clocks")
+def test_a_claim_under_shifted_clocks_takes_nobodys_group() -> None:
+    """There /proc shows another time of start for every process, as if each number had been given away anew."""
+    claim = cgroups.claim()
+    try:
+        code = "from nsjail_py import cgroups; cgroups.release(cgroups.claim())"
+        shifted = ["unshare", "--time", "--fork", "--boottime", "864000", sys.executable, "-c", code]
+        subprocess.run(shifted, cwd=ROOT, check=True)
+        assert all(path.is_dir() for path in claim.directories.values())
+    finally:
+        cgroups.release(claim)
 
 
 def test_a_stale_directory_with_anything_but_cells_in_it_stays(tmp_path: Path) -> None:
