@@ -288,7 +288,7 @@ def _hand_on(group: Path) -> None:
 
 def _name() -> str:
     """Says whose it is, so that it can be told when its owner is dead, also when its number was given to another process since."""
-    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_pid_namespace()}.{secrets.token_hex(4)}"
+    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_view()}.{secrets.token_hex(4)}"
 
 
 def _start(pid: int) -> str:
@@ -296,8 +296,9 @@ def _start(pid: int) -> str:
     return fields[19] if fields else ""
 
 
-def _pid_namespace() -> int:
-    return Path("/proc/self/ns/pid").stat().st_ino
+def _view() -> str:
+    """In which namespaces a process number and its start mean what they mean here."""
+    return "-".join(str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("pid", "time"))
 
 
 def _make(directory: Path) -> Path:
@@ -331,5 +332,5 @@ def _remove_stale(parent: Path) -> None:
     """Directories that a dead caller left behind. Only what has our name, and a process number that we can judge."""
     for directory in parent.glob(f"{PREFIX}.*"):
         words = directory.name.split(".")
-        if len(words) == 5 and words[1].isdigit() and words[3] == str(_pid_namespace()) and _start(int(words[1])) != words[2]:
+        if len(words) == 5 and words[1].isdigit() and words[3] == _view() and _start(int(words[1])) != words[2]:
             _remove(directory)

@@ -33,7 +33,7 @@ def escaped(path: str) -> str:
 
 def directory(parent: Path, pid: int, start: str, namespace: int | None = None) -> Path:
     """A claim's directory, as the process `pid` would have named it."""
-    path = parent / f"nsjail_py.{pid}.{start}.{namespace or cgroups._pid_namespace()}.0123abcd"
+    path = parent / f"nsjail_py.{pid}.{start}.{namespace or cgroups._view()}.0123abcd"
     path.mkdir()
     return path
 
