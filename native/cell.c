@@ -62,7 +62,7 @@ static pid_t cell_clone(const struct launcher *launcher, struct run *run, int ce
 	    .uid = rootless ? geteuid() : launcher->hello.uid_base + run->index,
 	    .gid = rootless ? getegid() : launcher->hello.uid_base + run->index,
 	    .rootless = rootless,
-	    .sysctl = launcher->sysctl,
+	    .proc = launcher->proc,
 	    .stamp = &launcher->stamps[run->index],
 	};
 	/* The other namespaces are dear to make, and we have others to listen to: the cell makes them itself. */
@@ -226,7 +226,8 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		run->report.flags |= message.flags;
 		if (count == 1) {
 			run->listener = sent;
-			if (watch(launcher, run->listener, EVENT_LISTENER, run) < 0)
+			int answered = run->plan->flags & PLAN_OBSERVED ? observe(run) : watch(launcher, sent, EVENT_LISTENER, run);
+			if (answered < 0)
 				run_spoil(run, STEP_SECCOMP, errno); /* a denied call would never return */
 		}
 		run_held_send(launcher, run);
@@ -319,12 +320,14 @@ void cell_heard(struct launcher *launcher, struct run *run) {
 }
 
 void cell_finish(struct launcher *launcher, struct run *run) {
-	siginfo_t info;
+	siginfo_t info = {0};
 	if (run->init >= 0)
 		waitid(P_PIDFD, (id_t)run->init, &info, WEXITED); /* a job's is not our child, and is waited for by its template */
 	program_drain(launcher, run);
 	while (run->cell >= 0 && hear_init(launcher, run))
 		;
+	if (info.si_code != CLD_EXITED && info.si_status == SIGSYS && !run->report.step)
+		run_spoil(run, STEP_LOST, EPERM); /* of a filter that the launcher was born under */
 	if (!run->ordered)
 		run->shelf->spoiled = 1;
 	int answered = run->channel < 0;

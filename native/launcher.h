@@ -59,7 +59,7 @@ struct held {
 
 struct launcher {
 	int epoll, caller;
-	int sysctl; /* /proc/sys/user */
+	int proc; /* the host's */
 	struct hello hello;
 	int groups[GROUPS];
 	uint32_t sequence; /* names the next cell's groups */
@@ -122,8 +122,14 @@ void clocks_final(struct run *run);
 uint64_t tree_cpu(pid_t init);
 uint64_t tree_memory(pid_t init, uint64_t limit);
 
+/* labelled.c */
+int label_given(const struct run *run);
+
 /* denials.c */
 void denials_answer(struct run *run);
+
+/* observe.c */
+int observe(struct run *run);
 
 /* launcher.c */
 int watch(struct launcher *launcher, int descriptor, enum event event, const struct run *run);

@@ -74,7 +74,12 @@ int plan_check(const void *block, size_t size) {
 		return 0;
 	if (!string_ok(plan, plan->size, plan->hostname) || !string_ok(plan, plan->size, plan->directory))
 		return 0;
+	if (plan->label && (!string_ok(plan, plan->size, plan->label) || !string_ok(plan, plan->size, plan->label_file) ||
+	                    !string_ok(plan, plan->size, plan->label_shown)))
+		return 0;
 	if ((plan->flags & PLAN_FILTER) && plan->filter.count == 0)
+		return 0;
+	if ((plan->flags & PLAN_OBSERVED) && (!(plan->flags & PLAN_FILTER) || (plan->flags & (PLAN_TEMPLATE | PLAN_KILL_DENIED))))
 		return 0;
 	return mounts_ok(plan) && paths_ok(plan) && cgroup_ok(plan);
 }

@@ -70,6 +70,7 @@ enum step {
 	STEP_APP_FILES,
 	STEP_DESCRIPTORS,
 	STEP_WORK_DIRECTORY,
+	STEP_LABEL,
 	STEP_RESOURCE_LIMITS,
 	STEP_LANDLOCK,
 	STEP_SECCOMP,
@@ -147,6 +148,7 @@ enum plan_flag {
 	PLAN_NESTED_OPTIONAL = 32, /* ... but go on where the kernel will not have it so */
 	PLAN_CGROUP = 64,
 	PLAN_TEMPLATE = 128, /* keeps its rights in its own user namespace, and makes jobs (job.c) */
+	PLAN_OBSERVED = 256, /* the caller answers for the filter (observe.c): no policy can ask for it, only observe.py does */
 };
 
 struct plan {
@@ -159,6 +161,7 @@ struct plan {
 	uint32_t unknown_from;             /* system calls from this number on are new to us: ENOSYS, and not EPERM */
 	uint32_t shared;                   /* so many of the mounts, from the first on, are the same in every cell, now and later */
 	uint32_t hostname, directory;      /* strings */
+	uint32_t label, label_file, label_shown, reserved; /* strings: label.c; label 0: none is asked for */
 	uint64_t landlock_fs, landlock_net, landlock_scope;
 	struct span mounts;  /* struct mount_step */
 	struct span paths;   /* struct path_rule */
@@ -220,7 +223,7 @@ struct command {
 	uint32_t cause;
 };
 
-enum report_kind { REPORT_STARTED = 1, REPORT_ENDED, REPORT_FAILED };
+enum report_kind { REPORT_STARTED = 1, REPORT_ENDED, REPORT_FAILED, REPORT_OBSERVED };
 enum source { SOURCE_NONE, SOURCE_RUSAGE, SOURCE_CGROUP1, SOURCE_CGROUP2 };
 enum report_flag { REPORT_DISK_FULL = 1, REPORT_NO_NESTED = 2, REPORT_EXECED = 4, REPORT_MORE_DENIED = 8 };
 

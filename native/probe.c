@@ -5,11 +5,13 @@
 #include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 
 #include "probe.h"
 
-int probe_call(int call) {
+static int call_errno(int call) {
 	static const long numbers[PROBE_CALLS] = {
 	    [PROBE_CLONE3] = SYS_clone3,
 	    [PROBE_OPENAT2] = SYS_openat2,
@@ -25,25 +27,60 @@ int probe_call(int call) {
 	return syscall(numbers[call], -1L, 0L, -1L, 0L, 0L) < 0 ? errno : 0;
 }
 
-static int landlock_version(unsigned flags) {
+static int landlock_version(int flags) {
 	long answer = syscall(SYS_landlock_create_ruleset, NULL, 0, flags);
-	return answer < 0 ? 0 : (int)answer;
+	return answer < 0 ? -errno : (int)answer;
+}
+
+static int notify(int unused) {
+	struct seccomp_notif_sizes sizes;
+	(void)unused;
+	return syscall(SYS_seccomp, SECCOMP_GET_NOTIF_SIZES, 0, &sizes) < 0 ? -errno : sizes.seccomp_notif;
+}
+
+/* Under a filter the answer may be death: then a child asks. Without one, asking costs no fork. */
+static int ask(int (*question)(int), int argument) {
+	struct clone_args args = {.exit_signal = 0};
+	if (prctl(PR_GET_SECCOMP) == 0)
+		return question(argument);
+	int *answer = mmap(NULL, sizeof *answer, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (answer == MAP_FAILED)
+		return -errno;
+	*answer = -PROBE_KILLED;
+	pid_t child = sys_clone3(&args);
+	if (child < 0 && errno == ENOSYS)
+		child = (pid_t)syscall(SYS_clone, 0, NULL, NULL, NULL, NULL); /* RestrictNamespaces= of systemd */
+	if (child == 0) {
+		*answer = question(argument);
+		_exit(0);
+	}
+	int result = child < 0 ? -errno : 0;
+	while (child > 0 && waitpid(child, NULL, __WALL) < 0 && errno == EINTR)
+		;
+	if (child > 0)
+		result = *answer;
+	munmap(answer, sizeof *answer);
+	return result;
+}
+
+int probe_call(int call) {
+	int answer = ask(call_errno, call);
+	return answer < 0 ? -answer : answer;
 }
 
 int probe_landlock_abi(void) {
 	enum { VERSION = 1 };
-	return landlock_version(VERSION);
+	int answer = ask(landlock_version, VERSION);
+	return answer < 0 ? 0 : answer;
 }
 
 int probe_landlock_errata(void) {
 	enum { ERRATA = 2 };
-	return landlock_version(ERRATA);
+	int answer = ask(landlock_version, ERRATA);
+	return answer < 0 ? 0 : answer;
 }
 
-int probe_notify(void) {
-	struct seccomp_notif_sizes sizes;
-	return syscall(SYS_seccomp, SECCOMP_GET_NOTIF_SIZES, 0, &sizes) < 0 ? -errno : sizes.seccomp_notif;
-}
+int probe_notify(void) { return ask(notify, 0); }
 
 /* The errno that the child left with. It takes no signal of its parent's, so that nobody else learns of it. */
 static int outcome(pid_t child) {
@@ -53,7 +90,7 @@ static int outcome(pid_t child) {
 	while (waitpid(child, &status, __WALL) < 0)
 		if (errno != EINTR)
 			return errno;
-	return WIFEXITED(status) ? WEXITSTATUS(status) : EPERM;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : PROBE_KILLED;
 }
 
 int probe_userns(int namespaces) {

@@ -11,6 +11,7 @@ enum probe_call {
 	PROBE_MOUNT_SETATTR,
 	PROBE_CALLS,
 };
+enum { PROBE_KILLED = 1000 }; /* in the place of an errno: a filter answered by killing who asked; it was a child of ours */
 int probe_call(int call); /* its errno: ENOSYS when it is missing, EPERM when a filter or a missing right refuses it */
 
 int probe_landlock_abi(void);    /* 0: no Landlock */

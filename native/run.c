@@ -130,7 +130,8 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 		cell_release(launcher, run);
 		return run_answer(launcher, run);
 	}
-	if ((!parked && order_give(launcher, run, request, descriptors + 2, count - 2) < 0) ||
+	/* A cell that is dead already has told why: its step comes behind. */
+	if ((!parked && order_give(launcher, run, request, descriptors + 2, count - 2) < 0 && errno != EPIPE) ||
 	    watch(launcher, run->channel, EVENT_CHANNEL, run) < 0)
 		return run_spoil(run, STEP_ORDER, errno);
 	if (cell_is_job(run) && !run->held)
@@ -170,6 +171,8 @@ void run_execed(struct launcher *launcher, struct run *run) {
 	run->exec_ns = stamp ? stamp : now_ns();
 	run->report.setup_ns = run->exec_ns - run->start_ns;
 	run->report.flags |= REPORT_EXECED;
+	if (run->stamped && !label_given(run))
+		run_spoil(run, STEP_LABEL, EPERM);
 	if (run->asked)
 		run_started(run);
 	for (uint32_t number = 1; run->early_signals && number <= 64; number++)
@@ -221,8 +224,11 @@ void run_count(struct launcher *launcher, struct run *run) {
 		if (report->cause == CAUSE_CPU)
 			report->cpu_ns = report->observed;
 	}
-	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && report->oom_kills == 0)
+	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && report->oom_kills == 0) {
 		report->step = STEP_LOST;
+		if (report->signal == SIGSYS) /* before it ran: by no filter of ours */
+			report->error = EPERM;
+	}
 	clocks_final(run);
 	unwatch(launcher, &run->timer);
 }

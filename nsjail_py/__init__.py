@@ -7,16 +7,19 @@ result.verdict, result.stdout, result.cpu_time, result.peak_memory
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, ScriptRefused, SetupError, Unavailable
+from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, ScriptRefused, SessionError, SetupError, Unavailable
 from .jail import DEVNULL, PIPE, STDOUT, Jail, Process, run, run_python
 from .policy import Limits, Mount, Policy, Python, Syscalls
 from .policyfile import load as policy
 from .result import Protection, Result, Verdict
 
 if TYPE_CHECKING:
+    from . import aio
     from .executor import JailExecutor
+    from .session import Session
 
 __version__ = "0.1.0"
 
@@ -39,20 +42,25 @@ __all__ = [
     "Result",
     "RunFailed",
     "ScriptRefused",
+    "Session",
+    "SessionError",
     "SetupError",
     "Syscalls",
     "Unavailable",
     "Verdict",
+    "aio",
     "policy",
     "run",
     "run_python",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """The executor is imported when it is asked for: most users start programs."""
-    if name != "JailExecutor":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .executor import JailExecutor
+LATE = {"JailExecutor": "executor", "Session": "session", "aio": "aio"}
+"""By their modules: what is imported when it is asked for, since most users start programs."""
 
-    return JailExecutor
+
+def __getattr__(name: str) -> Any:
+    if name not in LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{LATE[name]}", __name__)
+    return module if name == LATE[name] else getattr(module, name)

@@ -8,6 +8,10 @@ E = errno
 ANY = 0
 APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 
+OPENAT2 = (
+    "openat2 is missing: Linux 5.6 or later, and a filter that lets it pass (systemd unit: RestrictSUIDSGID=no, which DynamicUser= forbids)"
+)
+
 ROWS: dict[tuple[str, int], str] = {
     ("launcher", E.ENOENT): "the package was not built whole: install it again",
     ("request", ANY): "the launcher could not take it: raise the limit of open files (ulimit -Hn), or run fewer jails at a time",
@@ -18,32 +22,42 @@ ROWS: dict[tuple[str, int], str] = {
     ("clone", E.EACCES): f"AppArmor refuses user namespaces: sysctl -w {APPARMOR}=0, or load a profile that allows them",
     ("clone", E.ENOSPC): "the limit of namespaces is reached: raise user.max_user_namespaces and its siblings",
     ("clone", E.EAGAIN): "no more processes: raise the limit of processes of this user or group",
-    ("clone", E.ENOSYS): "clone3 is missing: Linux 5.3 or later, and a container filter that lets it pass",
+    ("clone", E.ENOSYS): "clone3 is missing: Linux 5.3 or later, and a filter that lets it pass (systemd unit: RestrictNamespaces=no)",
     ("namespaces", E.EINVAL): "the kernel lacks a kind of namespace: see `nsjail-py doctor`",
-    ("namespaces", E.EPERM): "no right to make namespaces: root without CAP_SYS_ADMIN, or a container's filter",
+    ("namespaces", E.EPERM): "no right to make namespaces: root without CAP_SYS_ADMIN, or a filter (systemd unit: RestrictNamespaces=no)",
     ("namespaces", E.ENOSPC): "the limit of namespaces is reached: raise user.max_net_namespaces and its siblings",
     ("shared root", ANY): "a mount namespace cannot be entered again (no CAP_SYS_CHROOT, or a container's filter refuses setns)",
     ("user namespace", E.EPERM): f"user namespaces are restricted here (Ubuntu: {APPARMOR}): see `nsjail-py doctor`",
+    ("user namespace", E.ENOSPC): "none may be made here: sysctl -w user.max_user_namespaces=15000",
     ("id map", E.EPERM): f"root needs CAP_SETUID and CAP_SETGID; from a user AppArmor may withhold every right (Ubuntu: {APPARMOR})",
+    ("mount private", E.EINVAL): "the root directory is no mount point, as in a chroot: enter it with pivot_root, as containers do",
     ("mount private", E.ENOSYS): "mount_setattr is missing: Linux 5.12 or later",
     ("mount private", E.EPERM): "no right to mount in the new namespace: AppArmor or a container's filter refuses it",
     ("mount source", E.ENOENT): "the source does not exist on the host",
+    ("mount target", E.ENOSYS): OPENAT2,
+    ("mount bind", E.ENOSYS): OPENAT2,
     ("mount target", E.EROFS): "the target lies in a read-only tree and is not there: choose one outside of it",
     ("mount bind", E.ENOENT): "the target does not exist inside: it lies below a directory that is shown read-only",
     ("mount bind", E.ENOTDIR): "source and target must both be files or both be directories",
     ("mount idmap", E.EPERM): "a writable directory must not belong to root: chown it to the user who is to own the files",
     ("mount idmap", E.EINVAL): "this file system cannot be mounted with other ids: use ext4, xfs, btrfs, or tmpfs on Linux 6.3 or later",
     ("mount proc", E.EPERM): 'parts of the host\'s /proc are covered (a container): run with an uncovered /proc, or set proc = "none"',
+    ("hostname", E.EPERM): "a filter refuses sethostname (systemd unit: ProtectHostname=no); or leave uts out of the policy's namespaces",
     ("nested userns", ANY): 'add "nested_userns" to best_effort, or make /proc/sys writable',
     ("landlock", E.ENOSYS): "Landlock is missing: Linux 5.13 or later",
     ("landlock", E.EOPNOTSUPP): "Landlock is switched off: add landlock to the kernel's lsm= list",
     ("seccomp", E.EBUSY): "another program listens to this process's filter already (a container manager): it cannot be nested",
     ("seccomp", E.EACCES): "no_new_privs was not set",
     ("descriptors", E.EINVAL): "the hard limit of open files is too low: jails need numbers above 1000 (ulimit -Hn)",
+    ("label", E.ENOENT): "no AppArmor profile of this name is loaded: apparmor_parser -r FILE as root",
+    ("label", E.EACCES): "the profile or domain of this process does not let it change to that one",
+    ("label", E.EINVAL): "SELinux knows no such context, or the domain of this process may not set one (setexec)",
+    ("label", E.EPERM): "the program came to run without it: see the kernel's log",
     ("app files", E.ENOSPC): "the script is larger than the disk limit",
     ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
     ("template", ANY): "the warm interpreter ended: the next run starts another",
     ("setup time", ANY): "making the jail took more than 30 s: a source on a file system that hangs?",
+    ("lost", E.EPERM): "a system call filter killed it (systemd unit: SystemCallFilter= as `nsjail-py systemd unit` has it)",
     ("lost", ANY): "the jail's init was killed from outside, perhaps for lack of memory on the host",
 }
 

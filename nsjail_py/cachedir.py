@@ -1,18 +1,33 @@
-"""Where built roots and compiled filters are kept: a directory that only its owner can change."""
+"""Where built roots and compiled filters are kept: a directory that only its owner can change.
+
+What is used is marked by its time of change, when it is looked up and from then on once an hour. What has had no mark for a week, and is
+mounted nowhere, is removed when something new is built.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import stat
+import time
 from pathlib import Path
 
 from .errors import SetupError
+
+UNUSED = 7 * 86400.0
+"""Seconds without a mark after which an entry goes."""
+AGAIN = 3600.0
+"""Seconds after which a process marks what it goes on using."""
+_marked: dict[Path, float] = {}
+ADVICE = "set NSJAIL_PY_CACHE to a directory of your own, or in a systemd unit CacheDirectory=nsjail_py (nsjail_py-USER with User=)"
 
 
 def directory(kind: str) -> Path:
     """The cache directory for one kind of thing (`roots`, `filters`), made when it is missing.
 
-    /var/cache/nsjail_py for root, else $XDG_CACHE_HOME or ~/.cache; NSJAIL_PY_CACHE overrides. Raises SetupError where it is not ours.
+    NSJAIL_PY_CACHE, else below $CACHE_DIRECTORY (systemd's CacheDirectory=), else /var/cache/nsjail_py for root, else below $XDG_CACHE_HOME
+    or ~/.cache. Raises SetupError where it is not ours.
     """
     base = _base()
     for path in (base, base / kind):
@@ -20,7 +35,7 @@ def directory(kind: str) -> Path:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = path.lstat()
         except OSError as error:
-            raise SetupError("cache directory", error.errno or 0, str(path), "set NSJAIL_PY_CACHE to a directory of your own") from None
+            raise SetupError("cache directory", error.errno or 0, str(path), ADVICE) from None
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             reason = f"{path} must be a directory that belongs to uid {os.geteuid()} and that nobody else can write"
             raise SetupError("cache directory", detail=reason, advice="remove it, or set NSJAIL_PY_CACHE to a directory of your own")
@@ -44,14 +59,69 @@ def write(path: Path, data: bytes) -> None:
         raise SetupError("cache directory", error.errno or 0, str(path), "set NSJAIL_PY_CACHE to a directory with room") from None
 
 
+def mark(path: Path) -> bool:
+    """Notes that an entry is used; false when it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # a cache that can only be read keeps what it has
+        return path.exists()
+    _marked[path] = time.monotonic()
+    return True
+
+
+def mark_again(path: Path) -> bool:
+    """The same for what was marked before; most times, a glance at the clock."""
+    return time.monotonic() - _marked.get(path, -AGAIN) < AGAIN or mark(path)
+
+
+def prune(store: Path) -> None:
+    """Removes what nobody uses any more. What cannot be removed stays."""
+    oldest = time.time() - UNUSED
+    unused = [path for path in store.glob("[!.]*") if _changed(path) < oldest]
+    shown = _mounts() if unused else ""
+    for path in unused:
+        if path.name in shown:
+            continue
+        gone = path.with_name(f".new-{path.name}")  # if this is killed here, the next sweep finds it
+        with contextlib.suppress(OSError):
+            path.rename(gone)
+            if _changed(gone) >= oldest:  # somebody marked it just now
+                gone.rename(path)
+            elif gone.is_dir():
+                shutil.rmtree(gone, ignore_errors=True)
+            else:
+                gone.unlink()
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _mounts() -> str:
+    """All mounts of all processes that may be looked at, ours among them: jails show their root there."""
+    found = []
+    for table in Path("/proc").glob("[0-9]*/mountinfo"):
+        with contextlib.suppress(OSError):
+            found.append(table.read_text(errors="replace"))
+    return "".join(found)
+
+
 def _base() -> Path:
     if chosen := os.environ.get("NSJAIL_PY_CACHE"):
         return Path(chosen).absolute()
+    if given := os.environ.get("CACHE_DIRECTORY"):
+        first = Path(given.split(":")[0])
+        return first if first.name.startswith("nsjail_py") else first / "nsjail_py"
     if os.geteuid() == 0:
         return Path("/var/cache/nsjail_py")
     if parent := os.environ.get("XDG_CACHE_HOME"):
         return Path(parent) / "nsjail_py"
     home = Path(os.path.expanduser("~"))
-    if not home.is_dir() or str(home) == "/":
-        raise SetupError("cache directory", detail="there is no home directory", advice="set NSJAIL_PY_CACHE to a directory of your own")
+    if not os.path.isdir(home) or str(home) == "/":  # or not to be entered: ProtectHome= of a systemd unit
+        raise SetupError("cache directory", detail="there is no home directory", advice=ADVICE)
     return home / ".cache" / "nsjail_py"

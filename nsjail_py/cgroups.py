@@ -7,6 +7,7 @@ systemd's CGROUP_DELEGATION.
     v1                      below the group that we run in, in each controller's hierarchy
     v2, delegated to us     below our own group, whose processes move to its leaf `main`: a group with processes cannot hand controllers on
     v2, root                below /sys/fs/cgroup/nsjail_py
+    v2, a user's manager    below a scope that it makes for the launcher alone (scope.py)
 """
 
 from __future__ import annotations
@@ -90,9 +91,12 @@ def visible(path: str, mounts: list[mountinfo.Entry]) -> Path | None:
     return found
 
 
-def claim() -> Claim:
+def claim(launcher: int = 0) -> Claim:
     """Makes the directories of one launcher, and removes those of callers that are dead. `reason` says why there are none;
-    an error is only what passes: no descriptor, no memory."""
+    an error is only what passes: no descriptor, no memory.
+
+    launcher: its process, which is moved into a scope of its own where we are in no group that is ours; 0: there is none to be moved.
+    """
     root = os.geteuid() == 0
     try:
         groups = memberships(Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape"))
@@ -101,7 +105,7 @@ def claim() -> Claim:
         if on_v1.issuperset(REQUIRED):
             return _claim_v1(groups, mounts, root)
         if on_v1.isdisjoint(REQUIRED):
-            return _claim_v2(groups, mounts, root)
+            return _claim_v2(groups, mounts, root, launcher)
         raise _NoneError("memory and pids are on different versions of control groups", "boot with systemd.unified_cgroup_hierarchy=1")
     except _NoneError as error:
         why, remedy = error.args
@@ -109,7 +113,7 @@ def claim() -> Claim:
         if error.errno in PASSING:
             raise
         why = f"{error.filename}: {error.strerror}"
-        remedy = "give this container writable control groups" if error.errno == errno.EROFS else ""
+        remedy = "give this container writable control groups (systemd unit: ProtectControlGroups=no)" if error.errno == errno.EROFS else ""
     return Claim("none", "root" if root else "rootless", why=why, remedy=remedy)
 
 
@@ -168,18 +172,20 @@ def _inherit_cpuset(directory: Path) -> None:
 # ---------------------------------------------------------------- version 2
 
 
-def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: bool) -> Claim:
-    mounts = [mount for mount in mounts if mount.kind == "cgroup2"]
+def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: bool, launcher: int) -> Claim:
+    # systemd mounts single files of a group over a read-only hierarchy: ProtectControlGroups=.
+    mounts = [mount for mount in mounts if mount.kind == "cgroup2" and os.path.isdir(mount.target)]
     if not mounts:
         raise _NoneError("no cgroup file system is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
-    own = visible(next((group.path for group in groups if not group.controllers), ""), mounts)
+    own, why, remedy = _own(groups, mounts), "", ""
     base = _delegated(own, root) if own else None
-    if base is not None:
-        _vacate(base)
-    elif root:
+    if base is None and root:
         base = _make_base(Path(min(mounts, key=lambda mount: mount.read_only).target))
+        if own and own.name.endswith(".service"):
+            why, remedy = f"jails are outside of the limits of {own.name}", "Delegate=yes in the unit"
     else:
-        raise _NoneError(f"our control group {own or '(not visible)'} is not delegated to us", DELEGATE)
+        base = base or _scope(own, mounts, launcher)
+        _vacate(base)
     _remove_stale(base)
     _hand_on(base)
     unified = _make(base / _name())
@@ -189,7 +195,29 @@ def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         unified.rmdir()
         raise
     swap = (unified / "memory.swap.max").exists()
-    return Claim("v2", "root" if root else "delegated", {"unified": unified}, swap=swap)
+    return Claim("v2", "root" if root else "delegated", {"unified": unified}, why, remedy, swap)
+
+
+def _own(groups: list[Membership], mounts: list[mountinfo.Entry]) -> Path | None:
+    return visible(next((group.path for group in groups if not group.controllers), ""), mounts)
+
+
+def _scope(own: Path | None, mounts: list[mountinfo.Entry], launcher: int) -> Path:
+    """The group of a scope that holds the launcher and nothing else."""
+    why = f"our control group {own or '(not visible)'} is not delegated to us"
+    if not launcher:
+        raise _NoneError(why, DELEGATE)
+    from . import scope
+
+    try:
+        scope.ask(launcher)
+    except scope.RefusedError as error:
+        refused, remedy = error.args
+        raise _NoneError(f"{why}, and {refused}", f"{remedy}, or {DELEGATE}" if remedy else DELEGATE) from None
+    made = _own(memberships(Path(f"/proc/{launcher}/cgroup").read_text(errors="surrogateescape")), mounts)
+    if made is None:
+        raise _NoneError(f"{why}, and the scope of the launcher cannot be seen", DELEGATE)
+    return made
 
 
 def _delegated(own: Path, root: bool) -> Path | None:
@@ -198,9 +226,14 @@ def _delegated(own: Path, root: bool) -> Path | None:
         marked = any(_attribute(group, name) == b"1" for name in ("user.delegate", "trusted.delegate"))
         writable = all(os.access(group / file, os.W_OK) for file in ("cgroup.procs", "cgroup.subtree_control", "."))
         # Without systemd's mark ownership tells, but of root everything is writable, and nothing can be told.
-        if writable and (marked or (not root and _lineage_only(group))):
+        if writable and (marked or (not root and not _of_a_manager(group) and _lineage_only(group))):
             return group
     return None
+
+
+def _of_a_manager(group: Path) -> bool:
+    """A unit of a user's manager: it belongs to the user, but to the manager in the first place."""
+    return group.suffix in (".service", ".scope", ".slice") and any(part.startswith("user@") for part in group.parts)
 
 
 def _attribute(path: Path, name: str) -> bytes:
@@ -211,12 +244,12 @@ def _attribute(path: Path, name: str) -> bytes:
 
 
 def _lineage_only(group: Path) -> bool:
-    """Whether no process in the group is a stranger: all are us, what started us, or what we started."""
+    """Whether no process in the group is a stranger: all are us, what started us there, or what those started."""
     parents = {pid: _parent(pid) for pid in _processes(group)}
-    ours = {os.getpid()}
-    pid = os.getpid()
-    while pid := _parent(pid):
-        ours.add(pid)
+    first = os.getpid()
+    while parents.get(first) in parents:
+        first = parents[first]
+    ours = {first}
     while new := {pid for pid, parent in parents.items() if parent in ours} - ours:
         ours |= new
     return ours.issuperset(parents)

@@ -1,4 +1,4 @@
-"""The command `nsjail-py`: run, exec, doctor, selftest, policy, and those of layers/. It uses what the package exports, nothing below."""
+"""The command `nsjail-py`: run, exec, doctor, selftest, policy, systemd, and those of layers/. It uses what the package exports."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ LAYERS = {
     "posture": "for which code a policy is fit, and what is left",
 }
 """Commands of layers/commands.py, which is imported for none but them."""
+
+TOOLS = {
+    "learn": "run a trusted script under observation, and write the smallest policy for it",
+    "why": "what a result says was denied, and the lines of a policy that would allow it",
+}
+"""Commands of toolcommands.py, in the same way."""
 
 EPILOG = """\
 exit status: the program's own; 128+n after signal n; 124 a limit was reached; 125 the jail could not be set up;
@@ -90,11 +96,11 @@ def parser(listed: bool = True) -> Parser:
     execute.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CMD [ARGS...]")
     execute.set_defaults(act=command_exec)
     doctor = commands.add_parser("doctor", help="what this host can give a jail, and how to get the rest")
-    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(act=command_doctor)
     selftest = commands.add_parser("selftest", help="attack a jail of a policy on this machine, and show what held")
     selftest.add_argument("--policy", default="untrusted", metavar="NAME|FILE", help="trusted, moderate, untrusted (default), or a file")
-    selftest.add_argument("--json", action="store_true")
+    selftest.add_argument("--json", action="store_true", help="print one JSON object")
     selftest.set_defaults(act=command_selftest)
     policy = commands.add_parser("policy", help="list, show, check and explain policies")
     actions = policy.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -106,7 +112,22 @@ def parser(listed: bool = True) -> Parser:
     check = actions.add_parser("check", help="all faults of a policy file")
     check.add_argument("file", metavar="FILE")
     check.set_defaults(act=policy_check)
-    for name, text in LAYERS.items() if listed else ():
+    systemd = commands.add_parser("systemd", help="write a hardened unit that runs a program in a jail")
+    actions = systemd.add_subparsers(dest="action", required=True, metavar="ACTION")
+    unit = actions.add_parser(
+        "unit", help="the unit, or with --listen a socket too", usage="nsjail-py systemd unit [OPTIONS] POLICY -- CMD [ARGS...]"
+    )
+    unit.add_argument("--name", default="jail", help="of the unit's files, without .service (default: jail)")
+    unit.add_argument("--user", default="", help="who runs it; by default root, who gives each run a user id of its own")
+    unit.add_argument("--listen", default="", metavar="ADDRESS", help="a path or HOST:PORT: each connection is one run")
+    unit.add_argument("--output", metavar="DIR", help="write the files there (/etc/systemd/system) instead of printing them")
+    unit.add_argument("policy", metavar="POLICY")
+    unit.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- CMD [ARGS...]")
+    unit.set_defaults(act=systemd_unit)
+    apparmor = commands.add_parser("apparmor", help="print an AppArmor profile: for our launcher, or a sample for programs")
+    apparmor.add_argument("profile", choices=["launcher", "sample"])
+    apparmor.set_defaults(act=apparmor_profile)
+    for name, text in (LAYERS | TOOLS).items() if listed else ():
         commands.add_parser(name, help=text)
     return top
 
@@ -225,6 +246,10 @@ def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Pro
         over = result.verdict is Verdict.output
         result = replace(result, stdout=bytes(kept[0]), stderr=bytes(kept[1]), stdout_cut=over, stderr_cut=over)
         _print(json.dumps(result.to_dict(), indent=2))
+    from . import systemd
+
+    if systemd.has_journal():
+        systemd.journal(result)
     return exit_status(result)
 
 
@@ -281,6 +306,31 @@ def command_selftest(options: argparse.Namespace) -> int:
     from .selftest import main as selftest
 
     return selftest(options.policy, options.json)
+
+
+def systemd_unit(options: argparse.Namespace) -> int:
+    from .policyfile import load, names
+    from .unitfile import unit
+
+    command = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
+    if not command or command[0].startswith("-"):
+        raise PolicyError("systemd unit: no program was given: nsjail-py systemd unit [OPTIONS] POLICY -- CMD [ARGS...]")
+    named = options.policy if options.policy in names() else str(Path(options.policy).resolve())
+    files = unit(load(options.policy), named, command, options.name, options.user, options.listen)
+    for name, text in files.items():
+        if options.output:
+            (Path(options.output) / name).write_text(text)
+            _print(str(Path(options.output) / name))
+        else:
+            _print(f"# /etc/systemd/system/{name}\n{text}")
+    return 0
+
+
+def apparmor_profile(options: argparse.Namespace) -> int:
+    from .apparmor import profile
+
+    _print(profile(options.profile), end="")
+    return 0
 
 
 def policy_list(options: argparse.Namespace) -> int:
@@ -345,6 +395,10 @@ def main(argv: list[str] | None = None) -> int:
             from .layers.commands import main as layers
 
             return layers(arguments)
+        if arguments[:1] and arguments[0] in TOOLS:
+            from .toolcommands import main as tools
+
+            return tools(arguments)
         options = parser(arguments[:1] not in (["run"], ["exec"])).parse_args(arguments)
         return int(options.act(options))
     except SystemExit as ended:  # --help

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Hashable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import landlock, plan, rootfs
+from . import cachedir, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
@@ -28,6 +30,8 @@ class Compiled(NamedTuple):
     program: str
     mounts: tuple[rootfs.MountStep, ...]
     protections: tuple[Protection, ...]
+    tree: Path | None
+    """The cached tree that its root is made of."""
 
 
 class Host(NamedTuple):
@@ -41,9 +45,13 @@ class Host(NamedTuple):
     landlock_abi: int
 
 
-@functools.lru_cache(maxsize=64)
 def for_python(policy: Policy, host: Host) -> Compiled:
     """For scripts: the order brings the script, the root has the interpreter."""
+    return _standing(_for_python, policy, host)
+
+
+@functools.lru_cache(maxsize=64)
+def _for_python(policy: Policy, host: Host) -> Compiled:
     from . import interpreter, tree
 
     found = interpreter.inspect(policy.python.interpreter)
@@ -57,7 +65,7 @@ def for_program(policy: Policy, host: Host, name: str) -> Compiled:
     """For any program: looked up as a shell would, in the host's PATH. An outside program is shown at /app."""
     path = find(name)
     status = os.stat(path)
-    return _for_program(policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+    return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=256)
@@ -70,6 +78,15 @@ def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int
     visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
     inside = path if visible else f"/app/{os.path.basename(path)}"
     return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
+
+
+def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> Compiled:
+    """What is known for this key, unless its tree was removed from the cache meanwhile: then it is made anew."""
+    known = make(*key)
+    if known.tree is None or cachedir.mark_again(known.tree):
+        return known
+    make.cache_clear()
+    return make(*key)
 
 
 def find(name: str) -> str:
@@ -119,8 +136,9 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         paths=decided.paths,
         cgroup=_cgroup(policy, host),
         rlimits=plan.rlimits(policy.limits, host.cgroup != "none"),
+        label=label.decide(policy),
     )
-    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host))
+    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host), root.path if root else None)
 
 
 def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:
@@ -172,7 +190,8 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
     wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)
     wanted |= {"cgroup": True, "swap": policy.limits.memory is not None}
-    lacks = {}
+    wanted |= {"apparmor": policy.apparmor is not None, "selinux": policy.selinux is not None}
+    lacks = {name: why for name, why in label.lacks().items() if why}
     if not host.root:
         lacks["own_uid"] = "only root can give a run a user of its own; it runs as the caller's"
         lacks["groups"] = "only root can leave the caller's supplementary groups"

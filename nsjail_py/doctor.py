@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json as jsonlib
-import os
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from . import cgroups, hostinfo, mountinfo, userns
+from . import cgroups, hostinfo, idmap, launcher, mountinfo, userns
 from ._native import lib
 from .errors import JailError
 from .hostinfo import Host
@@ -63,20 +63,29 @@ class Report:
 def report(host: Host | None = None) -> Report:
     """Looks at everything, and runs one real jail under the default policy."""
     host = host or hostinfo.probe()
-    claim = cgroups.claim()
-    cgroups.release(claim)
+    claim = _claim()
+    jail, result = _trial()
     findings = [
         *_kernel(host),
-        *_namespaces(host),
+        *_namespaces(host, result is not None),
         *_control_groups(claim),
         *_seccomp(host),
         *_landlock(host),
         *_memory(host, claim),
     ]
-    jail, result = _trial()
     missing = {} if result is None else {p.name: p.reason for p in result.protections if p.state == "unavailable"}
     full = result is not None and result.ok and not missing
     return Report(host, findings, _modes(host, claim), claim.mode, full, jail, missing)
+
+
+def _claim() -> cgroups.Claim:
+    """The control groups of a real launcher; where there can be none, those that it would be given."""
+    try:
+        return launcher.current().claim
+    except (JailError, OSError):
+        claim = cgroups.claim()
+        cgroups.release(claim)
+        return claim
 
 
 # ---------------------------------------------------------------- what is looked at
@@ -89,11 +98,16 @@ def _kernel(host: Host) -> list[Finding]:
     found = [Finding("kernel", "ok", machine)]
     if not any(lack.name in hostinfo.CALLS for lack in lacks):
         found.append(Finding("system calls", "ok", f"{', '.join(hostinfo.CALLS)}: all there"))
+    if host.euid == 0 and not idmap.covers(launcher.UID_BASE, launcher.UID_BLOCK):
+        found.append(Finding("user ids", "lack", launcher.NO_IDS_REASON, launcher.NO_IDS))
     return found + [Finding(lack.name, "lack", lack.reason, lack.remedy) for lack in lacks]
 
 
-def _namespaces(host: Host) -> list[Finding]:
+def _namespaces(host: Host, made: bool) -> list[Finding]:
+    """made: whether a jail was made, by the launcher, which may have a profile of its own."""
     refused = userns.refusal(host)
+    if refused and made:
+        return [Finding(refused.name, "note", f"refused to this process, but not to the launcher: {refused.reason}")]
     if refused:
         return [Finding(refused.name, "lack", refused.reason, refused.remedy)]
     return [Finding("namespaces", "ok", f"user, {', '.join(userns.NAMESPACES)}: all can be made"), *_proc()]
@@ -106,9 +120,13 @@ def _gibibytes(size: int) -> str:
 def _proc() -> list[Finding]:
     found = []
     error = lib.probe_proc(1)
+    if error in (errno.ENOSYS, lib.PROBE_KILLED):
+        return []  # a consequence of what was told under system calls
     if error:
         covered = sorted({mount.target for mount in mountinfo.entries() if mount.target.startswith("/proc/")})
-        text = f"a fresh /proc cannot be mounted: {os.strerror(error)}" + (f"; covered here: {', '.join(covered)}" if covered else "")
+        text = f"a fresh /proc cannot be mounted: {hostinfo.error_text(error)}" + (
+            f"; covered here: {', '.join(covered)}" if covered else ""
+        )
         remedy = 'docker run --security-opt systempaths=unconfined, podman run --security-opt unmask=ALL, or proc = "none" in the policy'
         found.append(Finding("/proc", "lack", text, remedy))
     else:
@@ -177,7 +195,7 @@ def _modes(host: Host, claim: cgroups.Claim) -> list[Mode]:
     delegated = whole if version == "v2" else "not on this host: version 2 of control groups is needed"
     return [
         Mode("root", claim.mode == "root", "started by root", "one of its own for each jail", as_root),
-        Mode("delegated", claim.mode == "delegated", cgroups.DELEGATE, "the caller's", delegated),
+        Mode("delegated", claim.mode == "delegated", f"a user with a systemd, or {cgroups.DELEGATE}", "the caller's", delegated),
         Mode("rootless", claim.mode == "rootless", "started by any user", "the caller's", per_process),
     ]
 

@@ -85,6 +85,10 @@ class JobError(JailError):
         self.type, self.message, self.traceback = type, message, traceback
 
 
+class SessionError(JailError):
+    """A session has ended, or has no state to go on from; the text says why."""
+
+
 class RunFailed(JailError):
     """`Result.check()` found another verdict than `ok`; the whole record is in `result`."""
 

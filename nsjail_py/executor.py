@@ -16,12 +16,13 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from .errors import JailError, JobError, RunFailed, during
-from .executor_inside import ARRAY, LENGTH, RESULT
+from .executor_inside import ARRAY, CALL_FD, LENGTH, RESULT, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail
 from .plan import Sealed
 from .policy import Policy
@@ -162,7 +163,8 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         fcntl.fcntl(result, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         with during("call"):
             payload = Sealed("call", pickled)
-        with jail.start_function(result, payload.fd, (DEVNULL, DEVNULL, PIPE)) as process:
+        descriptors = {RESULT_FD: result, CALL_FD: payload.fd}
+        with jail.start_own("call.py", source(), descriptors, (DEVNULL, DEVNULL, PIPE)) as process:
             outcome = process.communicate()
         if not outcome.ok:
             raise RunFailed(outcome)
@@ -170,6 +172,11 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         if not 0 < size <= RESULT_SIZE - LENGTH:
             raise JailError("the job ended without a result")
         return decode(os.pread(result, size, LENGTH))
+
+
+@functools.cache
+def source() -> bytes:
+    return Path(__file__).with_name("executor_inside.py").read_bytes()
 
 
 def decode(data: bytes) -> Any:

@@ -32,8 +32,10 @@ SINCE = {
     "fsopen": "5.2",
     "mount_setattr": "5.12",
 }
-UNIT_SETTINGS = {"openat2": "RestrictSUIDSGID=no", "clone3": "RestrictNamespaces=no"}
-"""Settings of a systemd unit without which its filter answers ENOSYS. systemd.exec(5)"""
+UNIT_SETTINGS = {"openat2": "RestrictSUIDSGID=no", "clone3": "RestrictNamespaces=no"} | dict.fromkeys(
+    ("open_tree", "fsopen", "mount_setattr"), "SystemCallFilter= as `nsjail-py systemd unit` has it"
+)
+"""What lets each pass that a systemd unit's filter may refuse. systemd.exec(5)"""
 NEEDED_ACTIONS = ("kill_process", "errno", "user_notif", "allow")
 NEEDED_CAPABILITIES = {"sys_admin": 21, "setuid": 7, "setgid": 6, "setpcap": 8, "chown": 0, "dac_override": 1}
 """What the launcher uses when it is root, by its number in capabilities(7)."""
@@ -139,6 +141,11 @@ def read(path: Path) -> str:
         return ""
 
 
+def error_text(error: int) -> str:
+    """An answer of probe.c in words."""
+    return "a system call filter kills whoever asks" if error == lib.PROBE_KILLED else os.strerror(error)
+
+
 def _fields(path: Path) -> dict[str, str]:
     pairs = (line.partition(":") for line in read(path).splitlines())
     return {name: value.strip() for name, _, value in pairs}
@@ -150,14 +157,15 @@ def _kilobytes(text: str | None) -> int:
 
 def _is_missing(name: str, error: int) -> bool:
     # Without the right to mount fsopen always answers EPERM. Inside the jail's own namespaces it has that right.
-    return error == errno.ENOSYS or (error == errno.EPERM and name != "fsopen")
+    return error in (errno.ENOSYS, lib.PROBE_KILLED) or (error == errno.EPERM and name != "fsopen")
 
 
 def _explain_call(name: str, error: int, filtered: bool) -> tuple[str, str]:
-    if error == errno.EPERM or filtered:
+    if error in (errno.EPERM, lib.PROBE_KILLED) or filtered:
         unit = f"; in a systemd unit, {UNIT_SETTINGS[name]}" if name in UNIT_SETTINGS else ""
+        how = ", which kills whoever calls it" if error == lib.PROBE_KILLED else ""
         return (
-            f"{name} is refused by a system call filter",
+            f"{name} is refused by a system call filter{how}",
             f"a container profile that lets it pass, such as docker run --security-opt seccomp=unconfined{unit}",
         )
     return f"{name} is missing", f"Linux {SINCE[name]} or later"

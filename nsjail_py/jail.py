@@ -8,14 +8,13 @@ Made for use from any number of threads at once. aio.py has the same for asyncio
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import socket
 import subprocess
+import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -28,9 +27,10 @@ from .policy import Policy
 from .policyfile import load, override
 from .reports import Context, parse, to_result
 from .result import Result
-from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory, ready
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, ready, split
 
 if TYPE_CHECKING:
+    from .session import Session
     from .warm import Template, Templates
 
 __all__ = ["DEVNULL", "PIPE", "STDOUT", "Jail", "Process", "run", "run_python"]
@@ -226,10 +226,15 @@ class Jail:
         self.stock = stock
         loaded = policy if isinstance(policy, Policy) else load(policy)
         self.policy = override(loaded, **changes)
+        self.preload = None if preload is None else tuple(preload)
+        self._sessions: dict[float | None, Jail] = {}
+        self._sessions_lock = threading.Lock()
         self._templates: Templates | None = None
         if preload is not None:
             from .warm import Templates, with_imports
 
+            if self.policy.apparmor or self.policy.selinux:
+                raise PolicyError("preload: a label comes with exec, and the jobs of a warm interpreter have none: leave one of them out")
             self.policy = with_imports(self.policy, tuple(preload))
             self._templates = Templates(self.policy, tuple(preload))
 
@@ -240,7 +245,9 @@ class Jail:
         self.close()
 
     def close(self) -> None:
-        """Ends the warm interpreter, if there is one, and its jobs. Nothing else is held between runs."""
+        """Ends the warm interpreter, if there is one, with its jobs and sessions. Nothing else is held between runs."""
+        for jail in self._sessions.values():
+            jail.close()
         if self._templates is not None:
             self._templates.close()
 
@@ -287,17 +294,26 @@ class Jail:
         argv = [template.compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
-    def start_function(self, result: int, call: int, streams: Sequence[Stream]) -> Process:
-        """For JailExecutor: a job with the descriptors that its script knows."""
-        from . import executor_inside as inside
+    def start_own(self, filename: str, data: bytes, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
+        """For JailExecutor and Session: a script of ours. descriptors: by the numbers that it knows them by, rising from 3 on."""
+        template = None
+        if self._templates is not None:
+            template = self._templates.take(self._host(), environment(self.policy), self._probe)
+        compiled = for_python(self.policy, self._host()) if template is None else template.compiled
+        argv = [compiled.program, "-s", f"/app/{filename}"]
+        files = (OrderFile(filename, data),)
+        order = compile_order(compiled.program, argv, environment(self.policy), files, [0, 1, 2, *descriptors])
+        return Process(compiled, order, argv, Ends(*streams), list(descriptors.values()), self.stock, template)
 
-        if self._templates is None:
-            raise PolicyError("only a Jail with preload runs functions")
-        template = self._templates.take(self._host(), environment(self.policy), self._probe)
-        argv = [template.compiled.program, "-s", "/app/call.py"]
-        files = (OrderFile("call.py", executor_source()),)
-        order = compile_order(template.compiled.program, argv, environment(self.policy), files, [0, 1, 2, inside.RESULT_FD, inside.CALL_FD])
-        return Process(template.compiled, order, argv, Ends(*streams), [result, call], self.stock, template)
+    def session(self, lifetime: float | None = None) -> Session:
+        """One interpreter for many cells of code (session.py), forked from the warm one where there is `preload`. The policy's limits of
+        time are those of each cell. lifetime: seconds after which the whole session ends. A session may fork, whatever the policy says."""
+        from .session import Session, inner_jail
+
+        with self._sessions_lock:
+            if lifetime not in self._sessions:
+                self._sessions[lifetime] = inner_jail(self, lifetime)
+        return Session(self._sessions[lifetime], self.policy.limits)
 
     def _probe(self, template: Template) -> bytes:
         from .warm import PROBE
@@ -310,7 +326,7 @@ class Jail:
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""
-        return _to_end(self.start(args, **_captured(input, streams)), input, timeout)
+        return _to_end(self.start(args, **captured(input, streams)), input, timeout)
 
     def run_python(
         self,
@@ -323,7 +339,7 @@ class Jail:
         **streams: Any,
     ) -> Result:
         """Runs a Python script to its end and returns its result."""
-        return _to_end(self.start_python(source, args=args, filename=filename, **_captured(input, streams)), input, timeout)
+        return _to_end(self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
 
     def _host(self) -> Host:
         claim = launcher.current().claim
@@ -347,11 +363,6 @@ class Jail:
         return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
 
 
-@functools.cache
-def executor_source() -> bytes:
-    return Path(__file__).with_name("executor_inside.py").read_bytes()
-
-
 def environment(policy: Policy) -> dict[str, str]:
     """The whole environment inside. Nothing of the caller's is in it but what the policy names."""
     variables = {"PATH": PATH, "HOME": "/work", "LANG": "C.UTF-8", "USER": "jail", "TMPDIR": "/tmp"}
@@ -361,29 +372,14 @@ def environment(policy: Policy) -> dict[str, str]:
     return variables | policy.env
 
 
-def _captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
-    if input is not None:
-        if "stdin" in streams:
-            raise ValueError("stdin and input cannot both be given")
-        streams["stdin"] = PIPE
-    return {"stdout": PIPE, "stderr": PIPE, **streams}
-
-
 def _to_end(process: Process, input: bytes | None, timeout: float | None) -> Result:
     with process:
         return process.communicate(input, timeout)
 
 
-STREAMS = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {k: v for k, v in options.items() if k in STREAMS}, {k: v for k, v in options.items() if k not in STREAMS}
-
-
 def run(args: Args, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:
     """Runs a program in a jail, like subprocess.run. options: streams, input and timeout as there; everything else changes the policy."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     return Jail(policy, **changes).run(args, **streams)
 
 
@@ -396,5 +392,5 @@ def run_python(
     **options: Any,
 ) -> Result:
     """Runs Python source in a jail. options as for `run`."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     return Jail(policy, **changes).run_python(source, args=args, filename=filename, **streams)

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import idmap
 from ._native import ffi, lib
 from .advice import advice
 from .errors import LauncherDied, SetupError, during
@@ -35,6 +36,10 @@ UID_BASE = 1_900_000_000
 UID_BLOCK = 1024
 UID_BLOCKS = 64
 LOCKS = Path("/run/nsjail_py")
+NO_LOCKS = "in a systemd unit with ProtectSystem=strict: RuntimeDirectory=nsjail_py and RuntimeDirectoryPreserve=yes"
+"""Preserved, since its locks are everybody's: a unit that ends must not take them away."""
+NO_IDS_REASON = f"root in a user namespace without the ids from {UID_BASE} on"
+NO_IDS = "in a systemd unit PrivateUsers=no, or User= or DynamicUser=yes; in a container run as an ordinary user"
 REQUEST = struct.Struct("=IIQII")
 """`struct request` of native/plan.h."""
 MAX_PLANS = 32
@@ -64,9 +69,9 @@ class Launcher:
         self.claim: Claim = cgroups.Claim("none", "rootless")
         try:
             with its:
-                self.claim = cgroups.claim()
                 uid_base, uid_count = self._uids() if os.geteuid() == 0 else (0, 0)
                 self.pid = self._spawn(its.fileno())
+                self.claim = cgroups.claim(self.pid)
                 self._hello(uid_base, uid_count)
         except BaseException:
             self.close()
@@ -74,9 +79,10 @@ class Launcher:
 
     def _uids(self) -> tuple[int, int]:
         """A block of host ids that no other launcher has. The lock lives as long as this process."""
-        LOCKS.mkdir(mode=0o755, exist_ok=True)
+        if not idmap.covers(UID_BASE, UID_BLOCK * UID_BLOCKS):
+            raise SetupError("uid pool", detail=NO_IDS_REASON, advice=NO_IDS)
         for number in range(UID_BLOCKS):
-            lock = os.open(LOCKS / f"uids-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            lock = self._lock(LOCKS / f"uids-{number}")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -87,6 +93,13 @@ class Launcher:
         raise SetupError(
             "uid pool", detail=f"all {UID_BLOCKS} blocks of host ids are in use", advice="end some of the processes that use nsjail_py"
         )
+
+    def _lock(self, path: Path) -> int:
+        try:
+            path.parent.mkdir(mode=0o755, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise SetupError("uid pool", error.errno or 0, str(error.filename), NO_LOCKS) from None
 
     def _spawn(self, control: int) -> int:
         high = null = -1
@@ -122,7 +135,7 @@ class Launcher:
             for name, path in sorted(self.claim.directories.items(), key=lambda item: GROUPS[item[0]]):
                 hello.groups |= 1 << GROUPS[name]
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            self._send(bytes(ffi.buffer(hello)), descriptors)
+            self.send(bytes(ffi.buffer(hello)), descriptors)
         except (BrokenPipeError, ConnectionResetError):
             raise SetupError("launcher", detail="it ends as soon as it is started") from None
         finally:
@@ -143,9 +156,9 @@ class Launcher:
         with its:
             try:
                 if large:
-                    self._send(head, [its.fileno(), block.fd, *descriptors, large.fd])
+                    self.send(head, [its.fileno(), block.fd, *descriptors, large.fd])
                 else:
-                    self._send(head + order, [its.fileno(), block.fd, *descriptors])
+                    self.send(head + order, [its.fileno(), block.fd, *descriptors])
             except BaseException:
                 channel.close()
                 raise
@@ -160,7 +173,7 @@ class Launcher:
             known = self.plans.setdefault((plan, template), (next(numbers), Sealed("plan", plan)))
         return known
 
-    def _send(self, message: bytes, descriptors: list[int]) -> None:
+    def send(self, message: bytes, descriptors: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         with self.sending:
             if self.socket.fileno() < 0:  # another thread has found it dead

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._native import ffi, lib
 from .errors import PolicyError
+from .label import NONE, Label
 
 if TYPE_CHECKING:
     from .policy import Limits, Policy
@@ -99,6 +100,7 @@ class Parts(NamedTuple):
     paths: Sequence[PathRule]
     cgroup: Sequence[CgroupWrite]
     rlimits: dict[int, int]
+    label: Label = NONE
 
 
 def compile_plan(policy: Policy, parts: Parts) -> bytes:
@@ -114,6 +116,8 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
     head.unknown_from = parts.unknown_from
     head.shared = shared(parts.mounts)
     head.hostname, head.directory = block.string(policy.hostname), block.string("/work")
+    if parts.label.written:
+        head.label, head.label_file, head.label_shown = map(block.string, parts.label)
     head.landlock_fs, head.landlock_net, head.landlock_scope = parts.landlock
     flags = {
         lib.PLAN_LOOPBACK: policy.loopback and "net" in policy.namespaces,
@@ -144,9 +148,18 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
 
 
 def as_template(block: bytes) -> bytes:
-    """The same plan, for a template: it keeps the rights that it needs for its jobs."""
+    """The same plan, for a template: it keeps the rights that it needs for its jobs, and is not watched for what they use."""
     changed = bytearray(block)
-    ffi.from_buffer("struct plan *", changed).flags |= lib.PLAN_TEMPLATE
+    head = ffi.from_buffer("struct plan *", changed)
+    head.flags |= lib.PLAN_TEMPLATE
+    head.memory = 0
+    return bytes(changed)
+
+
+def as_observed(block: bytes) -> bytes:
+    """The same plan, for a trusted sample (observe.py): what its filter does not allow is asked of the caller."""
+    changed = bytearray(block)
+    ffi.from_buffer("struct plan *", changed).flags |= lib.PLAN_OBSERVED
     return bytes(changed)
 
 

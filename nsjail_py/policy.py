@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 Namespace = Literal["user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time"]
-BestEffort = Literal["own_uid", "groups", "cgroup", "swap", "landlock_net", "landlock_scope", "nested_userns"]
+BestEffort = Literal["own_uid", "groups", "cgroup", "swap", "landlock_net", "landlock_scope", "nested_userns", "apparmor", "selinux"]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -119,6 +119,11 @@ class Policy(Struct, frozen=True, kw_only=True):
     """The system call filter; none when absent."""
     landlock: bool = True
     """Whether Landlock repeats the file system view, and refuses TCP and abstract sockets, in a second layer that no mount can undo."""
+    apparmor: str | None = None
+    """Name of an AppArmor profile that the program gets when it is executed; it must be loaded. apparmor.d(5)"""
+    selinux: str | None = None
+    """SELinux context that the program gets when it is executed (`user:role:type:level`); the caller's domain must be allowed to change to
+    it, also under no_new_privs (nnp_transition). selinux(8)"""
     env: dict[str, str] = {}
     """Environment variables set inside, besides PATH, HOME, LANG, USER and TMPDIR."""
     env_pass: tuple[str, ...] = ()

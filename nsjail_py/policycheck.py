@@ -51,7 +51,7 @@ def value_problems(policy: Policy) -> list[str]:
     except UnicodeEncodeError as error:
         return [f"$: {_shown(error.object)} is not valid Unicode (a file name that is not UTF-8?), and a policy cannot hold it"]
     found: list[str] = []
-    for rule in (_names, _root, _mounts, _namespaces, _limits, _environment, _python, _syscalls):
+    for rule in (_names, _root, _mounts, _namespaces, _limits, _environment, _python, _syscalls, _labels):
         found += rule(policy)
     return found
 
@@ -210,6 +210,15 @@ def _syscalls(policy: Policy) -> Iterator[str]:
 
     for problem in name_problems(policy.syscalls):
         yield f"$.syscalls.{problem}"
+
+
+def _labels(policy: Policy) -> Iterator[str]:
+    for name in ("apparmor", "selinux"):
+        label = getattr(policy, name)
+        if label is not None and not (0 < len(label) < 1024 and label.isprintable() and label.isascii() and " " not in label):
+            yield f"$.{name}: {_shown(label)} is not a label: printable characters are, without spaces"
+    if policy.apparmor is not None and policy.selinux is not None:
+        yield "$.selinux: a kernel has AppArmor or SELinux, not both"
 
 
 def _shown(value: object) -> str:

@@ -23,6 +23,22 @@ if TYPE_CHECKING:
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 Stream = int | IO[Any] | None
 CHUNK = 65536
+OF_A_RUN = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
+"""Options of `run` that are about one run; all others change the policy."""
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of one run, and changes to the policy."""
+    return {k: v for k, v in options.items() if k in OF_A_RUN}, {k: v for k, v in options.items() if k not in OF_A_RUN}
+
+
+def captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
+    """The streams of a run whose output is kept unless they say otherwise. Raises ValueError where input has two sources."""
+    if input is not None:
+        if "stdin" in streams:
+            raise ValueError("stdin and input cannot both be given")
+        streams["stdin"] = PIPE
+    return {"stdout": PIPE, "stderr": PIPE, **streams}
 
 
 def ready(descriptors: Iterable[int], timeout: float | None) -> list[int]:

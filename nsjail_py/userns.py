@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import mountinfo
+from . import apparmor, mountinfo
 from ._native import lib
-from .hostinfo import Host, Lack, read
+from .hostinfo import Host, Lack, error_text, read
 
 SYSCTL = Path("/proc/sys")
 NAMESPACES = {
@@ -46,7 +45,7 @@ BLOCKERS = (
     Blocker(
         (errno.ENOSPC, errno.EUSERS),
         lambda host: _sysctl("user.max_user_namespaces") == "0",
-        "user.max_user_namespaces is 0",
+        "user.max_user_namespaces is 0, as inside of a jail of nsjail_py",
         "sysctl -w user.max_user_namespaces=15000",
     ),
     Blocker(
@@ -71,7 +70,7 @@ BLOCKERS = (
         (errno.EPERM, errno.EACCES),
         lambda host: _sysctl("kernel.apparmor_restrict_unprivileged_userns") == "1",
         "AppArmor restricts them: kernel.apparmor_restrict_unprivileged_userns is 1",
-        "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or load a profile for the launcher that has the rule `userns,`",
+        f"{apparmor.INSTALL}; or sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
     ),
     Blocker(
         (errno.EPERM, errno.EACCES),
@@ -80,10 +79,11 @@ BLOCKERS = (
         "give the profile the rule `userns,` (AppArmor) or the class user_namespace (SELinux), or start the program without it",
     ),
     Blocker(
-        (errno.EPERM, errno.ENOSYS),
+        (errno.EPERM, errno.ENOSYS, lib.PROBE_KILLED),
         lambda host: host.filtered,
-        "a system call filter is on this process, as in a container",
-        "docker run --security-opt seccomp=unconfined, or a profile that allows clone, clone3 and unshare with CLONE_NEWUSER",
+        "a system call filter is on this process, as in a container or a systemd unit",
+        "docker run --security-opt seccomp=unconfined, or a profile that allows clone, clone3 and unshare with CLONE_NEWUSER; "
+        "in a systemd unit RestrictNamespaces=no, and SystemCallFilter= as `nsjail-py systemd unit` has it",
     ),
     Blocker((errno.EINVAL,), lambda host: True, "the kernel was built without them", "a kernel with CONFIG_USER_NS=y"),
 )
@@ -105,7 +105,7 @@ def refusal(host: Host) -> Lack | None:
         return _blame("rights in a user namespace", error, host)
     refused = {kind: error for kind, flag in NAMESPACES.items() if (error := lib.probe_userns(flag))}
     if refused:
-        reasons = ", ".join(f"{kind} ({os.strerror(error)})" for kind, error in refused.items())
+        reasons = ", ".join(f"{kind} ({error_text(error)})" for kind, error in refused.items())
         return Lack("namespaces", f"refused: {reasons}", "a kernel with CONFIG_NAMESPACES whole, and user.max_*_namespaces above 0")
     return None
 
@@ -113,9 +113,9 @@ def refusal(host: Host) -> Lack | None:
 def _blame(name: str, error: int, host: Host) -> Lack:
     for blocker in BLOCKERS:
         if error in blocker.errors and blocker.present(host):
-            return Lack(name, f"{os.strerror(error)}: {blocker.reason}", blocker.remedy)
+            return Lack(name, f"{error_text(error)}: {blocker.reason}", blocker.remedy)
     return Lack(
         name,
-        f"{os.strerror(error)}, and nothing that this program knows is the cause",
+        f"{error_text(error)}, and nothing that this program knows is the cause",
         "see the kernel's log (dmesg) and user_namespaces(7)",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from conftest import IS_ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsjail_py import cgroups, mountinfo
+import nsjail_py
+from nsjail_py import cgroups, launcher, mountinfo
 
 NOBODY = 65534
 DEAD = 4_194_305
@@ -153,6 +155,22 @@ def test_the_next_claim_removes_what_a_killed_process_left() -> None:
     assert not [path for path in left if Path(path).exists()]
 
 
+# ---------------------------------------------------------------- runs
+
+
+def test_each_run_has_a_peak_of_its_own() -> None:
+    hungry = nsjail_py.run_python("x = bytearray(200 << 20)", memory="400M")
+    modest = nsjail_py.run_python("pass", memory="400M")
+    assert hungry.peak_memory > 200 << 20
+    assert modest.peak_memory < 100 << 20
+
+
+def test_the_group_of_a_run_is_the_root_of_what_it_sees() -> None:
+    seen = nsjail_py.run_python("print(open('/proc/self/cgroup').read(), end='')", proc="masked").check().stdout.decode()
+    ours = [group for group in cgroups.memberships(seen) if not group.controllers or {"memory", "pids"} & set(group.controllers)]
+    assert launcher.current().claim.kind == "none" or all(group.path == "/" for group in ours)
+
+
 # ---------------------------------------------------------------- what is not ours
 
 
@@ -184,6 +202,27 @@ def test_a_group_with_strangers_in_it_is_not_taken_for_delegated(tmp_path: Path)
     assert cgroups._lineage_only(tmp_path)
     assert cgroups._delegated(tmp_path, root=True) is None, "to root everything is writable: only systemd's mark counts"
     assert cgroups._delegated(tmp_path, root=False) == tmp_path
+
+
+def test_a_daemon_beside_us_is_a_stranger_although_we_have_one_ancestor(tmp_path: Path) -> None:
+    daemon = subprocess.run(
+        ["sh", "-c", "exec setsid sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n{os.getppid()}\n{daemon}\n")
+        assert not cgroups._lineage_only(tmp_path)
+    finally:
+        os.kill(int(daemon), signal.SIGKILL)
+
+
+def test_a_unit_of_a_users_manager_is_the_managers_without_its_mark(tmp_path: Path) -> None:
+    manager = tmp_path / "user@1000.service"
+    for name in ("app.slice/x.service", "app.slice/x.service/mine"):
+        (manager / name).mkdir(parents=True, exist_ok=True)
+        (manager / name / "cgroup.procs").write_text(f"{os.getpid()}\n")
+        (manager / name / "cgroup.subtree_control").write_text("")
+    assert cgroups._delegated(manager / "app.slice/x.service", root=False) is None
+    assert cgroups._delegated(manager / "app.slice/x.service/mine", root=False) == manager / "app.slice/x.service/mine"
 
 
 def test_a_missing_controller_is_named_with_its_remedy(tmp_path: Path) -> None:

@@ -109,11 +109,13 @@ def test_a_jail_that_cannot_be_made_is_told_and_not_raised(monkeypatch: pytest.M
 
 def test_refused_user_namespaces_are_the_finding_and_not_their_consequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(userns, "refusal", lambda host: hostinfo.Lack("user namespace", "refused", "ask root"))
-    assert doctor._namespaces(hostinfo.probe()) == [doctor.Finding("user namespace", "lack", "refused", "ask root")]
+    assert doctor._namespaces(hostinfo.probe(), False) == [doctor.Finding("user namespace", "lack", "refused", "ask root")]
 
 
 def test_the_covers_of_proc_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Covered:
+        PROBE_KILLED = lib.PROBE_KILLED
+
         @staticmethod
         def probe_proc(pids_only: int) -> int:
             return errno.EPERM

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import nsjail_py
 from nsjail_py import Jail, JailError, Mount, PolicyError, Result, launcher
@@ -93,7 +94,7 @@ def test_numpy_is_there_in_a_moment_and_draws_other_numbers_each_time() -> None:
 def test_limits_hold_in_a_job() -> None:
     with Jail("untrusted", preload=[], wall_time=0.3) as jail:
         assert jail.run_python("import time; time.sleep(9)").verdict == "wall_time"
-    with Jail("untrusted", preload=[], cpu_time=0.3, memory="64M", disk="1M", output="1k", processes=4) as jail:
+    with Jail("untrusted", preload=[], cpu_time=0.3 * PATIENCE, memory="64M", disk="1M", output="1k", processes=4) as jail:
         assert jail.run_python("while True: pass").verdict == "cpu_time"
         memory = jail.run_python("x = bytearray(200 << 20)\nx[::4096] = b'1' * len(x[::4096])")
         assert memory.verdict == "memory" or b"MemoryError" in memory.stderr

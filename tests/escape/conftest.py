@@ -21,6 +21,7 @@ def nothing_is_left() -> Iterator[None]:
     settled()
     before = left()
     yield
+    runner.close_warm()
     deadline = time.monotonic() + 5
     while (after := left()) != before and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -6,6 +6,7 @@ What it may do is bounded, and it touches only what T names, since outside it su
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import IS_ROOT
 from msgspec.structs import replace
+from test_stock import cells, parked, until
 
 import nsjail_py
-from nsjail_py import Policy, Result, Verdict
+from nsjail_py import Jail, Policy, Result, Verdict
+from nsjail_py.policyfile import override
 
 Target = Mapping[str, Any]
 
@@ -86,9 +89,22 @@ LIMIT = 20.0
 """Seconds for one side of one attack."""
 
 
+STARTS = {"untrusted": ("stock", "warm"), "moderate": ("warm",)}
+"""How else than by an exec in a new cell a program starts: in a cell from stock, or forked from a warm interpreter."""
+
+
+def with_starts(walls: Iterable[str]) -> list[str]:
+    """Each wall, and behind the levels also the other ways to start: `untrusted/warm`."""
+    return [name for wall in walls for name in (wall, *(f"{wall}/{start}" for start in STARTS.get(wall, ())))]
+
+
 def cases(attacks: Iterable[Attack]) -> Any:
-    """Each attack with each of its walls; the id reads as the promise."""
-    rows = [pytest.param(attack, wall, id=f"{attack.promise.replace(' ', '_')}-{wall}") for attack in attacks for wall in attack.walls]
+    """Each attack with each of its walls, started in each way; the id reads as the promise."""
+    rows = [
+        pytest.param(attack, wall, id=f"{attack.promise.replace(' ', '_')}-{wall}")
+        for attack in attacks
+        for wall in with_starts(attack.walls)
+    ]
     return pytest.mark.parametrize(("attack", "wall"), rows)
 
 
@@ -132,9 +148,53 @@ def outside(attack: Attack, target: Target | None = None, **options: Any) -> Non
 
 def inside(attack: Attack, wall: str | Policy, target: Target | None = None, **options: Any) -> Result:
     """The same attack in a jail."""
-    policy = WALLS[wall] if isinstance(wall, str) else wall
-    options = {"timeout": LIMIT, "wall_time": LIMIT} | options
-    return nsjail_py.run_python(PRELUDE, policy=policy, args=[json.dumps(target or {}), attack.source], **options)
+    return run_python(PRELUDE, wall, args=[json.dumps(target or {}), attack.source], **{"timeout": LIMIT, "wall_time": LIMIT} | options)
+
+
+def run_python(source: str, wall: str | Policy, **options: Any) -> Result:
+    """Like nsjail_py.run_python, started as the wall says."""
+    name, _, start = wall.partition("/") if isinstance(wall, str) else ("", "", "")
+    policy = WALLS[name] if isinstance(wall, str) else wall
+    if not start:
+        return nsjail_py.run_python(source, policy=policy, **options)
+    streams = {name: options.pop(name) for name in ("args", "timeout", "stdin", "stdout", "stderr", "pass_fds") if name in options}
+    policy = override(policy, **options)
+    return warm(policy).run_python(source, **streams) if start == "warm" else _from_stock(policy, source, streams)
+
+
+@functools.lru_cache(maxsize=1)
+def warm(policy: Policy) -> Jail:
+    """A jail with a warm interpreter; the one before ends."""
+    close_warm()
+    WARM.append(Jail(policy, preload=[]))
+    return WARM[0]
+
+
+WARM: list[Jail] = []
+
+
+def close_warm() -> None:
+    while WARM:
+        WARM.pop().close()
+    warm.cache_clear()
+
+
+def _from_stock(policy: Policy, source: str, streams: dict[str, Any]) -> Result:
+    """The run before puts one cell in stock, which is seen to be taken, and this one none."""
+    before = set(cells())
+    for _ in range(2):
+        Jail(policy, stock=1).run_python("pass").check()
+    waiting: set[int] = set()
+
+    def one_waits() -> bool:
+        nonlocal waiting
+        waiting = {init for init in set(cells()) - before if parked(init)}
+        return len(waiting) == 1 and len(set(cells()) - before) == 1
+
+    assert until(one_waits), "no cell in stock"
+    result = Jail(policy, stock=0).run_python(source, **streams)
+    assert until(lambda: not waiting & set(cells())), "the cell from stock was not taken"
+    return result
 
 
 ENDED = {Verdict.syscall, Verdict.cpu_time, Verdict.wall_time, Verdict.memory, Verdict.processes, Verdict.output, Verdict.disk}

@@ -18,15 +18,15 @@ from conftest import ROOT
 import nsjail_py
 from nsjail_py import PIPE, Jail, Verdict
 
-from .runner import EVERY_WALL, WALLS, Attack, held, inside, outside, processes_with
+from .runner import EVERY_WALL, WALLS, Attack, held, inside, outside, processes_with, run_python, with_starts
 
 LEVELS = ("untrusted", "moderate", "trusted")
 
 
 @pytest.mark.parametrize("code", [1, 2, 77, 124, 125, 126, 127, 128, 137, 139, 255])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", with_starts(LEVELS))
 def test_an_exit_status_of_its_own_is_never_taken_for_ours(code: int, level: str) -> None:
-    result = nsjail_py.run_python(f"import os; os._exit({code})", policy=level)
+    result = run_python(f"import os; os._exit({code})", level)
     assert (result.verdict, result.exit_code, result.signal, result.evidence) == (Verdict.exit, code, None, {"exit_code": code})
 
 
@@ -38,11 +38,11 @@ def test_an_exit_status_is_what_the_kernel_keeps_of_it(code: int) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 34, 64])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", with_starts(LEVELS))
 def test_a_signal_that_it_sends_itself_is_the_programs_end(number: int, level: str) -> None:
     """abort is seen as abort: it is not process 1, which would ignore all of these."""
     source = f"import os, signal\ntry: signal.signal({number}, signal.SIG_DFL)\nexcept OSError: pass\nos.kill(os.getpid(), {number})"
-    result = nsjail_py.run_python(source, policy=level)
+    result = run_python(source, level)
     assert (result.verdict, result.signal, result.exit_code) == (Verdict.signal, number, None)
 
 
@@ -61,7 +61,7 @@ for pid in os.listdir('/proc'):
 """
 
 
-@pytest.mark.parametrize("wall", EVERY_WALL)
+@pytest.mark.parametrize("wall", with_starts(EVERY_WALL))
 def test_no_descriptor_leads_to_the_report(wall: str) -> None:
     """The sockets and the pipe on which its end is told are closed before its first instruction."""
     read, write = os.pipe()

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from conftest import PATIENCE
+
 import nsjail_py
 from nsjail_py import Jail, JailError, LauncherDied, SetupError, launcher, reports
 
@@ -158,7 +160,7 @@ def _directory() -> Iterator[str]:
 
 def ended() -> list[Outcome]:
     """A denied call, a signal, the question for the program's number, and the end by the processor clock."""
-    jail = Jail("untrusted", stock=0, cpu_time=0.1, wall_time=3)
+    jail = Jail("untrusted", stock=0, cpu_time=0.1 * PATIENCE, wall_time=3 * PATIENCE)
     return [outcome(jail, None, BUSY, poke=True), outcome(jail, ["/bin/sh", "-c", "echo next"])]
 
 

@@ -123,5 +123,5 @@ def suite(which: Machine, user: User, arguments: list[str], seconds: float, docu
 def smoke(which: Machine, seconds: float) -> int:
     """Runs and control groups, as root in a delegated unit and then as a user with a delegated group, in one boot."""
     tests = "./dev test -q -rs tests/test_run.py tests/test_cgroups.py"
-    script = f"{tests} && exec sh /media/run-as delegated {tests}"
+    script = f'{tests} && exec sh /media/run-as delegated env "TEST_PATIENCE=$TEST_PATIENCE" {tests}'
     return machine.run(which, "root", ["sh", "-c", script], sys.stdout.buffer, seconds).status

@@ -66,7 +66,8 @@ def run(machine: Machine, user: User, command: list[str], out: BinaryIO, seconds
     with tempfile.TemporaryDirectory(prefix="run-", dir=images.CACHE) as name:
         work = Path(name)
         _remove_abandoned()
-        share = _share(work, ["/bin/sh", "/media/run-as", user, *command])
+        patience = "1" if accelerator is KVM else "10"
+        share = _share(work, ["/bin/sh", "/media/run-as", user, "env", f"TEST_PATIENCE={patience}", *command])
         drives = [(disk, "snapshot=on,cache=unsafe"), (kernel / "modules.img", "readonly=on"), (share, "cache=unsafe")]
         return _boot(work, kernel, [*accelerator, *_drives(drives)], out, seconds)
 

@@ -1,0 +1,39 @@
+/* Whether a program has the label that its plan asked for. proc_pid_attr(5) */
+#include "launcher.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { TRIES = 100, PAUSE_US = 500 };
+
+/* `NAME`, alone or followed by what AppArmor adds: its mode, or what it is stacked on. */
+static int is_label(const char *text, const char *wanted) {
+	const char *name = strncmp(wanted, "exec ", 5) ? wanted : wanted + 5;
+	size_t length = strlen(name);
+	return !strncmp(text, name, length) && (!text[length] || strchr(" \n", text[length]) || !strncmp(text + length, "//&", 3));
+}
+
+/* At exec the program's descriptors are closed, which is how we know of it, an instant before it has its new label. One that has ended
+ * meanwhile is no matter: its exec succeeded. */
+int label_given(const struct run *run) {
+	char path[64], text[4096];
+	if (!run->plan->label)
+		return 1;
+	uint32_t pid = run_program_pid(run);
+	snprintf(path, sizeof path, "/proc/%u/%s", pid, (const char *)at(run->plan, run->plan->label_shown));
+	for (int i = 0; pid && i < TRIES; i++) {
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		ssize_t size = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+		if (fd >= 0)
+			close(fd);
+		if (size <= 0)
+			return 1;
+		text[size] = 0;
+		if (is_label(text, at(run->plan, run->plan->label)))
+			return 1;
+		usleep(PAUSE_US);
+	}
+	return !pid; /* ended */
+}

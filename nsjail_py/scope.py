@@ -1,0 +1,63 @@
+"""A control group for our launcher, asked of the user's systemd: a transient scope with Delegate=yes, which goes when the launcher goes.
+
+busctl(1) is where systemd is, and asks nobody for a password here: a user's manager serves its user. org.freedesktop.systemd1(5)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+SECONDS = 5.0
+"""That the manager may take to answer, and to move the process."""
+PAUSE = 0.002
+PATH = "/usr/bin:/bin"
+LINGER = "log in, or loginctl enable-linger USER"
+
+
+class RefusedError(Exception):
+    """There is no scope: why, and what to do."""
+
+
+def ask(pid: int) -> None:
+    """Has the process moved into a scope of its own. Raises RefusedError."""
+    bus = Path(f"/run/user/{os.geteuid()}/bus")
+    program = shutil.which("busctl", path=PATH)
+    if program is None:
+        raise RefusedError("systemd is not here", "")
+    if not bus.exists():
+        raise RefusedError(f"no user manager can be asked for one ({bus} is not there)", LINGER)
+    name = f"nsjail_py-{pid}-{time.monotonic_ns()}.scope"
+    properties = ["Description", "s", f"Jails of process {os.getpid()}", "Delegate", "b", "true", "PIDs", "au", "1", str(pid)]
+    properties += ["CollectMode", "s", "inactive-or-failed"]
+    manager = ["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]
+    call = ["StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", "4", *properties, "0"]
+    options = [f"--address=unix:path={bus}", "--quiet", f"--timeout={SECONDS:.0f}", "--allow-interactive-authorization=no"]
+    try:
+        done = subprocess.run(
+            [program, *options, "call", *manager, *call],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env={"PATH": PATH, "LANG": "C"},
+            timeout=2 * SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RefusedError(f"the user manager does not answer: {error}", "") from None
+    if done.returncode:
+        raise RefusedError(f"the user manager refuses one: {' '.join(done.stderr.split())}", "")
+    _wait(pid, name)
+
+
+def _wait(pid: int, name: str) -> None:
+    """The call returns when the job is queued."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if name in Path(f"/proc/{pid}/cgroup").read_text():
+            return
+        time.sleep(PAUSE)
+    raise RefusedError(f"the user manager did not move the launcher within {SECONDS:.0f} s", "see journalctl --user")

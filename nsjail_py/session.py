@@ -1,0 +1,364 @@
+"""`Session`: one jailed interpreter for many cells of code, each with its own limits and result; and the way back after a wrong one.
+
+    with Jail("untrusted", preload=["numpy"]).session() as s:
+        s.run("x = 1")
+        s.checkpoint()
+        s.run("del x")
+        s.restore()
+        s.run("x").value        # '1'
+
+A session is one run. What it says about itself (a value, a traceback, times) is said by code that nobody trusts; that it is inside, and
+ends when it should, is the kernel's and ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+from msgspec.structs import replace
+
+from .errors import JobError, SessionError
+from .result import Result, Verdict
+from .session_inside import CALLER, COUNT
+from .streams import CHUNK, DEVNULL, PIPE
+
+if TYPE_CHECKING:
+    from .jail import Jail
+    from .policy import Policy
+
+PRELOAD = ("json", "select", "socket", "stat", "traceback", "linecache", "contextlib", "time")
+"""What session_inside.py imports."""
+MOST_HEAD, MOST_DATA = 8 << 20, 64 << 20
+GRACE = 1.0
+"""Seconds after a wall time limit for the keeper inside to end the cell. Then the whole session ends."""
+DEAD = {"wall_time": Verdict.wall_time, "cpu_time": Verdict.cpu_time, "output": Verdict.output}
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """What one cell of a session came to."""
+
+    verdict: Verdict
+    """`ok`; `exit` for an exception; a limit or `signal` for what ended the session's process."""
+    evidence: dict[str, Any]
+    value: str | None = None
+    """repr of the last statement's value, where that is an expression, and not None."""
+    error: tuple[str, str, str] | None = None
+    """Of an exception: its type's name, its message, and its traceback as text."""
+    stdout: bytes = b""
+    stderr: bytes = b""
+    figures: tuple[bytes, ...] = ()
+    """matplotlib's figures that the cell left open, as PNG."""
+    wall_time: float = 0.0
+    """Seconds, as the session says."""
+    cpu_time: float = 0.0
+    """Seconds of processor time of the session's own process, as it says."""
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict is Verdict.ok
+
+    def check(self) -> Self:
+        """Itself when it is ok. Raises JobError for an exception inside, and SessionError for a limit or an end of the interpreter."""
+        if self.error is not None:
+            raise JobError(*self.error)
+        if not self.ok:
+            raise SessionError(f"the cell came to {self.verdict} {self.evidence}")
+        return self
+
+
+def policy_for(policy: Policy, lifetime: float | None) -> Policy:
+    """The jail's policy for a session: its time limits are each cell's; it may fork, which a checkpoint is; exec stays as it was."""
+    limits = replace(policy.limits, wall_time=lifetime, cpu_time=None, idle_time=None)
+    syscalls = policy.syscalls and replace(policy.syscalls, allow=(*policy.syscalls.allow, "@processes"))
+    return replace(policy, limits=limits, syscalls=syscalls, env={"MPLBACKEND": "Agg"} | policy.env)
+
+
+def inner_jail(jail: Jail, lifetime: float | None) -> Jail:
+    from .jail import Jail
+
+    preload = None if jail.preload is None else (*jail.preload, *PRELOAD)
+    return Jail(policy_for(jail.policy, lifetime), stock=jail.stock, preload=preload)
+
+
+@functools.cache
+def source() -> bytes:
+    return Path(__file__).with_name("session_inside.py").read_bytes()
+
+
+class Session:
+    """Made by Jail.session. From any thread; one cell at a time.
+
+    A cell that meets a limit, or ends the interpreter, takes the state with it: `run` raises SessionError from then on, until `restore`
+    goes back to a checkpoint. `result` is there when the session has ended.
+    """
+
+    def __init__(self, jail: Jail, limits: Any) -> None:
+        self.result: Result | None = None
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._count = 0
+        self._gone: str | None = None
+        """Why there is no state at the moment."""
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = jail.start_own("session.py", source(), {CALLER: theirs.fileno()}, (DEVNULL, PIPE, PIPE))
+            except BaseException:
+                self._socket.close()
+                raise
+        assert self._process.stdout is not None, "started with pipes"
+        assert self._process.stderr is not None, "started with pipes"
+        self._outputs = {self._process.stdout.fileno(): "stdout", self._process.stderr.fileno(): "stderr"}
+        for descriptor in self._outputs:
+            os.set_blocking(descriptor, False)
+        self._output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self._size = 0
+        with self._whole():
+            self._receive(None)
+
+    def run(self, code: str, *, wall_time: float | None = None, cpu_time: float | None = None) -> Cell:
+        """Runs one cell. Limits in seconds; those of the policy where none are given.
+
+        Raises SessionError when there is no state to run it in.
+        """
+        with self._lock, self._whole():
+            self._need_state()
+            self._count += 1
+            wall = self._limits.wall_time if wall_time is None else wall_time
+            cpu = self._limits.cpu_time if cpu_time is None else cpu_time
+            head = {"do": "run", "name": f"<cell {self._count}>", "wall_time": wall, "cpu_time": cpu}
+            self._output, self._size = {"stdout": [], "stderr": []}, 0
+            self._send(head, code.encode())
+            answer, data = self._receive(None if wall is None else time.monotonic() + wall + GRACE)
+            self._drain()
+            return self._cell(answer, data, {"wall_time": wall, "cpu_time": cpu})
+
+    def checkpoint(self) -> int:
+        """Keeps the state as it is, and gives its number. It costs a process and what later cells change. Files are not kept."""
+        with self._lock, self._whole():
+            self._need_state()
+            return int(self._ask({"do": "checkpoint"})["id"])
+
+    def restore(self, number: int = -1) -> None:
+        """Goes back to a checkpoint, by default the last one, as often as wanted. Raises SessionError where there is none such."""
+        with self._lock, self._whole():
+            if "unknown" in self._ask({"do": "restore", "id": number}):
+                raise SessionError(f"no checkpoint {number}")
+            self._gone = None
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes a file inside; a path without a slash at its start lies in /work. Raises OSError as open does."""
+        if len(data) > MOST_DATA:
+            raise ValueError(f"at most {MOST_DATA} bytes")
+        with self._lock, self._whole():
+            self._ask({"do": "put", "path": path}, data)
+
+    def get(self, path: str) -> bytes:
+        """Reads a file inside, of at most 64 MiB. Raises OSError as open does."""
+        with self._lock, self._whole():
+            self._send({"do": "get", "path": path, "most": MOST_DATA})
+            answer, data = self._receive(None)
+            if "large" in answer:
+                raise OSError(errno.EFBIG, f"more than {MOST_DATA} bytes", path)
+            self._refused(answer, path)
+            return data
+
+    def interrupt(self) -> None:
+        """KeyboardInterrupt for the cell that runs, from another thread."""
+        self._process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        """Ends the session and everything in it."""
+        self._socket.close()
+        self._process.__exit__(None, None, None)
+        if self.result is None:
+            with contextlib.suppress(Exception):
+                self.result = self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- messages
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A message that was only half sent or read would be taken for another: so that is the end."""
+        if self._socket.fileno() < 0:
+            raise SessionError("the session has ended" + (f": {self.result.summary}" if self.result is not None else ""))
+        try:
+            yield
+        except (OSError, SessionError) as error:
+            if isinstance(error, _Broken):
+                self.close()
+                said = self.result.summary if self.result is not None else "without a result"
+                raise SessionError(f"the session has ended: {error}; {said}") from None
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def _need_state(self) -> None:
+        if self._gone is not None:
+            raise SessionError(f"the session's state is gone ({self._gone}): restore a checkpoint, or begin anew")
+
+    def _ask(self, head: dict[str, Any], data: bytes = b"") -> dict[str, Any]:
+        self._send(head, data)
+        answer, _ = self._receive(None)
+        self._refused(answer, head.get("path"))
+        if "gone" in answer:
+            self._gone = self._gone or "its process has ended"
+            self._need_state()
+        return answer
+
+    @staticmethod
+    def _refused(answer: dict[str, Any], path: str | None) -> None:
+        if isinstance(number := answer.get("errno"), int):
+            raise OSError(number, os.strerror(number), path)
+
+    def _send(self, head: dict[str, Any], data: bytes = b"") -> None:
+        text = msgspec.json.encode(head)
+        rest = memoryview(len(text).to_bytes(COUNT, "little") + len(data).to_bytes(COUNT, "little") + text + data)
+        while rest:
+            self._wait(select.POLLOUT, None)
+            try:
+                rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+            except OSError as error:
+                raise _Broken(str(error)) from None
+
+    def _receive(self, deadline: float | None) -> tuple[dict[str, Any], bytes]:
+        lengths = self._read(2 * COUNT, deadline)
+        head, data = int.from_bytes(lengths[:COUNT], "little"), int.from_bytes(lengths[COUNT:], "little")
+        if head > MOST_HEAD or data > 2 * MOST_DATA:
+            raise _Broken("what it says makes no sense")
+        try:
+            answer = msgspec.json.decode(self._read(head, deadline), type=dict[str, Any])
+        except msgspec.DecodeError:
+            raise _Broken("what it says makes no sense") from None
+        return answer, self._read(data, deadline)
+
+    def _read(self, size: int, deadline: float | None) -> bytes:
+        parts: list[bytes] = []
+        while size:
+            self._wait(select.POLLIN, deadline)
+            try:
+                part = self._socket.recv(min(size, 1 << 20), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise _Broken(str(error)) from None
+            if not part:
+                raise _Broken("it has let go")
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _wait(self, event: int, deadline: float | None) -> None:
+        """Until the socket is ready; meanwhile takes the output. Raises _Broken when the run is over or the time is up."""
+        while True:
+            poll = select.poll()
+            poll.register(self._socket, event)
+            poll.register(self._process.channel, select.POLLIN)
+            for descriptor in self._outputs:
+                poll.register(descriptor, select.POLLIN)
+            rest = None if deadline is None else (deadline - time.monotonic()) * 1000
+            ready = dict(poll.poll(rest if rest is None else max(0.0, rest)))
+            if not ready:
+                raise _Broken("it did not keep its time limit")
+            for descriptor in ready.keys() & self._outputs.keys():
+                self._take(descriptor)
+            if self._socket.fileno() in ready:
+                return
+            if self._process.channel.fileno() in ready and self._process.hear():
+                raise _Broken("its run is over")
+
+    def _take(self, descriptor: int) -> bool:
+        """Whether there may be more."""
+        try:
+            data = os.read(descriptor, CHUNK)
+        except BlockingIOError:
+            return False
+        if not data:
+            del self._outputs[descriptor]
+            return False
+        most = self._limits.output
+        room = len(data) if most is None else max(0, most - self._size)
+        before, self._size = self._size, self._size + len(data)
+        self._output[self._outputs[descriptor]].append(data[:room])
+        if most is not None and before <= most < self._size:  # once; a keeper that is not in a cell any more passes it over
+            self._send({"do": "stop", "why": "output"})
+        return True
+
+    def _drain(self) -> None:
+        """What was written before the answer."""
+        for descriptor in list(self._outputs):
+            while self._take(descriptor):
+                pass
+
+    def _cell(self, answer: dict[str, Any], data: bytes, limits: dict[str, float | None]) -> Cell:
+        stdout, stderr = (b"".join(self._output[name]) for name in ("stdout", "stderr"))
+        try:
+            if "gone" in answer or "died" in answer:
+                verdict, evidence = self._death(answer, limits)
+                self._gone = f"{verdict} {evidence}"
+                return Cell(verdict=verdict, evidence=evidence, stdout=stdout, stderr=stderr)
+            told = msgspec.convert(answer, _Told)
+            pictures, at = [], 0
+            for size in told.figures:
+                pictures.append(data[at : at + size])
+                at += size
+        except (msgspec.ValidationError, ValueError, TypeError):
+            raise _Broken("what it says makes no sense") from None
+        verdict, evidence = Verdict.ok, dict[str, Any]()
+        if told.error is not None:
+            verdict, evidence = Verdict.exit, {"exception": told.error[0]}
+        elif self._limits.output is not None and self._size > self._limits.output:
+            verdict, evidence = Verdict.output, {"limit": self._limits.output}
+        return Cell(
+            verdict=verdict,
+            evidence=evidence,
+            value=told.value,
+            error=told.error,
+            figures=tuple(pictures),
+            wall_time=told.wall,
+            cpu_time=told.cpu,
+            stdout=stdout,
+            stderr=stderr,
+        )
+
+    def _death(self, answer: dict[str, Any], limits: dict[str, float | None]) -> tuple[Verdict, dict[str, Any]]:
+        why, status = str(answer.get("died", "ended")), int(answer.get("status", 0))
+        if why == "output":
+            return Verdict.output, {"limit": self._limits.output}
+        if why in limits:
+            return DEAD[why], {"limit": limits[why], "observed": float(answer["observed"])}
+        if os.WIFSIGNALED(status):
+            return Verdict.signal, {"signal": os.WTERMSIG(status)}
+        return Verdict.exit, {"exit_code": os.waitstatus_to_exitcode(status)}
+
+
+class _Told(msgspec.Struct):
+    value: str | None
+    error: tuple[str, str, str] | None
+    wall: float
+    cpu: float
+    figures: list[int]
+
+
+class _Broken(SessionError):
+    """The session cannot go on."""

@@ -1,0 +1,333 @@
+"""What a session runs, inside: a keeper, which runs none of the user's code, and below it the processes that hold his state.
+
+One of these is active and runs the cells. A checkpoint is one that has forked and waits: to go back is to end the active one, and to let
+the waiting one fork again. fork(2)
+
+Its text is the script, so it imports nothing of ours. What it says is checked outside (session.py): the user's code can say it too.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import time
+import traceback
+from typing import Any
+
+CALLER = 3
+COUNT = 8
+"""Bytes of each of the two lengths before a message: of its head, which is JSON, and of its bytes."""
+ONLY_AST = 0x400
+MOST_TEXT = 1 << 20
+NEAREST = 0.002
+"""Seconds between two looks at a processor clock, at least."""
+
+
+# ---- messages
+
+
+def send(to: socket.socket, head: dict[str, Any], data: bytes = b"", *, descriptor: int | None = None) -> None:
+    text = json.dumps(head).encode()
+    lengths = len(text).to_bytes(COUNT, "little") + len(data).to_bytes(COUNT, "little")
+    if descriptor is None:
+        to.sendall(lengths + text)
+    else:
+        socket.send_fds(to, [lengths + text], [descriptor])
+    if data:
+        to.sendall(data)
+
+
+def receive(source: socket.socket) -> tuple[dict[str, Any], bytes, int | None]:
+    """A message and its descriptor. Raises EOFError at the end."""
+    lengths, descriptors, _, _ = socket.recv_fds(source, 2 * COUNT, 1)
+    lengths += _exactly(source, 2 * COUNT - len(lengths)) if lengths else b""
+    if not lengths:
+        raise EOFError
+    head = json.loads(_exactly(source, int.from_bytes(lengths[:COUNT], "little")))
+    data = _exactly(source, int.from_bytes(lengths[COUNT:], "little"))
+    return head, data, descriptors[0] if descriptors else None
+
+
+def _exactly(source: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = source.recv_into(view)
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return bytes(data)
+
+
+# ---- the processes that hold the state
+
+
+def worker(control: socket.socket) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main = type(sys)("__main__")
+    sys.modules["__main__"] = main
+    ended: list[int] = []
+    while True:
+        try:
+            head, data, descriptor = receive(control)
+        except (EOFError, OSError):
+            os._exit(0)
+        if head["do"] == "run":
+            answer, figures = execute(main, data.decode(), head["name"])
+            send(control, answer, figures)
+        elif head["do"] == "reap":
+            send(control, {"status": os.waitpid(head["pid"], 0)[1]})
+        elif descriptor is not None:
+            ended = [pid for pid in ended + head["ended"] if not os.waitpid(pid, os.WNOHANG)[0]]
+            control = forked(control, socket.socket(fileno=descriptor), ended)
+
+
+def forked(control: socket.socket, fresh: socket.socket, ended: list[int]) -> socket.socket:
+    """The way on: the old one in the process that waits from now on, the fresh one in its copy."""
+    try:
+        pid = os.fork()
+    except OSError as error:
+        fresh.close()
+        send(control, {"errno": error.errno})
+        return control
+    if pid == 0:
+        control.close()
+        ended.clear()
+        return fresh
+    fresh.close()
+    send(control, {"pid": pid})
+    return control
+
+
+def execute(main: Any, source: str, name: str) -> tuple[dict[str, Any], bytes]:
+    begin, used = time.perf_counter(), time.process_time()
+    value, error = None, None
+    try:
+        value = evaluate(main, source, name)
+        text = None if value is None else repr(value)[:MOST_TEXT]
+    except BaseException as raised:
+        text, error = None, told(raised)
+    pictures: list[bytes] = []
+    try:
+        pictures = figures()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException as raised:
+        error = error or told(raised)
+    answer = {
+        "value": text,
+        "error": error,
+        "wall": time.perf_counter() - begin,
+        "cpu": time.process_time() - used,
+        "figures": [len(picture) for picture in pictures],
+    }
+    return answer, b"".join(pictures)
+
+
+def evaluate(main: Any, source: str, name: str) -> object:
+    """Runs a cell; the value of its last statement, if that is an expression."""
+    import linecache
+
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    tree: Any = compile(source, name, "exec", ONLY_AST, dont_inherit=True)
+    last = None
+    if tree.body and type(tree.body[-1]).__name__ == "Expr":
+        last = type(compile("0", name, "eval", ONLY_AST))(tree.body.pop().value)
+    exec(compile(tree, name, "exec", dont_inherit=True), main.__dict__)
+    return None if last is None else eval(compile(last, name, "eval", dont_inherit=True), main.__dict__)
+
+
+def told(error: BaseException) -> list[str]:
+    """Its type, what it says, and the traceback from the cell's own frames on."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals is globals():
+        trace = trace.tb_next
+    try:
+        text = "".join(traceback.format_exception(error.with_traceback(trace)))
+        return [type(error).__qualname__, str(error)[:MOST_TEXT], text[:MOST_TEXT]]
+    except Exception:  # an exception whose own methods raise
+        return [type(error).__qualname__, "", f"{type(error).__qualname__}\n"]
+
+
+def figures() -> list[bytes]:
+    """matplotlib's open figures as PNG; they are closed then."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is None:
+        return []
+    import io
+
+    pictures = []
+    for number in pyplot.get_fignums():
+        file = io.BytesIO()
+        pyplot.figure(number).savefig(file, format="png")
+        pictures.append(file.getvalue())
+    pyplot.close("all")
+    return pictures
+
+
+# ---- the keeper
+
+
+class State:
+    """A process that holds a state of the session."""
+
+    def __init__(self, pid: int, control: socket.socket, parent: "State | None") -> None:
+        self.pid, self.control, self.parent = pid, control, parent
+        self.ended: list[int] = []
+        """Children that were dropped, and are to be reaped when there is time."""
+
+    def ask(self, head: dict[str, Any], descriptor: int | None = None) -> dict[str, Any]:
+        send(self.control, head, descriptor=descriptor)
+        return receive(self.control)[0]
+
+    def fork(self) -> "State":
+        """Raises OSError where there may be no more processes, and EOFError where it has ended."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            answer = self.ask({"do": "fork", "ended": self.ended}, theirs.fileno())
+        self.ended = []
+        if "errno" in answer:
+            ours.close()
+            raise OSError(answer["errno"], os.strerror(answer["errno"]))
+        return State(answer["pid"], ours, self)
+
+    def drop(self) -> None:
+        """Kills it, and does not wait: to clear away what it had takes longer than to go on without it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.control.close()
+        if self.parent is not None:
+            self.parent.ended.append(self.pid)
+
+    def end(self) -> int:
+        """Kills it and gives its wait status, which only its parent learns."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.control.close()
+        if self.parent is None:
+            return os.waitpid(self.pid, 0)[1]
+        return int(self.parent.ask({"do": "reap", "pid": self.pid})["status"])
+
+
+class Keeper:
+    """Answers each command of the caller with one message."""
+
+    def __init__(self, caller: socket.socket) -> None:
+        self.caller = caller
+        self.kept: list[State] = []
+        self.active: State | None = self._first()
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def _first(self) -> State:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            self.caller.close()
+            worker(theirs)
+        theirs.close()
+        return State(pid, ours, None)
+
+    def _interrupt(self, *_: object) -> None:
+        if self.active is not None:
+            os.kill(self.active.pid, signal.SIGINT)
+
+    def serve(self) -> None:
+        commands = {"run": self.run, "checkpoint": self.checkpoint, "restore": self.restore, "put": self.put, "get": self.get}
+        send(self.caller, {})
+        while True:
+            try:
+                head, data, _ = receive(self.caller)
+            except EOFError:
+                return
+            if head["do"] not in commands:
+                continue  # it came too late for the cell that it was about
+            try:
+                answer, result = commands[head["do"]](head, data)
+            except OSError as error:
+                answer, result = {"errno": error.errno}, b""
+            send(self.caller, answer, result)
+
+    def run(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        if self.active is None:
+            return {"gone": True}, b""
+        clock = ~self.active.pid << 3 | 2
+        begin, base = time.monotonic(), time.clock_gettime(clock)
+        send(self.active.control, {"do": "run", "name": head["name"]}, data)
+        while True:
+            try:
+                wall, cpu = time.monotonic() - begin, time.clock_gettime(clock) - base
+            except OSError:
+                return self._died("ended", 0.0)
+            for name, used in (("wall_time", wall), ("cpu_time", cpu)):
+                if head[name] is not None and used >= head[name]:
+                    return self._died(name, used)
+            rests = [] if head["wall_time"] is None else [head["wall_time"] - wall]
+            if head["cpu_time"] is not None:  # all processors together could use it up by then
+                rests.append((head["cpu_time"] - cpu) / (os.cpu_count() or 1))
+            ready, _, _ = select.select([self.active.control, self.caller], [], [], max(NEAREST, min(rests)) if rests else None)
+            if self.active.control in ready:
+                try:
+                    answer, result, _ = receive(self.active.control)
+                except (EOFError, OSError):
+                    return self._died("ended", 0.0)
+                return answer, result
+            if self.caller in ready:
+                stop = receive(self.caller)[0]
+                return self._died(stop["why"], 0.0)
+
+    def _died(self, why: str, observed: float) -> tuple[dict[str, Any], bytes]:
+        assert self.active is not None
+        active, self.active = self.active, None
+        try:
+            status = active.end()
+        except (EOFError, ChildProcessError):
+            status = 0
+        return {"died": why, "observed": observed, "status": status, "kept": len(self.kept)}, b""
+
+    def checkpoint(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        if self.active is None:
+            return {"gone": True}, b""
+        fresh = self.active.fork()
+        self.kept.append(self.active)
+        self.active = fresh
+        return {"id": len(self.kept) - 1}, b""
+
+    def restore(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        number = head["id"]
+        if not -len(self.kept) <= number < len(self.kept):
+            return {"unknown": True}, b""
+        if self.active is not None:
+            self.active.drop()
+        try:
+            self.active = self.kept[number].fork()
+        except EOFError:
+            return {"gone": True}, b""
+        return {}, b""
+
+    def put(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        with open(head["path"], "wb", opener=_opener) as file:
+            file.write(data)
+        return {}, b""
+
+    def get(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        with open(head["path"], "rb", opener=_opener) as file:
+            size = os.fstat(file.fileno()).st_size
+            return ({"large": size}, b"") if size > head["most"] else ({}, file.read(head["most"]))
+
+
+def _opener(path: str, flags: int) -> int:
+    """A pipe that the user's code has made would hold the keeper for ever."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(22, "not a file")
+    return descriptor
+
+
+if __name__ == "__main__":
+    Keeper(socket.socket(fileno=CALLER)).serve()

@@ -1,0 +1,129 @@
+"""Talking to systemd: a service that lives on tells when it is ready, alive and going; each run is an entry with fields in the journal.
+
+    with systemd.Resident():          # READY=1 when a jail can be made, WATCHDOG=1 while that is so, STOPPING=1 at the end
+        ...
+        systemd.journal(result)       # journalctl NSJAIL_VERDICT=memory
+
+Outside of a unit all of it does nothing. sd_notify(3), systemd's JOURNAL_NATIVE_PROTOCOL; unitfile.py writes units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from .result import Result
+
+JOURNAL = "/run/systemd/journal/socket"
+INFO, WARNING = 6, 4
+
+
+def notify(*assignments: str) -> bool:
+    """Tells the manager, `READY=1` for instance. False where there is none that wants to know."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    return _send(f"\0{address[1:]}" if address[0] == "@" else address, "\n".join(assignments).encode())
+
+
+def has_journal() -> bool:
+    """Whether our standard error goes to the journal. systemd.exec(5), JOURNAL_STREAM"""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def journal(result: Result, **fields: str) -> bool:
+    """Writes one entry for a run, with its verdict and use in fields that journalctl can select by. fields: more of them, in capitals.
+    False where there is no journal."""
+    entry = {
+        "MESSAGE": result.summary,
+        "PRIORITY": str(WARNING if result.verdict.is_limit else INFO),
+        "SYSLOG_IDENTIFIER": "nsjail-py",
+        "NSJAIL_VERDICT": str(result.verdict),
+        "NSJAIL_POLICY": result.policy,
+        "NSJAIL_MODE": result.mode,
+        "NSJAIL_EXIT_CODE": _text(result.exit_code),
+        "NSJAIL_SIGNAL": _text(result.signal),
+        "NSJAIL_WALL_USEC": str(round(result.wall_time * 1e6)),
+        "NSJAIL_CPU_USEC": str(round(result.cpu_time * 1e6)),
+        "NSJAIL_MEMORY_PEAK": str(result.peak_memory),
+        "NSJAIL_MEMORY_SOURCE": result.memory_source,
+        "NSJAIL_DENIED": " ".join(f"{name}:{count}" for name, count in result.denied.items()),
+        "NSJAIL_UNAVAILABLE": " ".join(one.name for one in result.protections if one.state == "unavailable"),
+        **fields,
+    }
+    return _send(JOURNAL, b"".join(_field(name, value.encode(errors="backslashreplace")) for name, value in entry.items() if value))
+
+
+class Resident:
+    """The time in which a service can make jails. Starts the launcher before it says READY; a set-up error is raised, and READY never said.
+
+    The watchdog of the unit (WatchdogSec=) is fed by a thread, for as long as a launcher is there or can be started.
+    """
+
+    def __init__(self, status: str = "") -> None:
+        self._status = status
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        from . import launcher
+
+        launcher.current()
+        notify("READY=1", f"STATUS={self._status or 'jails can be made'}")
+        if interval := watchdog_interval():
+            self._thread = threading.Thread(target=self._feed, args=(interval,), name="systemd-watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        from . import launcher
+
+        notify("STOPPING=1")
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        launcher.shutdown()  # and every jail with it
+
+    def _feed(self, interval: float) -> None:
+        from . import launcher
+        from .errors import JailError
+
+        while not self._over.wait(interval):
+            with contextlib.suppress(JailError, OSError):
+                if not (current := launcher.current()).alive:
+                    launcher.lost(current)
+                    launcher.current()
+                notify("WATCHDOG=1")
+
+
+def watchdog_interval() -> float:
+    """Seconds between two signs of life: half of what the manager waits. 0: it does not wait for any. sd_watchdog_enabled(3)"""
+    microseconds, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    return int(microseconds) / 2e6 if microseconds.isdecimal() and pid == str(os.getpid()) else 0.0
+
+
+def _text(value: int | None) -> str:
+    return "" if value is None else str(int(value))
+
+
+def _field(name: str, value: bytes) -> bytes:
+    """With its length before it a value may hold anything."""
+    return name.encode() + b"\n" + len(value).to_bytes(8, "little") + value + b"\n"
+
+
+def _send(address: str, message: bytes) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        try:
+            sender.sendto(message, socket.MSG_NOSIGNAL, address)
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,160 @@
+"""`nsjail-py systemd unit`: a unit that runs one program in a jail, hardened from systemd's side too, with a comment on each line.
+
+Every setting below was run with a jail inside. What would be nice and cannot be had is named where it would stand. systemd.exec(5),
+systemd.resource-control(5), systemd.socket(5)
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from .errors import PolicyError
+
+if TYPE_CHECKING:
+    from .policy import Policy
+
+OVERHEAD = 128 * 1024**2
+"""Memory of nsjail-py itself and its launcher."""
+TASKS = 16
+"""Their processes and threads."""
+HOMES = ("/home", "/root", "/run/user")
+SET_UP = 35
+"""Seconds that a run may take before its own clock begins."""
+CAPABILITIES = "CAP_SYS_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_KILL CAP_NET_ADMIN"
+
+CALLS = "@mount sethostname seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self"
+"""What making a jail takes beyond @system-service. The group @sandbox is unknown to systemd 252."""
+
+
+class Line(NamedTuple):
+    """One setting, and why it is there."""
+
+    setting: str
+    why: str
+
+
+def unit(policy: Policy, named: str, command: Sequence[str], name: str, user: str = "", listen: str = "") -> dict[str, str]:
+    """The files by their names. named: the policy as nsjail-py is told it. listen: an address; then there is a socket, and each connection
+    is one run, with the connection as its standard input and output."""
+    if not re.fullmatch(r"[A-Za-z0-9:_.\\-]+", name):
+        raise PolicyError(f"name {name!r}: letters, digits and :-_.\\ only")
+    head = Line(f"Description=A jail: {_plain(command[0])}", "what systemctl shows")
+    service = [*_start(named, command, listen), *_identity(user), *_limits(policy), *_walls(policy)]
+    if not listen:
+        return {f"{name}.service": _text(Unit=[head], Service=service, Install=[START])}
+    return {
+        f"{name}@.service": _text(Unit=[head], Service=service),
+        f"{name}.socket": _text(Unit=[head], Socket=_socket(listen), Install=[LISTEN]),
+    }
+
+
+WALLS = (
+    Line("NoNewPrivileges=yes", "no program gains rights by being executed"),
+    Line("ProtectSystem=strict", "nsjail-py itself can write to its own directories only"),
+    Line("PrivateDevices=yes", "no hardware"),
+    Line("ProtectKernelModules=yes", "no modules"),
+    Line("ProtectKernelLogs=yes", "no kernel log"),
+    Line("ProtectClock=yes", "the clock stays"),
+    Line("LockPersonality=yes", "no other execution domain"),
+    Line("RestrictRealtime=yes", "no realtime scheduling"),
+    Line("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK", "sockets of these kinds only"),
+    Line("SystemCallArchitectures=native", "no system calls of a foreign architecture"),
+    Line(f"SystemCallFilter=@system-service {CALLS}", "systemd's set for services, and what makes a jail"),
+    Line("SystemCallErrorNumber=EPERM", "a refused call is an error, and no death"),
+    Line("UMask=0077", "what it writes is its own"),
+)
+
+
+START = Line("WantedBy=multi-user.target", "start it with the machine")
+LISTEN = Line("WantedBy=sockets.target", "listen from the start of the machine on")
+
+
+def _text(**sections: Sequence[Line]) -> str:
+    """Comments have lines of their own: behind a setting they would be part of it."""
+    return "\n".join(f"[{title}]\n" + "".join(f"# {why}\n{setting}\n" for setting, why in lines) for title, lines in sections.items())
+
+
+def _socket(listen: str) -> list[Line]:
+    return [
+        Line(f"ListenStream={listen}", "where connections are taken: a path, or HOST:PORT"),
+        Line("Accept=yes", "one connection, one run, one jail"),
+        Line("MaxConnections=16", "runs at one time"),
+        Line("SocketMode=0600", "only root may connect to a path; give it a SocketGroup= and 0660 to share it"),
+    ]
+
+
+def _start(named: str, command: Sequence[str], listen: str) -> list[Line]:
+    words = [sys.executable, "-m", "nsjail_py", "exec", "--policy", named, "--", *command]
+    lines = [
+        Line("Type=exec", "started when nsjail-py itself is started"),
+        Line(
+            f"ExecStart={' '.join(map(quoted, words))}", "the jail; the exit status is the program's own, 124 a limit, 125 a failed set-up"
+        ),
+    ]
+    if listen:
+        lines += [Line("StandardInput=socket", "the connection is what the program reads"), Line("StandardOutput=socket", "and writes")]
+    return [*lines, Line("StandardError=journal", "its errors, and one entry for the run: journalctl NSJAIL_VERDICT=memory")]
+
+
+def _identity(user: str) -> list[Line]:
+    if user:
+        return [
+            Line(
+                f"User={user}", "not root: runs have this user's id on the host. DynamicUser=yes would forbid openat2, which a jail needs"
+            ),
+            Line(f"CacheDirectory=nsjail_py-{user}", "roots and filters, kept between runs; root's is another"),
+            Line("CapabilityBoundingSet=", "no right at all on the host: those in the jail's own user namespace are enough"),
+        ]
+    return [
+        Line(f"CapabilityBoundingSet={CAPABILITIES}", "root, with just what making a jail takes; each run has a host user id of its own"),
+        Line("CacheDirectory=nsjail_py", "roots and filters, kept between runs"),
+        Line("RuntimeDirectory=nsjail_py", "/run/nsjail_py: which host user ids are in use"),
+        Line("RuntimeDirectoryPreserve=yes", "other services of nsjail_py have their locks there, too"),
+    ]
+
+
+def _limits(policy: Policy) -> list[Line]:
+    limits = policy.limits
+    lines = [Line("Delegate=yes", "the control group is ours to divide: the jail's limits are set in it")]
+    if limits.memory is not None:
+        lines.append(Line(f"MemoryMax={limits.memory + OVERHEAD}", "the policy's memory, and nsjail-py's own"))
+        lines.append(Line("MemorySwapMax=0", "swap is memory"))
+    if limits.processes is not None:
+        lines.append(Line(f"TasksMax={limits.processes + TASKS}", "the policy's processes, and nsjail-py's own"))
+    if limits.wall_time is not None:
+        lines.append(Line(f"RuntimeMaxSec={limits.wall_time + SET_UP:.0f}", "the policy's wall_time, and the making of the jail"))
+    lines.append(Line("TimeoutStopSec=5", "the jail is gone at once; nsjail-py needs no longer"))
+    lines.append(Line("KillMode=mixed", "SIGTERM to nsjail-py, which ends the jail; what is left after that is killed"))
+    return lines
+
+
+def _walls(policy: Policy) -> list[Line]:
+    lines = list(WALLS)
+    shown = [mount.source for mount in policy.mounts] + [path for path in (policy.workdir, policy.python.project) if path]
+    if not any(path.startswith(HOMES) for path in (*shown, sys.prefix)):
+        lines.append(Line("ProtectHome=yes", "homes are not there"))
+    if not any(path.startswith(("/tmp", "/var/tmp")) for path in shown):
+        lines.append(Line("PrivateTmp=yes", "a /tmp of its own"))
+    if "net" in policy.namespaces:
+        lines.append(Line("PrivateNetwork=yes", "no network for nsjail-py either"))
+    lines += [
+        Line(f"ReadWritePaths={quoted(mount.source)}", "what the policy lets be written") for mount in policy.mounts if mount.writable
+    ]
+    if policy.workdir:
+        lines.append(Line(f"ReadWritePaths={quoted(policy.workdir)}", "the policy's work directory"))
+    return lines
+
+
+def quoted(word: str) -> str:
+    """A word of ExecStart=: no variable, no specifier, no escape in it is any."""
+    if "\n" in word or "\0" in word:
+        raise PolicyError(f"{word!r}: a line of a unit cannot hold it")
+    text = word.replace("%", "%%").replace("$", "$$").replace("\\", "\\\\").replace('"', '\\"')
+    return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text) else f'"{text}"'
+
+
+def _plain(word: str) -> str:
+    return " ".join(word.split()).replace("%", "%%")

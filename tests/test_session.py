@@ -1,0 +1,211 @@
+"""Sessions: one jailed interpreter between cells, its limits, and the way back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import nsjail_py
+from nsjail_py import Jail, JobError, Session, SessionError, Verdict
+
+
+def test_a_session_and_its_checkpoints_leave_nothing(leaves_nothing: None) -> None:
+    with Jail("untrusted") as jail:
+        with jail.session() as session:
+            for _ in range(5):
+                session.run("x = bytearray(1 << 20)")
+                session.checkpoint()
+            session.run("import os; os._exit(1)")
+        assert session.result is not None and session.result.verdict is Verdict.killed
+
+
+@pytest.fixture(scope="module", params=["cold", "warm"])
+def jail(request: pytest.FixtureRequest) -> Iterator[Jail]:
+    preload = ["numpy", "matplotlib"] if request.param == "warm" else None
+    with Jail("untrusted", preload=preload, imports=["numpy", "matplotlib"], wall_time=10.0) as jail:
+        yield jail
+
+
+@pytest.fixture
+def session(jail: Jail) -> Iterator[Session]:
+    with jail.session() as session:
+        yield session
+
+
+def test_what_a_cell_defines_the_next_one_has(session: Session) -> None:
+    session.run("import math\ndef area(r): return math.pi * r * r\nx = 2").check()
+    assert session.run("x += 1; area(x)").check().value == "28.274333882308138"
+    assert session.run("x = 5").check().value is None
+
+
+def test_what_a_cell_prints_is_its_own(session: Session) -> None:
+    first = session.run("import sys\nprint('out'); print('err', file=sys.stderr)")
+    second = session.run("print('x' * 200_000)")
+    assert (first.stdout, first.stderr) == (b"out\n", b"err\n")
+    assert (len(second.stdout), second.stderr) == (200_001, b"")
+
+
+def test_an_exception_is_told_with_the_cells_own_lines_and_ends_nothing(session: Session) -> None:
+    session.run("def f(x):\n    return 1 / x")
+    cell = session.run("y = 7\nf(0)")
+    assert (cell.verdict, cell.evidence) == (Verdict.exit, {"exception": "ZeroDivisionError"})
+    assert cell.error and [line.strip() for line in cell.error[2].splitlines() if "cell" in line or "return" in line] == [
+        'File "<cell 2>", line 2, in <module>',
+        'File "<cell 1>", line 2, in f',
+        "return 1 / x",
+    ]
+    with pytest.raises(JobError, match="division by zero"):
+        cell.check()
+    wrong = session.run("x = = 1")
+    assert wrong.error and wrong.error[0] == "SyntaxError" and "x = = 1" in wrong.error[2]
+    assert session.run("import sys; sys.exit(3)").evidence == {"exception": "SystemExit"}
+    assert session.run("y").value == "7"
+
+
+def test_a_checkpoint_is_gone_back_to_as_often_as_wanted(session: Session) -> None:
+    session.run("x = [1]")
+    first = session.checkpoint()
+    session.run("x.append(2)")
+    second = session.checkpoint()
+    session.run("x.append(3)")
+    for number, value in ((second, "[1, 2]"), (first, "[1]"), (second, "[1, 2]"), (-1, "[1, 2]")):
+        session.restore(number)
+        assert session.run("x").value == value
+        session.run("x.append('gone')")
+    with pytest.raises(SessionError, match="no checkpoint 2"):
+        session.restore(2)
+    assert session.run("x").value == "[1, 2, 'gone']"
+
+
+DEADLY = {
+    "processor time": ("while True: pass", {"cpu_time": 0.2}, Verdict.cpu_time),
+    "wall time": ("import time; time.sleep(30)", {"wall_time": 0.2}, Verdict.wall_time),
+    "a signal": ("import os; os.kill(os.getpid(), 11)", {}, Verdict.signal),
+    "an exit": ("import os; os._exit(3)", {}, Verdict.exit),
+    "output": ("import os\nwhile True: os.write(1, bytes(60000))", {}, Verdict.output),
+}
+
+
+@pytest.mark.parametrize("how", DEADLY)
+def test_a_cell_that_ends_the_interpreter_says_why_and_a_checkpoint_is_still_there(how: str, session: Session) -> None:
+    code, limits, verdict = DEADLY[how]
+    session.run("x = 1")
+    session.checkpoint()
+    cell = session.run("x = 2\n" + code, **limits)  # type: ignore[arg-type]
+    assert cell.verdict is verdict, cell
+    assert len(cell.stdout) <= 16 << 20
+    with pytest.raises(SessionError, match=str(verdict)):
+        cell.check()
+    with pytest.raises(SessionError, match=str(verdict)):
+        session.run("x")
+    session.restore()
+    assert session.run("x").value == "1"
+
+
+def test_without_a_checkpoint_the_next_call_says_that_the_state_is_gone(session: Session) -> None:
+    assert session.run("import os; os.abort()").evidence == {"signal": signal.SIGABRT}
+    with pytest.raises(SessionError, match="signal"):
+        session.run("1")
+    with pytest.raises(SessionError, match="no checkpoint"):
+        session.restore()
+
+
+def test_files_go_in_and_out(session: Session) -> None:
+    data = os.urandom(5 << 20)
+    session.put("data.bin", data)
+    assert session.run("d = open('/work/data.bin', 'rb').read(); open('back', 'wb').write(d[::-1]); len(d)").check().value == str(5 << 20)
+    assert session.get("back") == data[::-1]
+    session.run("import os; os.mkfifo('pipe'); os.symlink('/etc/passwd', 'link')")
+    for path in ("missing", "pipe", "/work", "/proc/self/nothing"):
+        with pytest.raises(OSError):
+            session.get(path)
+    with pytest.raises(OSError):
+        session.put("/usr/lib/x", b"")
+    assert session.run("1 + 1").value == "2"
+
+
+def test_figures_come_as_pictures(session: Session) -> None:
+    cell = session.run("import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.figure()\nplt.plot([2, 1])\nNone").check()
+    assert len(cell.figures) == 2 and all(picture.startswith(b"\x89PNG") and len(picture) > 2000 for picture in cell.figures)
+    assert session.run("plt.get_fignums()").figures == ()
+
+
+def test_an_interrupt_is_a_keyboard_interrupt_for_the_cell(session: Session) -> None:
+    timer = threading.Timer(0.3, session.interrupt)
+    timer.start()
+    cell = session.run("x = 4\nimport time\nwhile True: time.sleep(0.01)")
+    assert cell.error and cell.error[0] == "KeyboardInterrupt"
+    assert session.run("x").value == "4"
+
+
+def test_a_session_is_jailed_as_its_policy_says(session: Session) -> None:
+    assert session.run("import socket\nsocket.socket()").error[0] == "PermissionError"  # type: ignore[index]
+    assert session.run("import os\nos.execv('/proc/self/exe', ['x'])").error[0] == "PermissionError"  # type: ignore[index]
+    assert session.run("open('/etc/shadow')").error[0] == "FileNotFoundError"  # type: ignore[index]
+
+
+LIES = {
+    "no message": "os.write({fd}, b'x' * 100)",
+    "a giant": "os.write({fd}, (1 << 60).to_bytes(8, 'little') * 2)",
+    "no JSON": "os.write({fd}, (5).to_bytes(8, 'little') + bytes(8) + b'{{{{{{')",
+    "wrong types": "t = b'{{\"value\": 1, \"figures\": [-5]}}'; os.write({fd}, len(t).to_bytes(8, 'little') + bytes(8) + t)",
+    "a dead keeper": "os.kill(os.getppid(), 9)",
+    "a stopped keeper": "os.kill(os.getppid(), 19); import time; time.sleep(20)",
+    "nothing more": "os.close({fd})",
+}
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_a_cell_that_attacks_its_keeper_ends_the_session_with_an_error(what: str, session: Session) -> None:
+    """And the caller gets no exception but SessionError, and never waits for longer than the cell's limit."""
+    code = LIES[what].format(fd="fd")
+    begin = time.monotonic()
+    attack = f"import os\nfor fd in range(3, 20):\n  try: os.fstat(fd)\n  except OSError: continue\n  {code}\n  break"
+    try:
+        cell = session.run(attack, wall_time=1.0)
+        assert cell.verdict in (Verdict.signal, Verdict.exit, Verdict.wall_time)
+        session.run("1", wall_time=1.0)
+    except SessionError:
+        pass
+    assert time.monotonic() - begin < 8
+    session.close()
+    with pytest.raises(SessionError, match="ended"):
+        session.run("1")
+
+
+def test_the_lifetime_of_a_session_ends_it() -> None:
+    with Jail("untrusted") as jail, jail.session(lifetime=1.5) as session:
+        with pytest.raises(SessionError, match="wall_time"):
+            session.run("import time; time.sleep(30)", wall_time=30.0)
+        assert session.result is not None and session.result.verdict is Verdict.wall_time
+
+
+def test_sessions_do_not_meet(jail: Jail) -> None:
+    with jail.session() as one, jail.session() as two:
+        one.run("x = 1; open('mine', 'w').write('1')")
+        assert two.run("x").error and two.run("open('mine')").error
+        assert one.run("import os; os.getpid() > 1 and 'jail'").value == "'jail'"
+
+
+def test_threads_take_turns(session: Session) -> None:
+    session.run("total = 0").check()
+    threads = [threading.Thread(target=session.run, args=("total += 1",)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert session.run("total").value == "20"
+
+
+def test_a_policy_that_has_no_room_for_another_process_says_so() -> None:
+    with Jail("untrusted", processes=2) as jail, jail.session() as session:
+        session.run("x = 1").check()
+        with pytest.raises(OSError):
+            session.checkpoint()
+        assert session.run("x").value == "1"
+    assert nsjail_py.run(["/bin/true"]).ok

@@ -1,0 +1,502 @@
+"""systemd: what a service tells it, what it is told in the journal, and the units that are written. The last part runs real units, where there is systemd."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import IS_ROOT, PATIENCE
+
+import nsjail_py
+from nsjail_py import cli, launcher, systemd, unitfile
+
+
+@pytest.fixture
+def ear(tmp_path: Path) -> Iterator[socket.socket]:
+    """Where a manager, or its journal, listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        listening.settimeout(10)
+        yield listening
+
+
+def entry(message: bytes) -> dict[str, bytes]:
+    """A message in the journal's own protocol, each field with its length."""
+    fields = {}
+    while message:
+        name, _, rest = message.partition(b"\n")
+        size = int.from_bytes(rest[:8], "little")
+        fields[name.decode()] = rest[8 : 8 + size]
+        assert rest[8 + size : 9 + size] == b"\n"
+        message = rest[9 + size :]
+    return fields
+
+
+# ---------------------------------------------------------------- a resident service
+
+
+def test_ready_is_said_when_there_is_a_launcher_and_stopping_before_it_goes(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", ear.getsockname())
+    with systemd.Resident(status="at your service"):
+        assert ear.recv(999) == b"READY=1\nSTATUS=at your service"
+        assert launcher.peek() is not None
+        assert nsjail_py.run(["/bin/true"]).ok
+    assert ear.recv(999) == b"STOPPING=1"
+    assert launcher.peek() is None
+
+
+def test_the_watchdog_is_fed_while_a_launcher_can_be_had(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", ear.getsockname())
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    with systemd.Resident():
+        assert ear.recv(999).startswith(b"READY=1")
+        assert ear.recv(999) == b"WATCHDOG=1"
+        first = launcher.current()
+        os.kill(first.pid, 9)
+        while launcher.current() is first:
+            assert ear.recv(999) == b"WATCHDOG=1"
+        assert launcher.current().alive
+        monkeypatch.setattr(launcher, "PROGRAM", Path("/nonexistent"))
+        os.kill(launcher.current().pid, 9)
+        time.sleep(0.3)
+        ear.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while ear.recv(999):
+                pass
+        time.sleep(0.3)
+        with pytest.raises(BlockingIOError):
+            ear.recv(999)
+
+
+def test_a_watchdog_of_another_process_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    assert systemd.watchdog_interval() == 0
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    assert systemd.watchdog_interval() == 0.05
+
+
+def test_without_a_manager_nothing_is_said_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "JOURNAL_STREAM"):
+        monkeypatch.delenv(name, raising=False)
+    assert not systemd.notify("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent")
+    assert not systemd.notify("READY=1")
+    assert not systemd.has_journal()
+    with systemd.Resident():
+        assert nsjail_py.run(["/bin/true"]).ok
+
+
+# ---------------------------------------------------------------- the journal
+
+
+def test_a_run_is_an_entry_with_its_verdict_and_use(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "JOURNAL", ear.getsockname())
+    result = nsjail_py.run_python("import socket; socket.socket()", policy="untrusted")
+    assert systemd.journal(result, NSJAIL_JOB="line one\nMESSAGE=forged")
+    fields = entry(ear.recv(1 << 16))
+    assert fields["NSJAIL_VERDICT"] == b"exit"
+    assert fields["NSJAIL_POLICY"] == b"untrusted"
+    assert fields["NSJAIL_EXIT_CODE"] == b"1"
+    assert fields["NSJAIL_DENIED"] == b"socket:1"
+    assert fields["MESSAGE"] == result.summary.encode()
+    assert fields["NSJAIL_JOB"] == b"line one\nMESSAGE=forged"
+    assert int(fields["NSJAIL_MEMORY_PEAK"]) == result.peak_memory
+    assert fields["PRIORITY"] == b"6"
+
+
+def test_a_limit_is_a_warning(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "JOURNAL", ear.getsockname())
+    assert systemd.journal(nsjail_py.run(["/bin/sleep", "9"], wall_time=0.2))
+    assert entry(ear.recv(1 << 16))["PRIORITY"] == b"4"
+
+
+def test_the_command_writes_an_entry_when_its_errors_go_to_the_journal(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from nsjail_py import cli, systemd\n"
+        "systemd.JOURNAL = sys.argv.pop(1)\n"
+        "status = os.fstat(2); os.environ['JOURNAL_STREAM'] = f'{status.st_dev}:{status.st_ino}'\n"
+        "sys.exit(cli.main(['exec', '--', '/bin/false']))\n"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        listening.settimeout(10)
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "socket")], check=False).returncode == 1
+        assert entry(listening.recv(1 << 16))["NSJAIL_VERDICT"] == b"exit"
+
+
+# ---------------------------------------------------------------- units that are written
+
+
+def written(to: Path, *words: str) -> list[Path]:
+    assert cli.main(["systemd", "unit", "--output", str(to), *words]) == 0
+    return sorted(to.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("policy", ["trusted", "moderate", "untrusted"])
+@pytest.mark.parametrize("options", [[], ["--user", "daemon"], ["--listen", "/run/jail.sock"]], ids=["root", "user", "socket"])
+def test_systemd_finds_no_fault_in_a_unit(policy: str, options: list[str], tmp_path: Path) -> None:
+    files = written(tmp_path, *options, policy, "--", "/usr/bin/sort", "-k", "2", '100% $HOME "it\'s" \\n')
+    assert len(files) == (2 if "--listen" in options else 1)
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "jail" in line.partition(":")[0]]
+    assert (done.returncode, said) == (0, []), done.stderr
+
+
+def test_every_line_of_a_unit_has_its_reason(tmp_path: Path) -> None:
+    for file in written(tmp_path, "--listen", "/run/jail.sock", "untrusted", "--", "/bin/cat"):
+        lines = [line for line in file.read_text().splitlines() if line and not line.startswith("[")]
+        assert [line.startswith("# ") for line in lines] == [True, False] * (len(lines) // 2)
+
+
+def test_a_units_limits_are_the_policys_and_what_nsjail_py_needs_itself(tmp_path: Path) -> None:
+    limits = nsjail_py.policy("untrusted").limits
+    (file,) = written(tmp_path, "untrusted", "--", "/bin/cat")
+    settings = dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line and line[0] != "#")
+    assert limits.memory < int(settings["MemoryMax"]) < limits.memory + (256 << 20)
+    assert limits.processes < int(settings["TasksMax"]) < limits.processes + 32
+    assert limits.wall_time < int(settings["RuntimeMaxSec"]) < limits.wall_time + 60
+
+
+@pytest.mark.parametrize("words", [["untrusted", "--"], ["untrusted", "--name", "x", "--", "/bin/cat"]])
+def test_a_unit_without_a_program_is_an_error(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["systemd", "unit", *words]) == 125
+    assert "no program was given" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "a b", "../x"])
+def test_a_name_that_is_no_units_is_an_error(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["systemd", "unit", "--name", name, "untrusted", "--", "/bin/cat"]) == 125
+    assert "name" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- real units
+
+real = pytest.mark.skipif(
+    not (IS_ROOT and Path("/run/systemd/system").is_dir()), reason="systemd does not run this machine, or we are not root"
+)
+LOCKS = ("RuntimeDirectory=nsjail_py", "RuntimeDirectoryPreserve=yes")
+UNITS = Path("/run/systemd/system")
+RUN = """
+import nsjail_py
+try:
+    result = nsjail_py.run(["/bin/true"])
+    print(result.summary, result.mode, result.memory_source)
+    print(*(f"{one.name}: {one.reason}" for one in result.protections if one.state == "unavailable"), sep="\\n")
+except nsjail_py.JailError as error:
+    print(error)
+"""
+USER = next((entry.pw_name for entry in pwd.getpwall() if 1000 <= entry.pw_uid < 60000), "")
+
+
+def in_unit(*settings: str) -> str:
+    properties = [word for setting in settings for word in ("-p", setting)]
+    command = ["systemd-run", "--wait", "--pipe", "--quiet", "--collect", *properties, "--", sys.executable, "-c", RUN]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+@real
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        (["RestrictSUIDSGID=yes"], "RestrictSUIDSGID=no"),
+        (["DynamicUser=yes", "CacheDirectory=x"], "RestrictSUIDSGID=no, which DynamicUser= forbids"),
+        (["PrivateUsers=yes"], "PrivateUsers=no"),
+        (["ProtectSystem=strict"], "RuntimeDirectory=nsjail_py"),
+        (
+            [*LOCKS, "ProtectSystem=strict", "Environment=NSJAIL_PY_CACHE=/var/cache/not-there"],
+            "cache directory: Read-only file system (/var/cache/not-there); set NSJAIL_PY_CACHE to a directory of your own, or in a "
+            "systemd unit CacheDirectory=nsjail_py (nsjail_py-USER with User=)",
+        ),
+        (["SystemCallFilter=@system-service"], "SystemCallFilter= as `nsjail-py systemd unit` has it"),
+        (["SystemCallFilter=@system-service", "SystemCallErrorNumber=EPERM"], "EPERM"),
+        (["ProtectHostname=yes"], "ProtectHostname=no"),
+        (["RestrictNamespaces=yes"], "RestrictNamespaces=no"),
+        (["ProtectControlGroups=yes"], "ProtectControlGroups=no"),
+        pytest.param([f"User={USER}", "ProtectHome=yes"], "CacheDirectory=nsjail_py", marks=pytest.mark.skipif(not USER, reason="no user")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_that_forbids_something_is_named(settings: list[str], remedy: str) -> None:
+    if remedy == "EPERM":
+        assert "Operation not permitted" in in_unit(*settings)
+    else:
+        assert remedy in in_unit(*settings)
+
+
+@real
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["Delegate=yes"],
+        ["NoNewPrivileges=yes"],
+        [*LOCKS, "ProtectSystem=strict", "CacheDirectory=nsjail_py"],
+        ["SystemCallFilter=@system-service", f"SystemCallFilter={unitfile.CALLS}"],
+        ["ProtectHome=yes", "PrivateTmp=yes", "PrivateDevices=yes", "PrivateNetwork=yes"],
+        ["ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectClock=yes", "MemoryDenyWriteExecute=yes"],
+        ["ProtectProc=invisible", "RestrictAddressFamilies=AF_UNIX", "SystemCallArchitectures=native", "LockPersonality=yes"],
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_jail_runs_under_the_rest(settings: list[str]) -> None:
+    assert in_unit(*settings).startswith("ok: the program exited with 0 root cgroup2")
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Writes a unit for a program, and takes it away again."""
+    made: list[Path] = []
+
+    def install(*words: str) -> str:
+        name = f"nsjail-test-{secrets.token_hex(4)}"
+        made.extend(UNITS / file.name for file in written(tmp_path, "--name", name, *words))
+        for file in made:
+            shutil.copy(tmp_path / file.name, file)
+        subprocess.run(["systemctl", "daemon-reload"], check=True)
+        return name
+
+    yield install
+    for file in made:
+        subprocess.run(["systemctl", "stop", file.name.replace("@", "@*")], check=False, capture_output=True)
+        file.unlink()
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+
+
+def journal_of(unit: str, **fields: str) -> list[dict[str, str]]:
+    """The entries that have these fields. journald takes a moment."""
+    matches = [f"{name}={value}" for name, value in fields.items()]
+    deadline = time.monotonic() + 5 * PATIENCE
+    while time.monotonic() < deadline:
+        command = ["journalctl", "--quiet", "--output=json", f"_SYSTEMD_UNIT={unit}", *matches]
+        if lines := subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+            return [json.loads(line) for line in lines]
+        time.sleep(0.2)
+    return []
+
+
+@real
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--user", USER], marks=pytest.mark.skipif(not USER, reason="no user"))], ids=["root", "user"]
+)
+def test_a_written_unit_runs_its_program_in_a_jail_and_the_journal_says_how_it_went(
+    options: list[str], installed: Callable[..., str]
+) -> None:
+    name = installed(*options, "moderate", "--", "/bin/sh", "-c", "echo out of $(id -u) >&2; exit 3")
+    subprocess.run(["systemctl", "start", "--wait", name], check=False)
+    entries = journal_of(f"{name}.service", NSJAIL_VERDICT="exit")
+    assert entries, subprocess.run(["journalctl", "--quiet", "--unit", name], capture_output=True, text=True, check=True).stdout
+    (entry,) = entries
+    assert (entry["NSJAIL_EXIT_CODE"], entry["NSJAIL_POLICY"], entry["NSJAIL_MODE"]) == (
+        "3",
+        "moderate",
+        "delegated" if options else "root",
+    )
+    assert entry["NSJAIL_MEMORY_SOURCE"] == "cgroup2"
+    shown = subprocess.run(["systemctl", "show", "-p", "ExecMainStatus", "--value", name], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "3"
+
+
+@real
+def test_a_connection_to_the_socket_is_a_run(installed: Callable[..., str], tmp_path: Path) -> None:
+    address = tmp_path / "jail.sock"
+    name = installed("--listen", str(address), "untrusted", "--", "/usr/bin/sort")
+    subprocess.run(["systemctl", "start", f"{name}.socket"], check=True)
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(address))
+            client.sendall(b"b\na\n")
+            client.shutdown(socket.SHUT_WR)
+            client.settimeout(30 * PATIENCE)
+            assert client.makefile("rb").read() == b"a\nb\n"
+
+
+def processes_of(unit: str) -> list[str]:
+    group = subprocess.run(["systemctl", "show", "-p", "ControlGroup", "--value", unit], capture_output=True, text=True, check=True)
+    top = Path(f"/sys/fs/cgroup{group.stdout.strip()}")
+    return (
+        [pid for place, _, _ in os.walk(top) for pid in (Path(place) / "cgroup.procs").read_text().split()] if group.stdout.strip() else []
+    )
+
+
+STUBBORN = "trap '' TERM INT HUP; while true; do sleep 1000; done"
+RESIDENT = """
+import sys, time
+from nsjail_py import Jail, systemd
+with systemd.Resident():
+    runs = [Jail("moderate", wall_time=None).start(["/bin/sh", "-c", sys.argv[1]]) for _ in range(3)]
+    print("started", [run.pid for run in runs], file=sys.stderr, flush=True)
+    time.sleep(1000)
+"""
+
+
+@real
+def test_stop_is_the_end_of_a_jail_within_a_second(installed: Callable[..., str]) -> None:
+    name = installed("moderate", "--", "/bin/sh", "-c", STUBBORN)
+    subprocess.run(["systemctl", "start", name], check=True)
+    deadline = time.monotonic() + 30 * PATIENCE
+    while len(processes_of(name)) < 4 and time.monotonic() < deadline:  # nsjail-py, its launcher, init, the program
+        time.sleep(0.1)
+    time.sleep(0.3 * PATIENCE)
+    pids = processes_of(name)
+    assert len(pids) >= 4
+    began = time.monotonic()
+    subprocess.run(["systemctl", "stop", name], check=True)
+    assert time.monotonic() - began < 1.0 * PATIENCE
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@real
+def test_a_resident_service_is_ready_fed_and_gone_within_a_second() -> None:
+    name = f"nsjail-test-resident-{os.getpid()}"
+    properties = ["Type=notify", "WatchdogSec=20", "Delegate=yes", "NotifyAccess=main"]
+    command = ["systemd-run", "--quiet", "--collect", f"--unit={name}", *(word for one in properties for word in ("-p", one))]
+    subprocess.run([*command, "--", sys.executable, "-c", RESIDENT, STUBBORN], check=True)  # returns when READY=1 was said
+    try:
+        assert subprocess.run(["systemctl", "is-active", "--quiet", name], check=False).returncode == 0
+        deadline = time.monotonic() + 30 * PATIENCE
+        while len(processes_of(name)) < 8 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pids = processes_of(name)
+        assert len(pids) >= 8
+    finally:
+        began = time.monotonic()
+        subprocess.run(["systemctl", "stop", name], check=True)
+    assert time.monotonic() - began < 1.0 * PATIENCE
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+# ---------------------------------------------------------------- a scope asked of a user's manager
+
+
+@pytest.fixture
+def manager() -> Iterator[list[str]]:
+    """What stands before a command of a user who has a manager, and is in a group of root's."""
+    user = pwd.getpwnam(USER)
+    lingered = Path(f"/var/lib/systemd/linger/{USER}").exists()
+    subprocess.run(["loginctl", "enable-linger", USER], check=True)
+    deadline = time.monotonic() + 30 * PATIENCE
+    while not Path(f"/run/user/{user.pw_uid}/bus").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield ["setpriv", f"--reuid={USER}", f"--regid={user.pw_gid}", "--init-groups", "--reset-env"]
+    if not lingered:
+        subprocess.run(["loginctl", "disable-linger", USER], check=True)
+
+
+def scopes() -> list[str]:
+    return [place for place, _, _ in os.walk("/sys/fs/cgroup/user.slice") if Path(place).name.startswith("nsjail_py-")]
+
+
+def gone(what: Callable[[], list[str]]) -> bool:
+    deadline = time.monotonic() + 5 * PATIENCE
+    while what() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not what()
+
+
+@real
+@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+def test_a_users_manager_gives_the_launcher_a_scope_and_nothing_else_moves(manager: list[str]) -> None:
+    code = "before = open('/proc/self/cgroup').read()\n" + RUN + "assert before == open('/proc/self/cgroup').read()\n"
+    done = subprocess.run([*manager, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ok: the program exited with 0 delegated cgroup2")
+    assert gone(scopes)
+
+
+@real
+@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+def test_a_killed_caller_leaves_no_scope(manager: list[str]) -> None:
+    code = "import os; from nsjail_py import Jail; run = Jail('moderate').start(['/bin/sleep', '99']); run.pid; os.kill(os.getpid(), 9)"
+    assert subprocess.run([*manager, sys.executable, "-c", code], check=False).returncode == -9
+    assert gone(scopes)
+
+
+@real
+@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+def test_a_bus_that_refuses_is_named_and_an_error_where_the_policy_demands_a_group(manager: list[str]) -> None:
+    """The bus of a manager that has been stopped is a socket that nobody answers."""
+    uid = pwd.getpwnam(USER).pw_uid
+    strict = "import nsjail_py\ntry: nsjail_py.run(['/bin/true'], best_effort=('own_uid', 'groups', 'swap', 'landlock_net', 'landlock_scope'))\nexcept nsjail_py.Unavailable as error: print('strict:', error)"
+    script = f'mount --bind /dev/null /run/user/{uid}/bus && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *manager, sys.executable, "-c", RUN + strict]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("ok: the program exited with 0 rootless rusage")
+    assert "the user manager refuses one" in said
+    assert "strict: protections (cgroup: our control group" in said
+
+
+# ---------------------------------------------------------------- a group that somebody gave away by hand
+
+
+@pytest.fixture
+def bare() -> Iterator[tuple[Path, list[str]]]:
+    """A group that belongs to a user, as `mkdir` and `chown` make it, and what stands before a command of his in it."""
+    user = pwd.getpwnam(USER)
+    group = Path(f"/sys/fs/cgroup/nsjail-test-{os.getpid()}")
+    group.mkdir()
+    for file in (group, group / "cgroup.procs", group / "cgroup.subtree_control", group / "cgroup.threads"):
+        os.chown(file, user.pw_uid, user.pw_gid)
+    become = f'exec setpriv --reuid={USER} --regid={user.pw_gid} --init-groups --reset-env "$@"'
+    yield (
+        group,
+        ["sh", "-c", f"test -d {group}/main && echo $$ >{group}/main/cgroup.procs || echo $$ >{group}/cgroup.procs; {become}", "sh"],
+    )
+    (group / "cgroup.kill").write_text("1")
+    for _ in range(500):
+        with contextlib.suppress(OSError):
+            for place, _, _ in list(os.walk(group, topdown=False)):
+                os.rmdir(place)
+            break
+        time.sleep(0.01)
+
+
+def below(group: Path) -> list[str]:
+    return [Path(place).name for place, _, _ in os.walk(group) if Path(place).name.startswith("nsjail_py.")]
+
+
+@real
+@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+def test_a_bare_group_of_a_users_is_used_and_what_a_crash_left_in_it_is_removed(bare: tuple[Path, list[str]]) -> None:
+    group, enter = bare
+    said = subprocess.run([*enter, sys.executable, "-c", RUN], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("ok: the program exited with 0 delegated cgroup2")
+    assert not below(group)
+    crash = (
+        "import os; from nsjail_py import Jail, launcher; run = Jail('moderate').start(['/bin/sleep', '99']); run.pid\n"
+        "os.kill(launcher.current().pid, 9); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([*enter, sys.executable, "-c", crash], check=False).returncode == -9
+    assert below(group)
+    said = subprocess.run([*enter, sys.executable, "-c", RUN], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("ok: the program exited with 0 delegated cgroup2")
+    assert not below(group)
+
+
+@real
+@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+def test_a_bare_group_with_a_stranger_in_it_is_not_used_and_the_stranger_stays(bare: tuple[Path, list[str]]) -> None:
+    group, enter = bare
+    stranger = subprocess.Popen([*enter, "sleep", "999"])
+    while str(stranger.pid) not in (group / "cgroup.procs").read_text().split():
+        time.sleep(0.05)
+    said = subprocess.run(
+        [*enter, sys.executable, "-c", "import os\nif os.fork(): os.wait(); os._exit(0)\n" + RUN],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.startswith("ok: the program exited with 0 rootless"), said.stdout
+    assert str(stranger.pid) in (group / "cgroup.procs").read_text().split()
+    stranger.kill()
+    stranger.wait()
