@@ -108,6 +108,7 @@ for most in MOST:
         resource.prlimit(pid, resource.WHAT, (soft, hard))
 assert launcher.current().pid == pid, "it goes on"
 with held: assert held.communicate(b"all the while").check().stdout == b"all the while"
+for kind in KINDS: attempt(kind, ERRNOS)  # a jail that was put in stock meanwhile may be one without
 ends()
 """
 
