@@ -416,6 +416,29 @@ def test_a_users_manager_gives_the_launcher_a_scope_and_nothing_else_moves(manag
 
 @real
 @pytest.mark.skipif(not USER, reason="there is no ordinary user")
+@pytest.mark.parametrize(("delegate", "group"), [("yes", "nsjail-test-unit"), ("no", "nsjail_py-")])
+def test_a_unit_of_a_users_is_used_when_it_was_handed_over_and_else_left_alone(delegate: str, group: str, manager: list[str]) -> None:
+    code = RUN + "from nsjail_py import launcher; print(launcher.current().claim.directories['unified'].parent.name)"
+    bus = ["env", f"XDG_RUNTIME_DIR=/run/user/{pwd.getpwnam(USER).pw_uid}"]
+    unit = [
+        "systemd-run",
+        "--user",
+        "--wait",
+        "--pipe",
+        "--quiet",
+        "--collect",
+        "--unit=nsjail-test-unit",
+        "-p",
+        f"Delegate={delegate}",
+        "--",
+    ]
+    said = subprocess.run([*manager, *bus, *unit, sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("ok: the program exited with 0 delegated cgroup2")
+    assert said.splitlines()[-1].startswith(group)
+
+
+@real
+@pytest.mark.skipif(not USER, reason="there is no ordinary user")
 def test_a_killed_caller_leaves_no_scope(manager: list[str]) -> None:
     code = "import os; from nsjail_py import Jail; run = Jail('moderate').start(['/bin/sleep', '99']); run.pid; os.kill(os.getpid(), 9)"
     assert subprocess.run([*manager, sys.executable, "-c", code], check=False).returncode == -9
