@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import label, landlock, plan, rootfs
+from . import hostinfo, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
@@ -104,9 +104,8 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         compiled = compile_filter(policy.syscalls)
         bpf, late, unknown_from = compiled.bpf, compiled.late, compiled.unknown_from
     if policy.landlock and not host.landlock_abi:
-        raise Unavailable(
-            "landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy"
-        )
+        reason, remedy = hostinfo.landlock_lack()
+        raise Unavailable("landlock", detail=reason, advice=f"{remedy}; or landlock = false in the policy")
     decided = landlock.Decision((0, 0, 0), [])
     if policy.landlock:
         decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside), mounts)
@@ -200,4 +199,4 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
 
 @functools.lru_cache(maxsize=1)
 def landlock_abi() -> int:
-    return int(lib.probe_landlock_abi())
+    return max(0, int(lib.probe_landlock_abi()))

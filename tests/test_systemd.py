@@ -220,8 +220,8 @@ def in_unit(*settings: str) -> str:
             "cache directory: Read-only file system (/var/cache/not-there); set NSJAIL_PY_CACHE to a directory of your own, or in a "
             "systemd unit CacheDirectory=nsjail_py (nsjail_py-USER with User=)",
         ),
-        (["SystemCallFilter=@system-service"], "SystemCallFilter= as `nsjail-py systemd unit` has it"),
-        (["SystemCallFilter=@system-service", "SystemCallErrorNumber=EPERM"], "EPERM"),
+        (["SystemCallFilter=@system-service"], "`nsjail-py systemd unit`"),
+        (["SystemCallFilter=@system-service", "SystemCallErrorNumber=EPERM"], "a filter "),
         (["ProtectHostname=yes"], "ProtectHostname=no"),
         (["RestrictNamespaces=yes"], "RestrictNamespaces=no"),
         (["ProtectControlGroups=yes"], "ProtectControlGroups=no"),
@@ -230,10 +230,7 @@ def in_unit(*settings: str) -> str:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_setting_that_forbids_something_is_named(settings: list[str], remedy: str) -> None:
-    if remedy == "EPERM":
-        assert "Operation not permitted" in in_unit(*settings)
-    else:
-        assert remedy in in_unit(*settings)
+    assert remedy in in_unit(*settings)
 
 
 @real
