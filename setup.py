@@ -20,7 +20,19 @@ PACKAGE = "nsjail_py"
 LAUNCHER = "nsjail-launcher"
 NATIVE = Path("native")
 EXTENSION_ONLY = {"probe.c", "template.c"}
-LAUNCHER_ONLY = {"launcher.c", "shelf.c", "cell.c", "run.c", "cgroup.c", "clocks.c", "denials.c", "tree.c", "labelled.c", "probe.c"}
+LAUNCHER_ONLY = {
+    "launcher.c",
+    "shelf.c",
+    "cell.c",
+    "run.c",
+    "cgroup.c",
+    "clocks.c",
+    "denials.c",
+    "observe.c",
+    "tree.c",
+    "labelled.c",
+    "probe.c",
+}
 TEMPLATE = Extension(
     "nsjail_py._template",
     sorted(str(path) for path in NATIVE.glob("*.c") if path.name not in LAUNCHER_ONLY),

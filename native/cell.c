@@ -228,7 +228,8 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		run->report.flags |= message.flags;
 		if (count == 1) {
 			run->listener = sent;
-			if (watch(launcher, run->listener, EVENT_LISTENER, run) < 0)
+			int answered = run->plan->flags & PLAN_OBSERVED ? observe(run) : watch(launcher, sent, EVENT_LISTENER, run);
+			if (answered < 0)
 				run_spoil(run, STEP_SECCOMP, errno); /* a denied call would never return */
 		}
 		run_held_send(launcher, run);

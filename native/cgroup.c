@@ -132,7 +132,8 @@ static uint64_t number(int directory, const char *file) {
 static uint64_t keyed(int directory, const char *file, const char *key) {
 	char text[4096];
 	size_t length = strlen(key);
-	get(directory, file, text, sizeof text);
+	if (!get(directory, file, text, sizeof text))
+		return 0;
 	for (char *line = text; line; line = strchr(line, '\n') ? strchr(line, '\n') + 1 : NULL)
 		if (!strncmp(line, key, length) && line[length] == ' ')
 			return strtoull(line + length + 1, NULL, 10);

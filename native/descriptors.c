@@ -16,7 +16,7 @@ int message_send(const struct cell *cell, int socket, const void *message, size_
 	if (count) {
 		header.msg_control = control;
 		header.msg_controllen = CMSG_SPACE(sizeof(int) * (size_t)count);
-		struct cmsghdr *first = CMSG_FIRSTHDR(&header);
+		struct cmsghdr *first = header.msg_control;
 		first->cmsg_level = SOL_SOCKET;
 		first->cmsg_type = SCM_RIGHTS;
 		first->cmsg_len = CMSG_LEN(sizeof(int) * (size_t)count);
@@ -33,17 +33,18 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 	struct iovec vector = {.iov_base = message, .iov_len = size};
 	struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control};
 	header.msg_controllen = *count ? CMSG_SPACE(sizeof(int) * (size_t)*count) : 0;
+	int room = *count;
 	*count = 0;
 	long received = late(cell, SYS_recvmsg, socket, (long)&header, flags, 0, 0);
 	if (received < 0 && errno == ECONNRESET)
 		received = late(cell, SYS_recvmsg, socket, (long)&header, flags, 0, 0);
 	struct cmsghdr *first = received < 0 ? NULL : CMSG_FIRSTHDR(&header);
-	if (first) {
+	if (first && room) {
 		*count = (int)((first->cmsg_len - CMSG_LEN(0)) / sizeof(int));
 		memcpy(descriptors, CMSG_DATA(first), sizeof(int) * (size_t)*count);
 	}
 	if (received >= 0 && header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
-		errno = EPROTO;
+		errno = header.msg_flags & MSG_CTRUNC && *count < room ? EMFILE : EPROTO; /* it is our table that is full */
 		return -1;
 	}
 	return received;

@@ -52,6 +52,8 @@ static void request(struct launcher *launcher) {
 	if (size >= (ssize_t)sizeof request.head && request.head.magic == REQUEST_MAGIC && count >= least &&
 	    request.head.inlined == (size_t)size - sizeof request.head)
 		run_start(launcher, &request.head, descriptors, count);
+	else if (count) /* the channel comes first */
+		run_refuse(descriptors[0], STEP_REQUEST, size < 0 ? errno : EPROTO);
 	for (int i = 0; i < count; i++)
 		if (descriptors[i] >= 0)
 			close(descriptors[i]);
@@ -73,7 +75,7 @@ static void dispatch(struct launcher *launcher, uint64_t tag, uint32_t ready) {
 	case EVENT_INIT: return cell_finish(launcher, run);
 	case EVENT_LISTENER:
 		/* Nobody is left under the filter: before Linux 6.11 a receive would then wait for ever, and we with it. */
-		return ready & EPOLLIN ? denials_answer(run) : unwatch(launcher, &run->listener);
+		return (ready & EPOLLIN) ? denials_answer(run) : unwatch(launcher, &run->listener);
 	default: break;
 	}
 	uint64_t times;
@@ -140,12 +142,12 @@ int main(int count, char **arguments) {
 		int wait_ms = shelves_wait_ms(&launcher);
 		if (launcher.undead && (wait_ms < 0 || wait_ms > SWEEP_MS))
 			wait_ms = SWEEP_MS;
-		int count = epoll_wait(launcher.epoll, events, EVENTS, wait_ms);
-		if (count < 0 && errno != EINTR)
+		int heard = epoll_wait(launcher.epoll, events, EVENTS, wait_ms);
+		if (heard < 0 && errno != EINTR)
 			return 1;
-		for (int i = 0; i < count; i++)
+		for (int i = 0; i < heard; i++)
 			dispatch(&launcher, events[i].data.u64, events[i].events);
-		if (count == 0)
+		if (heard == 0)
 			shelves_tend(&launcher);
 		if (launcher.undead)
 			cgroup_sweep(&launcher);

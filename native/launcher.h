@@ -91,6 +91,7 @@ int cell_is_job(const struct run *run);
 void cell_release(struct launcher *launcher, struct run *run);
 
 /* run.c */
+void run_refuse(int channel, enum step step, int error);
 void run_start(struct launcher *launcher, const struct request *request, int *descriptors, int count);
 void run_kill(struct run *run, enum cause cause);
 void run_spoil(struct run *run, enum step step, int error);
@@ -126,6 +127,9 @@ int label_given(const struct run *run);
 
 /* denials.c */
 void denials_answer(struct run *run);
+
+/* observe.c */
+int observe(struct run *run);
 
 /* launcher.c */
 int watch(struct launcher *launcher, int descriptor, enum event event, const struct run *run);

@@ -79,6 +79,8 @@ int plan_check(const void *block, size_t size) {
 		return 0;
 	if ((plan->flags & PLAN_FILTER) && plan->filter.count == 0)
 		return 0;
+	if ((plan->flags & PLAN_OBSERVED) && (!(plan->flags & PLAN_FILTER) || (plan->flags & (PLAN_TEMPLATE | PLAN_KILL_DENIED))))
+		return 0;
 	return mounts_ok(plan) && paths_ok(plan) && cgroup_ok(plan);
 }
 

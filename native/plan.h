@@ -148,6 +148,7 @@ enum plan_flag {
 	PLAN_NESTED_OPTIONAL = 32, /* ... but go on where the kernel will not have it so */
 	PLAN_CGROUP = 64,
 	PLAN_TEMPLATE = 128, /* keeps its rights in its own user namespace, and makes jobs (job.c) */
+	PLAN_OBSERVED = 256, /* the caller answers for the filter (observe.c): no policy can ask for it, only observe.py does */
 };
 
 struct plan {
@@ -198,7 +199,7 @@ struct hello { /* with one directory descriptor for each bit of groups, in order
 	uint32_t reserved;
 };
 
-struct request { /* with plan, channel, the program's descriptors, and the order if it is large */
+struct request { /* with channel, plan, the program's descriptors, and the order if it is large */
 	uint32_t magic;
 	uint32_t inlined; /* bytes of the order behind this; 0: it has a descriptor */
 	uint64_t plan;    /* the caller's name for the plan: one plan, one name */
@@ -222,7 +223,7 @@ struct command {
 	uint32_t cause;
 };
 
-enum report_kind { REPORT_STARTED = 1, REPORT_ENDED, REPORT_FAILED };
+enum report_kind { REPORT_STARTED = 1, REPORT_ENDED, REPORT_FAILED, REPORT_OBSERVED };
 enum source { SOURCE_NONE, SOURCE_RUSAGE, SOURCE_CGROUP1, SOURCE_CGROUP2 };
 enum report_flag { REPORT_DISK_FULL = 1, REPORT_NO_NESTED = 2, REPORT_EXECED = 4, REPORT_MORE_DENIED = 8 };
 

@@ -15,7 +15,7 @@ void run_answer(struct launcher *launcher, struct run *run) {
 	unwatch(launcher, &run->channel);
 }
 
-static void refuse(int channel, enum step step, int error) {
+void run_refuse(int channel, enum step step, int error) {
 	struct report report = {.kind = REPORT_FAILED, .step = step, .error = (uint32_t)error, .exit_code = -1, .signal = -1};
 	message_send(NULL, channel, &report, sizeof report, NULL, 0);
 }
@@ -111,18 +111,18 @@ static struct run *parked_run(struct launcher *launcher, struct shelf *shelf, co
 }
 
 void run_start(struct launcher *launcher, const struct request *request, int *descriptors, int count) {
-	struct shelf *shelf = shelf_find(launcher, request, descriptors[0]);
+	struct shelf *shelf = shelf_find(launcher, request, descriptors[1]);
 	if (!shelf)
-		return refuse(descriptors[1], STEP_PLAN, errno);
+		return run_refuse(descriptors[0], STEP_PLAN, errno);
 	struct run *run = parked_run(launcher, shelf, request, descriptors + 2, count - 2);
 	int parked = run != NULL;
 	if (!parked && !(run = cell_slot(launcher, shelf)))
-		return refuse(descriptors[1], STEP_UID_POOL, EAGAIN);
+		return run_refuse(descriptors[0], STEP_UID_POOL, EAGAIN);
 	run->ordered = 1;
 	run->template = run->plan->flags & PLAN_TEMPLATE ? request->template : 0;
 	run->start_ns = shelf->used_ns;
-	run->channel = descriptors[1];
-	descriptors[1] = -1;
+	run->channel = descriptors[0];
+	descriptors[0] = -1;
 	enum step failed = parked ? STEP_NONE : cell_make(launcher, run);
 	if (failed) {
 		run->report.step = failed;

@@ -87,7 +87,7 @@ int capabilities_drop(void) {
 	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 || syscall(SYS_capset, &header, none) < 0 ||
 	    syscall(SYS_capget, &header, read_back) < 0)
 		return -1;
-	if (memcmp(none, read_back, sizeof none)) {
+	if (memcmp(none, read_back, sizeof none) != 0) {
 		errno = EPERM;
 		return -1;
 	}

@@ -7,6 +7,7 @@ result.verdict, result.stdout, result.cpu_time, result.peak_memory
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import JailError, JobError, LauncherDied, PolicyError, RunFailed, ScriptRefused, SessionError, SetupError, Unavailable
@@ -16,6 +17,7 @@ from .policyfile import load as policy
 from .result import Protection, Result, Verdict
 
 if TYPE_CHECKING:
+    from . import aio
     from .executor import JailExecutor
     from .session import Session
 
@@ -46,19 +48,19 @@ __all__ = [
     "Syscalls",
     "Unavailable",
     "Verdict",
+    "aio",
     "policy",
     "run",
     "run_python",
 ]
 
 
-LATE = {"JailExecutor": "executor", "Session": "session"}
-"""What is imported when it is asked for: most users start programs."""
+LATE = {"JailExecutor": "executor", "Session": "session", "aio": "aio"}
+"""By their modules: what is imported when it is asked for, since most users start programs."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f".{LATE[name]}", __name__), name)
+    module = importlib.import_module(f".{LATE[name]}", __name__)
+    return module if name == LATE[name] else getattr(module, name)

@@ -13,6 +13,8 @@ OPENAT2 = (
 )
 
 ROWS: dict[tuple[str, int], str] = {
+    ("launcher", E.ENOENT): "the package was not built whole: install it again",
+    ("request", ANY): "the launcher could not take it: raise the limit of open files (ulimit -Hn), or run fewer jails at a time",
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
     ("cgroup", E.ENODEV): "this host gives us no control group: see `nsjail-py doctor`",
     ("cgroup", E.ENOSPC): "the control group's cpuset is empty, or the limit of groups is reached",
@@ -28,6 +30,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("user namespace", E.EPERM): f"user namespaces are restricted here (Ubuntu: {APPARMOR}): see `nsjail-py doctor`",
     ("user namespace", E.ENOSPC): "none may be made here: sysctl -w user.max_user_namespaces=15000",
     ("id map", E.EPERM): f"root needs CAP_SETUID and CAP_SETGID; from a user AppArmor may withhold every right (Ubuntu: {APPARMOR})",
+    ("mount private", E.EINVAL): "the root directory is no mount point, as in a chroot: enter it with pivot_root, as containers do",
     ("mount private", E.ENOSYS): "mount_setattr is missing: Linux 5.12 or later",
     ("mount private", E.EPERM): "no right to mount in the new namespace: AppArmor or a container's filter refuses it",
     ("mount source", E.ENOENT): "the source does not exist on the host",
@@ -45,6 +48,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("landlock", E.EOPNOTSUPP): "Landlock is switched off: add landlock to the kernel's lsm= list",
     ("seccomp", E.EBUSY): "another program listens to this process's filter already (a container manager): it cannot be nested",
     ("seccomp", E.EACCES): "no_new_privs was not set",
+    ("descriptors", E.EINVAL): "the hard limit of open files is too low: jails need numbers above 1000 (ulimit -Hn)",
     ("label", E.ENOENT): "no AppArmor profile of this name is loaded: apparmor_parser -r FILE as root",
     ("label", E.EACCES): "the profile or domain of this process does not let it change to that one",
     ("label", E.EINVAL): "SELinux knows no such context, or the domain of this process may not set one (setexec)",
@@ -58,6 +62,19 @@ ROWS: dict[tuple[str, int], str] = {
 }
 
 
+SCARCE: dict[int, str] = {
+    E.EMFILE: "raise the limit of open files (ulimit -n), or close some",
+    E.ENFILE: "raise the limit of open files of the whole host (fs.file-max)",
+    E.ETOOMANYREFS: "raise the limit of open files (ulimit -n): it also holds for those on their way",
+    E.ENOMEM: "free memory, or raise the limit of address space (ulimit -v)",
+    E.ENOBUFS: "free memory",
+    E.EAGAIN: "raise the limit of processes (ulimit -u, or the control group's pids.max)",
+    E.ENOSPC: "make room on the disk",
+    E.EDQUOT: "make room within the quota of this user",
+}
+"""Whatever the step: the system has run out of something."""
+
+
 def advice(step: str, error: int) -> str:
     """The remedy for this step and errno; empty when there is none to give."""
-    return ROWS.get((step, error)) or ROWS.get((step, ANY), "")
+    return ROWS.get((step, error)) or ROWS.get((step, ANY)) or SCARCE.get(error, "")

@@ -6,27 +6,28 @@ import asyncio
 import os
 from typing import Any
 
-from .jail import Jail, Process, _captured, _split
+from .jail import Jail, Process
 from .policy import Policy
 from .result import Result
+from .streams import captured, split
 
 
 async def run(args: Any, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:
     """As nsjail_py.run."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     data, timeout = streams.pop("input", None), streams.pop("timeout", None)
     jail = Jail(policy, **changes)
-    return await _to_end(lambda: jail.start(args, **_captured(data, streams)), data, timeout)
+    return await _to_end(lambda: jail.start(args, **captured(data, streams)), data, timeout)
 
 
 async def run_python(
     source: str | bytes, *, policy: Policy | str | os.PathLike[str] = "untrusted", args: Any = (), filename: str = "main.py", **options: Any
 ) -> Result:
     """As nsjail_py.run_python."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     data, timeout = streams.pop("input", None), streams.pop("timeout", None)
     jail = Jail(policy, **changes)
-    return await _to_end(lambda: jail.start_python(source, args=args, filename=filename, **_captured(data, streams)), data, timeout)
+    return await _to_end(lambda: jail.start_python(source, args=args, filename=filename, **captured(data, streams)), data, timeout)
 
 
 async def _to_end(start: Any, data: bytes | None, timeout: float | None) -> Result:

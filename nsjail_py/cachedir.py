@@ -1,13 +1,25 @@
-"""Where built roots and compiled filters are kept: a directory that only its owner can change."""
+"""Where built roots and compiled filters are kept: a directory that only its owner can change.
+
+What is used is marked by its time of change, when it is looked up and from then on once an hour. What has had no mark for a week, and is
+mounted nowhere, is removed when something new is built.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import stat
+import time
 from pathlib import Path
 
 from .errors import SetupError
 
+UNUSED = 7 * 86400.0
+"""Seconds without a mark after which an entry goes."""
+AGAIN = 3600.0
+"""Seconds after which a process marks what it goes on using."""
+_marked: dict[Path, float] = {}
 ADVICE = "set NSJAIL_PY_CACHE to a directory of your own, or in a systemd unit CacheDirectory=nsjail_py (nsjail_py-USER with User=)"
 
 
@@ -45,6 +57,58 @@ def write(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise SetupError("cache directory", error.errno or 0, str(path), "set NSJAIL_PY_CACHE to a directory with room") from None
+
+
+def mark(path: Path) -> bool:
+    """Notes that an entry is used; false when it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # a cache that can only be read keeps what it has
+        return path.exists()
+    _marked[path] = time.monotonic()
+    return True
+
+
+def mark_again(path: Path) -> bool:
+    """The same for what was marked before; most times, a glance at the clock."""
+    return time.monotonic() - _marked.get(path, -AGAIN) < AGAIN or mark(path)
+
+
+def prune(store: Path) -> None:
+    """Removes what nobody uses any more. What cannot be removed stays."""
+    oldest = time.time() - UNUSED
+    unused = [path for path in store.glob("[!.]*") if _changed(path) < oldest]
+    shown = _mounts() if unused else ""
+    for path in unused:
+        if path.name in shown:
+            continue
+        gone = path.with_name(f".new-{path.name}")  # if this is killed here, the next sweep finds it
+        with contextlib.suppress(OSError):
+            path.rename(gone)
+            if _changed(gone) >= oldest:  # somebody marked it just now
+                gone.rename(path)
+            elif gone.is_dir():
+                shutil.rmtree(gone, ignore_errors=True)
+            else:
+                gone.unlink()
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _mounts() -> str:
+    """All mounts of all processes that may be looked at, ours among them: jails show their root there."""
+    found = []
+    for table in Path("/proc").glob("[0-9]*/mountinfo"):
+        with contextlib.suppress(OSError):
+            found.append(table.read_text(errors="replace"))
+    return "".join(found)
 
 
 def _base() -> Path:

@@ -32,6 +32,8 @@ V1_CONTROLLERS = {"memory": "memory", "pids": "pids", "cpu": "cpuacct"}
 REQUIRED = ("memory", "pids")
 WANTED = ("memory", "pids", "cpu")
 DELEGATE = "systemd-run --user --scope -p Delegate=yes COMMAND"
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""These say nothing about the host's control groups."""
 TRIES = 100
 PAUSE = 0.005
 
@@ -90,7 +92,8 @@ def visible(path: str, mounts: list[mountinfo.Entry]) -> Path | None:
 
 
 def claim(launcher: int = 0) -> Claim:
-    """Makes the directories of one launcher, and removes those of callers that are dead. Never fails: `reason` says why there are none.
+    """Makes the directories of one launcher, and removes those of callers that are dead. `reason` says why there are none;
+    an error is only what passes: no descriptor, no memory.
 
     launcher: its process, which is moved into a scope of its own where we are in no group that is ours; 0: there is none to be moved.
     """
@@ -107,6 +110,8 @@ def claim(launcher: int = 0) -> Claim:
     except _NoneError as error:
         why, remedy = error.args
     except OSError as error:
+        if error.errno in PASSING:
+            raise
         why = f"{error.filename}: {error.strerror}"
         remedy = "give this container writable control groups (systemd unit: ProtectControlGroups=no)" if error.errno == errno.EROFS else ""
     return Claim("none", "root" if root else "rootless", why=why, remedy=remedy)
@@ -264,7 +269,7 @@ def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third on; none for a process that is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):  # what cannot be read for another reason is not gone
         return []
 
 

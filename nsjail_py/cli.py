@@ -44,6 +44,14 @@ LAYERS = {
 }
 """Commands of layers/commands.py, which is imported for none but them."""
 
+TOOLS = {
+    "learn": "run a trusted script under observation, and write the smallest policy for it",
+    "bundle": "a policy and a program as an OCI runtime bundle, for crun, runc and runsc",
+    "seccomp": "an OCI seccomp profile as [syscalls] of a policy",
+    "why": "what a result says was denied, and the lines of a policy that would allow it",
+}
+"""Commands of toolcommands.py, in the same way."""
+
 EPILOG = """\
 exit status: the program's own; 128+n after signal n; 124 a limit was reached; 125 the jail could not be set up;
 126 the program could not be executed; 127 it was not found. From 124 on one line on standard error says why.
@@ -90,11 +98,11 @@ def parser(listed: bool = True) -> Parser:
     execute.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CMD [ARGS...]")
     execute.set_defaults(act=command_exec)
     doctor = commands.add_parser("doctor", help="what this host can give a jail, and how to get the rest")
-    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(act=command_doctor)
     selftest = commands.add_parser("selftest", help="attack a jail of a policy on this machine, and show what held")
     selftest.add_argument("--policy", default="untrusted", metavar="NAME|FILE", help="trusted, moderate, untrusted (default), or a file")
-    selftest.add_argument("--json", action="store_true")
+    selftest.add_argument("--json", action="store_true", help="print one JSON object")
     selftest.set_defaults(act=command_selftest)
     policy = commands.add_parser("policy", help="list, show, check and explain policies")
     actions = policy.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -121,7 +129,7 @@ def parser(listed: bool = True) -> Parser:
     apparmor = commands.add_parser("apparmor", help="print an AppArmor profile: for our launcher, or a sample for programs")
     apparmor.add_argument("profile", choices=["launcher", "sample"])
     apparmor.set_defaults(act=apparmor_profile)
-    for name, text in LAYERS.items() if listed else ():
+    for name, text in (LAYERS | TOOLS).items() if listed else ():
         commands.add_parser(name, help=text)
     return top
 
@@ -389,6 +397,10 @@ def main(argv: list[str] | None = None) -> int:
             from .layers.commands import main as layers
 
             return layers(arguments)
+        if arguments[:1] and arguments[0] in TOOLS:
+            from .toolcommands import main as tools
+
+            return tools(arguments)
         options = parser(arguments[:1] not in (["run"], ["exec"])).parse_args(arguments)
         return int(options.act(options))
     except SystemExit as ended:  # --help

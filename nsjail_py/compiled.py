@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Hashable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import hostinfo, label, landlock, plan, rootfs
+from . import cachedir, hostinfo, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
@@ -28,6 +30,8 @@ class Compiled(NamedTuple):
     program: str
     mounts: tuple[rootfs.MountStep, ...]
     protections: tuple[Protection, ...]
+    tree: Path | None
+    """The cached tree that its root is made of."""
 
 
 class Host(NamedTuple):
@@ -41,9 +45,15 @@ class Host(NamedTuple):
     landlock_abi: int
 
 
-@functools.lru_cache(maxsize=64)
 def for_python(policy: Policy, host: Host) -> Compiled:
     """For scripts: the order brings the script, the root has the interpreter."""
+    if policy.root.startswith("oci:"):
+        return _of_image(policy, host, policy.python.interpreter or "python3", with_files=True)
+    return _standing(_for_python, policy, host)
+
+
+@functools.lru_cache(maxsize=64)
+def _for_python(policy: Policy, host: Host) -> Compiled:
     from . import interpreter, tree
 
     found = interpreter.inspect(policy.python.interpreter)
@@ -55,9 +65,26 @@ def for_python(policy: Policy, host: Host) -> Compiled:
 
 def for_program(policy: Policy, host: Host, name: str) -> Compiled:
     """For any program: looked up as a shell would, in the host's PATH. An outside program is shown at /app."""
+    if policy.root.startswith("oci:"):
+        return _of_image(policy, host, name, with_files=False)
     path = find(name)
     status = os.stat(path)
-    return _for_program(policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+    return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+def _of_image(policy: Policy, host: Host, name: str, *, with_files: bool) -> Compiled:
+    """A program of the image that is the root, found as a shell inside would."""
+    from . import oci_image
+
+    return _from_image(policy, host, name, with_files, oci_image.identity(policy.root))
+
+
+@functools.lru_cache(maxsize=64)
+def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identity: tuple[object, ...]) -> Compiled:
+    from . import oci_image
+
+    program, real = oci_image.find(oci_image.unpacked(policy.root), name, PATH)
+    return _compile(policy, host, None, program, None, with_files=with_files, image=real)
 
 
 @functools.lru_cache(maxsize=256)
@@ -70,6 +97,15 @@ def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int
     visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
     inside = path if visible else f"/app/{os.path.basename(path)}"
     return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
+
+
+def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> Compiled:
+    """What is known for this key, unless its tree was removed from the cache meanwhile: then it is made anew."""
+    known = make(*key)
+    if known.tree is None or cachedir.mark_again(known.tree):
+        return known
+    make.cache_clear()
+    return make(*key)
 
 
 def find(name: str) -> str:
@@ -94,7 +130,10 @@ def _mountpoints(policy: Policy, tops: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(point for point in points if any(rootfs.is_below(point, top.rstrip("/")) for top in tops)))
 
 
-def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool) -> Compiled:
+def _compile(
+    policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool, image: str = ""
+) -> Compiled:
+    """image: where a program of an image is on the host."""
     mounts = tuple(rootfs.build(policy, root, outside, with_files))
     bpf, unknown_from = b"", 0
     late: tuple[int, ...] = ()
@@ -108,7 +147,7 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         raise Unavailable("landlock", detail=reason, advice=f"{remedy}; or landlock = false in the policy")
     decided = landlock.Decision((0, 0, 0), [])
     if policy.landlock:
-        decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside), mounts)
+        decided = landlock.decide(policy, host.landlock_abi, _executables(program, (image, program) if image else outside), mounts)
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,
@@ -120,7 +159,7 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         rlimits=plan.rlimits(policy.limits, host.cgroup != "none"),
         label=label.decide(policy),
     )
-    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host))
+    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host), root.path if root else None)
 
 
 def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:

@@ -12,8 +12,9 @@ JailError                     everything below
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +43,19 @@ class SetupError(JailError):
         said = f"{step}: {os.strerror(errno)}" if errno else step
         super().__init__("; ".join(part for part in (f"{said}{f' ({detail})' if detail else ''}", advice) if part))
         self.step, self.errno, self.detail, self.advice = step, errno, detail, advice
+
+
+@contextlib.contextmanager
+def during(step: str) -> Iterator[None]:
+    """What the system has run out of is a SetupError of this step; any other error stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        from .advice import SCARCE
+
+        if error.errno not in SCARCE:
+            raise
+        raise SetupError(step, error.errno, str(error.filename or ""), SCARCE[error.errno]) from None
 
 
 class Unavailable(SetupError):

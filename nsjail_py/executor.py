@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from .errors import JailError, JobError, RunFailed
+from .errors import JailError, JobError, RunFailed, during
 from .executor_inside import ARRAY, CALL_FD, LENGTH, RESULT, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail
 from .plan import Sealed
@@ -156,11 +156,13 @@ def _work(queue: Queue, jail: Jail) -> None:
 
 
 def _call(jail: Jail, pickled: bytes) -> Any:
-    result = os.memfd_create("result", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with during("result"):
+        result = os.memfd_create("result", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(result, "r+b", 0) as file:
         file.truncate(RESULT_SIZE)  # all holes: what is not written takes no memory
         fcntl.fcntl(result, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-        payload = Sealed("call", pickled)
+        with during("call"):
+            payload = Sealed("call", pickled)
         descriptors = {RESULT_FD: result, CALL_FD: payload.fd}
         with jail.start_own("call.py", source(), descriptors, (DEVNULL, DEVNULL, PIPE)) as process:
             outcome = process.communicate()

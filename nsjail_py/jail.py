@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -22,13 +21,13 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from . import launcher
 from ._native import ffi, lib
 from .compiled import PATH, Compiled, Host, for_program, for_python, landlock_abi
-from .errors import JailError, LauncherDied, PolicyError
+from .errors import JailError, LauncherDied, PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
 from .policyfile import load, override
 from .reports import Context, parse, to_result
 from .result import Result
-from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, no_directory
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, ready, split
 
 if TYPE_CHECKING:
     from .session import Session
@@ -60,7 +59,7 @@ class Process:
     ) -> None:
         self.compiled = compiled
         self.template = template
-        """Kept alive by its jobs."""
+        """Kept alive by its jobs, to their end."""
         self.args = args
         self.reported: Any = None
         self._pid: int | None = None
@@ -97,7 +96,7 @@ class Process:
         if self._pid is None and not self.reported:
             self._command(0, lib.CAUSE_NONE)
         while self._pid is None and not self.reported:
-            select.select([self.channel], [], [])
+            ready([self.channel.fileno()], None)
             self.hear()
         return self._pid
 
@@ -107,9 +106,10 @@ class Process:
             return True
         message = self._receive()
         if not message:
-            self._lost = True
-            self.reported = ffi.new("struct report *")
-            launcher.lost(self.launcher)
+            self.reported = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
+            if not self.launcher.alive:
+                self._lost = True
+                launcher.lost(self.launcher)
             return True
         report = parse(message)
         if report.kind == lib.REPORT_STARTED:
@@ -127,14 +127,14 @@ class Process:
 
     def poll(self) -> Result | None:
         """The result if the run is over, else None. Does not wait."""
-        while not self.reported and select.select([self.channel], [], [], 0)[0]:
+        while not self.reported and ready([self.channel.fileno()], 0):
             self.hear()
         return self._finish() if self.reported else None
 
     def wait(self, timeout: float | None = None) -> Result:
         """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
         while not self.reported:
-            if not select.select([self.channel], [], [], timeout)[0]:
+            if not ready([self.channel.fileno()], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             self.hear()
         return self._finish()
@@ -174,6 +174,7 @@ class Process:
     def _finish(self) -> Result:
         if self._result is None:
             self._finalizer()
+            self.template = None
             self._ends.finish()
             if self._lost:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
@@ -229,6 +230,10 @@ class Jail:
         self._sessions: dict[float | None, Jail] = {}
         self._sessions_lock = threading.Lock()
         self._templates: Templates | None = None
+        if self.policy.backend != "native":
+            from .oci_backend import check
+
+            check(self.policy, preload is not None)
         if preload is not None:
             from .warm import Templates, with_imports
 
@@ -257,7 +262,7 @@ class Jail:
         argv = [os.fspath(arg) for arg in args]
         if not argv:
             raise PolicyError("no program: the argument list is empty")
-        compiled = for_program(self.policy, self._host(), argv[0])
+        compiled = self.compiled_for(argv[0])
         return self._start(compiled, argv, (), (stdin, stdout, stderr), tuple(pass_fds))
 
     def start_python(
@@ -294,7 +299,7 @@ class Jail:
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
     def start_own(self, filename: str, data: bytes, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
-        """For JailExecutor and Session: a script of ours. descriptors: by the numbers, from 3 on and rising, that the script knows them by."""
+        """For JailExecutor and Session: a script of ours. descriptors: by the numbers that it knows them by, rising from 3 on."""
         template = None
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)
@@ -318,11 +323,14 @@ class Jail:
         from .warm import PROBE
 
         job = self._start_job(template, PROBE.encode(), (), "probe.py", (None, PIPE, None), ())
-        return _to_end(job, None, None).check().stdout
+        result = _to_end(job, None, None)
+        if not result.ok:
+            raise SetupError("template", detail=f"its first job: {result.summary}")
+        return result.stdout
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""
-        return _to_end(self.start(args, **_captured(input, streams)), input, timeout)
+        return _to_end(self.start(args, **captured(input, streams)), input, timeout)
 
     def run_python(
         self,
@@ -335,7 +343,11 @@ class Jail:
         **streams: Any,
     ) -> Result:
         """Runs a Python script to its end and returns its result."""
-        return _to_end(self.start_python(source, args=args, filename=filename, **_captured(input, streams)), input, timeout)
+        return _to_end(self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
+
+    def compiled_for(self, program: str) -> Compiled:
+        """What the policy comes to on this host for a program. Raises FileNotFoundError and PermissionError."""
+        return for_program(self.policy, self._host(), program)
 
     def _host(self) -> Host:
         claim = launcher.current().claim
@@ -355,6 +367,10 @@ class Jail:
         numbers = sorted(set(pass_fds))
         for number in numbers:
             no_directory(number)
+        if compiled.policy.backend != "native":
+            from .oci_backend import OciProcess
+
+            return OciProcess(compiled, argv, files, Ends(*streams), numbers)
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
         return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
 
@@ -368,29 +384,14 @@ def environment(policy: Policy) -> dict[str, str]:
     return variables | policy.env
 
 
-def _captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
-    if input is not None:
-        if "stdin" in streams:
-            raise ValueError("stdin and input cannot both be given")
-        streams["stdin"] = PIPE
-    return {"stdout": PIPE, "stderr": PIPE, **streams}
-
-
 def _to_end(process: Process, input: bytes | None, timeout: float | None) -> Result:
     with process:
         return process.communicate(input, timeout)
 
 
-STREAMS = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {k: v for k, v in options.items() if k in STREAMS}, {k: v for k, v in options.items() if k not in STREAMS}
-
-
 def run(args: Args, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:
     """Runs a program in a jail, like subprocess.run. options: streams, input and timeout as there; everything else changes the policy."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     return Jail(policy, **changes).run(args, **streams)
 
 
@@ -403,5 +404,5 @@ def run_python(
     **options: Any,
 ) -> Result:
     """Runs Python source in a jail. options as for `run`."""
-    streams, changes = _split(options)
+    streams, changes = split(options)
     return Jail(policy, **changes).run_python(source, args=args, filename=filename, **streams)

@@ -12,16 +12,19 @@ import contextlib
 import fcntl
 import itertools
 import os
+import select
 import signal
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import idmap
 from ._native import ffi, lib
-from .errors import LauncherDied, SetupError
+from .advice import advice
+from .errors import LauncherDied, SetupError, during
 from .plan import Sealed
 
 if TYPE_CHECKING:
@@ -41,6 +44,9 @@ REQUEST = struct.Struct("=IIQII")
 """`struct request` of native/plan.h."""
 MAX_PLANS = 32
 """How many plans keep a descriptor open in this process."""
+END_S = 5.0
+"""How long a launcher may take to end."""
+DYING_MS = 200
 numbers = itertools.count(1)
 """Names for plans and templates."""
 
@@ -54,12 +60,13 @@ class Launcher:
     def __init__(self) -> None:
         from . import cgroups
 
-        self.claim: Claim = cgroups.Claim("none", "rootless")
         self.pid = 0
         self.uid_lock = -1
         self.plans: dict[tuple[bytes, int], tuple[int, Sealed]] = {}
-        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket = ours
+        self.sending = threading.Lock()
+        """A socket that another thread closes must not be one that is just written to."""
+        self.socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.claim: Claim = cgroups.Claim("none", "rootless")
         try:
             with its:
                 uid_base, uid_count = self._uids() if os.geteuid() == 0 else (0, 0)
@@ -95,9 +102,10 @@ class Launcher:
             raise SetupError("uid pool", error.errno or 0, str(error.filename), NO_LOCKS) from None
 
     def _spawn(self, control: int) -> int:
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        high = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 3)  # closed standard streams of ours must not get in its way
+        high = null = -1
         try:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            high = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 3)  # closed standard streams of ours must not get in its way
             return os.posix_spawn(
                 PROGRAM,
                 [b"nsjail-launcher"],
@@ -111,11 +119,11 @@ class Launcher:
                 setsigdef=(signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT),
             )
         except OSError as error:
-            advice = "the package was not built whole: install it again" if error.errno == 2 else ""
-            raise SetupError("launcher", error.errno or 0, str(PROGRAM), advice) from None
+            raise SetupError("launcher", error.errno or 0, str(PROGRAM), advice("launcher", error.errno or 0)) from None
         finally:
-            os.close(high)
-            os.close(null)
+            for descriptor in (high, null):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def _hello(self, uid_base: int, uid_count: int) -> None:
         hello = ffi.new("struct hello *")
@@ -127,7 +135,7 @@ class Launcher:
             for name, path in sorted(self.claim.directories.items(), key=lambda item: GROUPS[item[0]]):
                 hello.groups |= 1 << GROUPS[name]
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            send(self.socket, bytes(ffi.buffer(hello)), descriptors)
+            self.send(bytes(ffi.buffer(hello)), descriptors)
         except (BrokenPipeError, ConnectionResetError):
             raise SetupError("launcher", detail="it ends as soon as it is started") from None
         finally:
@@ -137,6 +145,10 @@ class Launcher:
     def submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int = 0) -> socket.socket:
         """Asks for one run. stock: how many jails are to wait for further ones. template: the number of the one that is started, or that
         is to fork the run. The descriptors stay the caller's; the channel is his."""
+        with during("request"):
+            return self._submit(plan, order, descriptors, stock, template)
+
+    def _submit(self, plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int) -> socket.socket:
         number, block = self._plan(plan, template)
         large = Sealed("order", order) if len(order) > lib.MAX_INLINE else None
         head = REQUEST.pack(lib.REQUEST_MAGIC, 0 if large else len(order), number, stock, template)
@@ -144,9 +156,9 @@ class Launcher:
         with its:
             try:
                 if large:
-                    send(self.socket, head, [block.fd, its.fileno(), *descriptors, large.fd])
+                    self.send(head, [its.fileno(), block.fd, *descriptors, large.fd])
                 else:
-                    send(self.socket, head + order, [block.fd, its.fileno(), *descriptors])
+                    self.send(head + order, [its.fileno(), block.fd, *descriptors])
             except BaseException:
                 channel.close()
                 raise
@@ -161,31 +173,49 @@ class Launcher:
             known = self.plans.setdefault((plan, template), (next(numbers), Sealed("plan", plan)))
         return known
 
+    def send(self, message: bytes, descriptors: list[int]) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        with self.sending:
+            if self.socket.fileno() < 0:  # another thread has found it dead
+                raise BrokenPipeError
+            self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+
     @property
     def alive(self) -> bool:
-        try:
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        except ChildProcessError:
-            return False
+        """Whether it listens. Of one that is just dying the descriptors go in any order."""
+        poll = select.poll()
+        with self.sending:
+            if self.socket.fileno() < 0:
+                return False
+            poll.register(self.socket, 0)
+            return not poll.poll(DYING_MS)
 
     def close(self) -> None:
         """Ends the launcher and every jail of it."""
-        self.socket.close()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # whoever is just sending gets an error
+        with self.sending:
+            self.socket.close()
+        self.plans = {}
         if self.pid:
-            with contextlib.suppress(ChildProcessError):  # somebody waits for all children, or ignores SIGCHLD
-                os.waitpid(self.pid, 0)
+            _reap(self.pid)
             self.pid = 0
-        if self.uid_lock >= 0:
-            os.close(self.uid_lock)
-            self.uid_lock = -1
         from . import cgroups
 
         cgroups.release(self.claim)
+        if self.uid_lock >= 0:  # the last of its jails is gone, so the ids are free
+            os.close(self.uid_lock)
+            self.uid_lock = -1
 
 
-def send(to: socket.socket, message: bytes, descriptors: list[int]) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    to.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+def _reap(pid: int) -> None:
+    """Waits for a launcher to end. One that somebody has stopped would not: it is killed, and the kernel ends its jails."""
+    deadline = time.monotonic() + END_S
+    with contextlib.suppress(ChildProcessError):  # somebody waits for all children, or ignores SIGCHLD
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.001)
 
 
 _lock = threading.Lock()
@@ -197,7 +227,8 @@ def current() -> Launcher:
     global _current
     with _lock:
         if _current is None:
-            _current = Launcher()
+            with during("launcher"):
+                _current = Launcher()
         return _current
 
 

@@ -99,7 +99,11 @@ class Policy(Struct, frozen=True, kw_only=True):
     root: str = "minimal"
     """The file system inside. `minimal`: only the program, its shared libraries, for Python its standard library and the listed
     distributions; no shell. `system`: the host's /usr, read-only, and of its /etc only `alternatives` and `ld.so.cache`. `host`: every
-    directory of the host, read-only. Or the absolute path of a directory that holds a root file system."""
+    directory of the host, read-only. Or the absolute path of a directory that holds a root file system; or `oci:PATH[:TAG]`, a container
+    image: an OCI image layout, or the archive that `docker save` wrote. Programs are those of the image then."""
+    backend: str = "native"
+    """Who makes the jail. `native`: our own launcher. `oci:NAME`: an installed OCI runtime (`crun`, `runc`, `runsc`), by name or absolute
+    path, with the same view and limits as far as it can (oci.md); what it cannot give and the policy requires is an error."""
     mounts: tuple[Mount, ...] = ()
     """What else of the host is visible."""
     proc: Literal["pid", "masked", "none"] = "pid"

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from .errors import PolicyError
+from .errors import PolicyError, during
 from .policy import Limits, Policy, Python
 from .policycheck import type_problems, value_problems
 from .suggest import did_you_mean
@@ -35,8 +35,9 @@ MAX_FILE = 1024**2
 
 def load(name_or_path: str | os.PathLike[str]) -> Policy:
     """The shipped policy of that name, or the policy in that file (anything with a slash or ending in .toml). Raises PolicyError."""
-    path = locate(name_or_path)
-    table = _read(path, ())
+    with during("policy"):
+        path = locate(name_or_path)
+        table = _read(path, ())
     table.setdefault("name", path.stem)
     return _build(table, prefix=f"{name_or_path}: ")
 

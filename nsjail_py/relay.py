@@ -118,6 +118,8 @@ def writer(descriptor: int) -> Sink:
             try:
                 view = view[os.write(descriptor, view) :]
             except BlockingIOError:
-                select.select([], [descriptor], [])
+                poll = select.poll()
+                poll.register(descriptor, select.POLLOUT)
+                poll.poll()
 
     return write

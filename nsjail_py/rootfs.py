@@ -139,7 +139,12 @@ def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
     if policy.root == "system":
         shown = {name: Path("/", name) for name in ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")}
     elif policy.root != "minimal":
-        top = Path("/" if policy.root == "host" else policy.root)
+        if policy.root.startswith("oci:"):
+            from .oci_image import unpacked
+
+            top = unpacked(policy.root)
+        else:
+            top = Path("/" if policy.root == "host" else policy.root)
         if not top.is_dir():
             raise PolicyError(f"$.root: no directory {str(top)!r}; allowed: minimal, system, host, or the absolute path of a directory")
         shown = {name: top / name for name in sorted(os.listdir(top))}
@@ -160,7 +165,8 @@ def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
         if path.is_symlink():
             root.symlink(f"/{name}", os.readlink(path))
         elif path.is_dir() or path.is_file():
-            root.bind(str(path), f"/{name}", lasting=tree is not None and path.parent == tree.path)
+            ours = policy.root.startswith("oci:") or (tree is not None and path.parent == tree.path)
+            root.bind(str(path), f"/{name}", lasting=ours)
 
 
 def _devices(root: Root) -> None:

@@ -11,10 +11,11 @@ import select
 import stat
 import subprocess
 import time
+from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING, Any
 
 from .carrier import Carrier, would_own
-from .errors import PolicyError
+from .errors import PolicyError, during
 
 if TYPE_CHECKING:
     from .jail import Process
@@ -22,6 +23,30 @@ if TYPE_CHECKING:
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 Stream = int | IO[Any] | None
 CHUNK = 65536
+OF_A_RUN = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
+"""Options of `run` that are about one run; all others change the policy."""
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of one run, and changes to the policy."""
+    return {k: v for k, v in options.items() if k in OF_A_RUN}, {k: v for k, v in options.items() if k not in OF_A_RUN}
+
+
+def captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
+    """The streams of a run whose output is kept unless they say otherwise. Raises ValueError where input has two sources."""
+    if input is not None:
+        if "stdin" in streams:
+            raise ValueError("stdin and input cannot both be given")
+        streams["stdin"] = PIPE
+    return {"stdout": PIPE, "stderr": PIPE, **streams}
+
+
+def ready(descriptors: Iterable[int], timeout: float | None) -> list[int]:
+    """Those that can be read, or have been closed on the other side, within timeout seconds. Also of numbers that select(2) cannot take."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(None if timeout is None else max(0.0, timeout) * 1000)]
 
 
 def no_directory(descriptor: int) -> None:
@@ -39,8 +64,9 @@ class Ends:
         self.opened: list[int] = []
         self.carriers: list[Carrier] = []
         try:
-            for number, stream in enumerate((stdin, stdout, stderr)):
-                self.inside.append(self._one(number, stream))
+            with during("streams"):
+                for number, stream in enumerate((stdin, stdout, stderr)):
+                    self.inside.append(self._one(number, stream))
         except BaseException:
             self.close()
             raise

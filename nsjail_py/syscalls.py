@@ -83,6 +83,44 @@ def never() -> list[str]:
     return list(_tables()["never"]["calls"])
 
 
+def absent() -> list[str]:
+    """The calls that seem not to exist under any filter."""
+    return list(_tables()["absent"]["calls"])
+
+
+def rules_of(syscalls: Syscalls) -> Rules:
+    """Every call that a policy allows, with its conditions. Raises PolicyError."""
+    return _rules(syscalls)
+
+
+def alternatives(name: str) -> Rules:
+    """What a set (`@files`) or a single call allows: for each call its alternatives, an empty one where no argument is looked at."""
+    rules: Rules = {}
+    for call, alternative in _expand(name, follow=True):
+        rules.setdefault(call, set()).add(alternative)
+    return rules
+
+
+def only_through(call: str) -> list[str]:
+    """The sets that allow a call with conditions of their own: it cannot be allowed by its name."""
+    return [f"@{group}" for group, table in _tables().items() if call in {entry["call"] for entry in table.get("only", ())}]
+
+
+def argument_rules() -> list[dict[str, Any]]:
+    """The conditions that hold in whatever set a call stands: `why`, and `args` with the number of the argument by call."""
+    return list(_tables()["arguments"].values())
+
+
+@cache
+def looked_at() -> dict[str, tuple[tuple[int, int], ...]]:
+    """For each call that is allowed with conditions: the arguments that are compared, and their masks."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    for name in [f"@{name}" for name in sets()]:
+        for call, chosen in alternatives(name).items():
+            found.setdefault(call, set()).update((argument, mask) for one in chosen for argument, mask, _ in one)
+    return {call: tuple(sorted(pairs)) for call, pairs in found.items() if pairs}
+
+
 @lru_cache(maxsize=256)
 def name_problems(syscalls: Syscalls) -> tuple[str, ...]:
     """Faults in the lists of names, each beginning with its place. Whether single names exist is found here too."""
@@ -150,7 +188,7 @@ def _listed() -> frozenset[str]:
 def _single_problem(name: str, field: str, syscalls: Syscalls) -> str | None:
     """What is wrong with one call named by itself."""
     tables = _tables()
-    holders = [f"@{group}" for group, table in tables.items() if name in {entry["call"] for entry in table.get("only", ())}]
+    holders = only_through(name)
     if name == "execve":
         contradicted = syscalls.exec if field == "deny" else not syscalls.exec
         return f"'execve' contradicts exec = {str(syscalls.exec).lower()}, which decides about it" if contradicted else None

@@ -192,12 +192,14 @@ def _links() -> dict[str, str]:
 
 def _recall(question: tuple[object, ...]) -> Tree | None:
     store = cachedir.directory("roots")
+    kept = store / f"{_digest(question)}.json"
     try:
-        note = msgspec.json.decode((store / f"{_digest(question)}.json").read_bytes(), type=Note)
+        note = msgspec.json.decode(kept.read_bytes(), type=Note)
     except (OSError, msgspec.DecodeError):
         return None
-    if any(stamp(known[0]) != known for known in note.stamps) or not (store / note.name).is_dir():
+    if any(stamp(known[0]) != known for known in note.stamps) or not cachedir.mark(store / note.name):
         return None
+    cachedir.mark(kept)
     return _describe(store / note.name)
 
 
@@ -215,7 +217,7 @@ def _describe(path: Path) -> Tree:
 def _tree(kind: str, contents: object, mountpoints: tuple[str, ...], fill: Callable[[Builder], None]) -> Tree:
     store = cachedir.directory("roots")
     path = store / f"{kind}-{_digest((kind, contents, mountpoints))}"
-    if not path.is_dir():
+    if not cachedir.mark(path):
         _build(store, path, mountpoints, fill)
     return _describe(path)
 
@@ -223,6 +225,7 @@ def _tree(kind: str, contents: object, mountpoints: tuple[str, ...], fill: Calla
 def _build(store: Path, path: Path, mountpoints: tuple[str, ...], fill: Callable[[Builder], None]) -> None:
     """Make the tree under another name, then rename it. Whoever builds the same meanwhile is welcome: the first one's stays."""
     _sweep(store)
+    cachedir.prune(store)
     try:
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

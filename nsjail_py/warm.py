@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import sys
 import threading
 import time
@@ -22,10 +21,11 @@ from msgspec.structs import replace
 from . import launcher
 from ._native import lib
 from .compiled import Compiled, Host, for_python
-from .errors import JailError, PolicyError, SetupError
+from .errors import JailError, PolicyError, SetupError, during
 from .plan import OrderFile, Sealed, as_template, compile_order, shared
 from .policy import Policy
 from .reports import STEP_NAMES, Context, parse, setup_error
+from .streams import ready
 
 HERE = Path(__file__).parent
 NEEDED = ("recvmsg", "sendmsg", "fstat", "fcntl", "dup3")
@@ -70,9 +70,11 @@ class Template:
         argv = [own.program, "-s", "/app/template.py", *preload]
         files = [OrderFile("template.py", (HERE / "warm_inside.py").read_bytes())]
         order = compile_order(own.program, argv, environment | ONE_THREAD, files, range(6))
-        read, write = os.pipe2(os.O_CLOEXEC)
+        with during("template"):
+            read, write = os.pipe2(os.O_CLOEXEC)
         with open(read, "rb", 0) as said:
             with (
+                during("template"),
                 open(write, "wb", 0) as stderr,
                 open(os.devnull, "r+b", 0) as null,
                 open(HERE / "_template.abi3.so", "rb") as extension,
@@ -94,15 +96,15 @@ class Template:
         text, deadline = b"", time.monotonic() + START_S
         waiting = [self.channel.fileno(), said]
         while True:
-            ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            heard = ready(waiting, deadline - time.monotonic())
+            if not heard:
                 raise JailError(f"the template did not start within {START_S:.0f} s")
-            if said in ready:
+            if said in heard:
                 data = os.read(said, 65536)
                 text = (text + data)[-4096:]
                 if not data:
                     waiting.remove(said)
-            if self.channel.fileno() not in ready:
+            if self.channel.fileno() not in heard:
                 continue
             message = self.channel.recv(1 << 16)
             report = parse(message) if message else None
@@ -118,7 +120,7 @@ class Template:
 
     @property
     def alive(self) -> bool:
-        return self.launcher is launcher.peek() and not select.select([self.channel], [], [], 0)[0]
+        return self.launcher is launcher.peek() and not ready([self.channel.fileno()], 0)
 
     @property
     def spent(self) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import IS_ROOT
 
 Cli = list[str]
 
@@ -173,6 +174,55 @@ def test_bad_input_is_125_with_one_line_and_no_traceback(cli: Cli, args: tuple[s
     assert done.stdout == b""
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert b"Traceback" not in done.stderr
+
+
+FAULTY = {
+    "no TOML": ("a = [", "is not TOML"),
+    "a circle": ('extends = "./p.toml"', "circle"),
+    "a wrong type": ('extends = "untrusted"\nlimits = 3', "$.limits"),
+    "an unknown field": ('extends = "untrusted"\nhostnam = "x"', "hostname"),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), FAULTY.values(), ids=FAULTY)
+def test_a_faulty_policy_file_is_125_with_one_line(cli: Cli, text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(text)
+    done = call(cli, "run", "--policy", str(tmp_path / "p.toml"), "-", stdin=None, input=b"print(1)")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (125, b"", 1)
+    assert says in done.stderr.decode() and "p.toml" in done.stderr.decode()
+
+
+@pytest.mark.skipif(IS_ROOT, reason="root can read every file, and lacks nothing that a policy could require")
+def test_what_an_ordinary_user_cannot_read_or_have_is_125_with_one_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "s.py").touch(mode=0o000)
+    done = call(cli, "run", str(tmp_path / "s.py"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (125, 1) and b"Permission denied" in done.stderr
+    (tmp_path / "p.toml").write_text('extends = "untrusted"\nbest_effort = []')
+    done = call(cli, "exec", "--policy", str(tmp_path / "p.toml"), "--", "true")
+    assert (done.returncode, len(done.stderr.splitlines())) == (125, 1)
+    assert b"own_uid: only root can" in done.stderr and b"best_effort" in done.stderr
+
+
+def test_an_argument_list_that_the_kernel_refuses_is_126_with_one_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text('extends = "untrusted"\n[limits]\nstack = "1M"')  # which a quarter of may be arguments
+    for command in (
+        ["exec", "--policy", str(tmp_path / "p.toml"), "--", "true"],
+        ["run", "--policy", str(tmp_path / "p.toml"), "/dev/null"],
+    ):
+        done = call(cli, *command, *["x" * 100_000] * 3)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (126, b"", 1), done.stderr
+        assert b"Argument list too long" in done.stderr
+
+
+def test_a_killed_launcher_is_125_with_one_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "long.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    command = [*cli, "run", str(tmp_path / "long.py")]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        (launcher,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(launcher), signal.SIGKILL)
+        said = process.communicate(timeout=10)[1]
+    assert process.returncode == 125 and len(said.splitlines()) == 1 and b"launcher ended" in said
 
 
 def test_json_holds_the_result_and_says_how_output_is_written(cli: Cli, script: Path) -> None:

@@ -8,20 +8,71 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
+from nsjail_py.cli import EPILOG, parser
 
-def test_the_policy_reference_is_generated_from_the_types() -> None:
-    reference = runpy.run_path(str(ROOT / "docs" / "generate.py"))["reference"]
-    assert (ROOT / "docs" / "policy-reference.md").read_text() == reference()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PYTHON = [
+    pytest.param(block, id=f"{page.name}-{n}")
+    for page in PAGES
+    for n, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
+MAY_FIND = ("doctor", "selftest", "scan")
+"""Commands that say by status 1 that this host, or a script, is not all that it could be."""
 
 
-def test_the_python_example_of_the_readme_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0 and done.stdout.startswith("ok b'42\\n'"), done.stderr
+def shell_examples() -> list[str]:
+    texts = [(ROOT / "README.md").read_text(), EPILOG]
+    lines = [line.split("#")[0].strip() for text in texts for line in text.splitlines() if line.lstrip().startswith("nsjail-py ")]
+    return list(dict.fromkeys(lines))
+
+
+@pytest.mark.parametrize("page", ["policy-reference.md", "reference/commands.md"])
+def test_what_is_generated_is_of_this_code(page: str) -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
+    assert (ROOT / "docs" / page).read_text() == pages[page]()
+
+
+def test_the_page_of_commands_has_every_command() -> None:
+    page = (ROOT / "docs/reference/commands.md").read_text()
+    (listed,) = parser()._subparsers._group_actions
+    assert [name for name in listed.choices if f"## nsjail-py {name}" not in page] == []
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_every_python_example_prints_what_it_says(block: str) -> None:
+    says = re.findall(r"^ *print\(.*\)  # (.*)$", block, re.M)
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, check=False)
+    assert says and done.stdout.splitlines() == says, done.stderr
+
+
+@pytest.mark.parametrize("line", shell_examples())
+def test_every_shell_example_works(line: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # inside, another user reads what is in it
+    (tmp_path / "words").write_text("b\na\n")
+    (tmp_path / "data.csv").write_text("1,2\n")
+    (tmp_path / "hello.py").write_text("print('hello')")
+    (tmp_path / "model.py").write_text(
+        "import sys, numpy\nprint(numpy.loadtxt(sys.argv[1], delimiter=',') if sys.argv[1:] else numpy.ones(2))"
+    )
+    command = line.replace("nsjail-py", f"'{sys.executable}' -m nsjail_py", 1)
+    done = subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout and done.returncode in ((0, 1) if line.split()[1] in MAY_FIND else (0,)), done.stderr
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_where_a_change_goes_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    names = set(re.findall(r"[\w/.-]+\.(?:py|c|h|toml|md|sh)\b", text[text.index("## Where a change goes") :]))
+    files = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.*") if ".venv" not in path.parts]
+    assert names and [name for name in names if not any(f"/{file}".endswith(f"/{name}") for file in files) and "NAME" not in name] == []
 
 
 def test_the_example_prints_what_the_readme_shows() -> None:
@@ -31,11 +82,6 @@ def test_the_example_prints_what_the_readme_shows() -> None:
     )
     refused = [line for line in done.stdout.splitlines() if ": " in line and not line.startswith(("the whole", "hello"))]
     assert len(refused) == 5 and all(line in shown for line in refused), done.stdout
-
-
-def test_every_link_of_the_readme_leads_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
 
 
 def test_every_step_has_a_name_that_errors_can_show() -> None:

@@ -18,7 +18,7 @@ import asyncio, os, signal, sys, threading, time
 sys.path.insert(0, {tests!r})
 import nsjail_py
 from nsjail_py import aio
-from conftest import traces
+from conftest import settled, traces
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -29,8 +29,7 @@ idle = [threading.Thread(target=stop.wait) for _ in range(20)]
 for thread in idle: thread.start()
 
 jail = nsjail_py.Jail("untrusted")
-jail.run(["/bin/true"])
-while (before := traces())["cells"]: time.sleep(0.01)
+before = settled()
 wrong = []
 
 def work(number):
@@ -127,6 +126,22 @@ print(nsjail_py.run_python("import signal; print(signal.pthread_sigmask(signal.S
 """
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "b'set()\\n'\n", done.stderr[-2000:]
+
+
+def test_a_caller_without_standard_streams_gets_the_same(tmp_path: Path) -> None:
+    """Numbers 0 to 2 are free there, and ours may get them."""
+    source = f"""
+import os
+kept = os.open({str(tmp_path / "said")!r}, os.O_WRONLY | os.O_CREAT)
+os.dup2(kept, 100)
+os.closerange(0, 100)
+import nsjail_py
+seen = [nsjail_py.run(["/bin/cat"], input=b"in").stdout for _ in range(4)]
+result = nsjail_py.run_python("import os, sys; print(len(os.listdir('/proc/self/fd'))); print('err', file=sys.stderr)")
+os.write(100, repr((seen, result.stdout, result.stderr)).encode())
+"""
+    assert subprocess.run([sys.executable, "-c", source], timeout=60, check=False).returncode == 0
+    assert eval((tmp_path / "said").read_text()) == ([b"in"] * 4, b"4\n", b"err\n")
 
 
 def test_run_is_usable_at_interpreter_exit_and_after_shutdown() -> None:

@@ -54,6 +54,15 @@ def sample(name: str, untroubled: dict[str, Take]) -> list[Point]:
     return [chance.choice(points) for key, points in by_kind.items() if key not in known]
 
 
+def test_no_clock_that_somebody_can_set_is_asked(shim: Shim, untroubled: dict[str, Take]) -> None:
+    """The monotonic one, of which only the timer shows here, and those of processes, which have negative numbers."""
+    asked = {
+        (point.call, point.sub) for taken in untroubled.values() for point in taken.log if "clock_" in point.call or "timerfd" in point.call
+    }
+    assert {(call, sub) for call, sub in asked if sub >= 0} == {("timerfd_create", 1), ("timerfd_settime", 0)}
+    assert not {"time", "gettimeofday", "timer_create", "setitimer", "alarm"} & set(shim.calls)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_call_that_fails_is_an_error_that_starts_nothing_and_leaves_nothing(

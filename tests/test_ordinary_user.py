@@ -24,8 +24,11 @@ SUITES = [
     "test_warm.py",
     "test_embedding.py",
     "test_programs.py",
+    "test_cachedir.py",
     "test_selftest.py",
     "test_faults.py",
+    "test_chaos.py",
+    "test_exhaustion.py",
     "escape",
 ]
 

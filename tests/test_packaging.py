@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import struct
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from nsjail_py.cli import parser
 
 VERSIONS = range(11, 15)
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "nsjail-launcher*", "results")
@@ -99,6 +102,13 @@ def test_nothing_of_the_host_is_loaded_into_the_launcher(wheel: Path) -> None:
     assert PT_INTERP not in kinds
 
 
+def tried(venv: Path, environment: dict[str, str], folder: Path) -> list[str]:
+    """What an installation says when it is tried from a directory of its own: the command, and smoke.py."""
+    (folder / "hello.py").write_text("import sys; print('hello from', sys.version_info[1])")
+    said = run(venv / "bin/nsjail-py", "run", "hello.py", env=environment, cwd=folder)
+    return [said.strip(), run(venv / "bin/python", ROOT / "tests/smoke.py", env=environment, cwd=folder).strip()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("python", pythons(), ids=lambda path: Path(path).name)
 def test_the_wheel_runs_a_jail_without_a_compiler(python: str, wheel: Path, tmp_path: Path) -> None:
@@ -106,13 +116,19 @@ def test_the_wheel_runs_a_jail_without_a_compiler(python: str, wheel: Path, tmp_
     # As on a machine that has none: whatever would compile something fails.
     environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false", "NSJAIL_PY_CACHE": str(tmp_path / "cache")}
     (tmp_path / "cache").mkdir(mode=0o755)
-    run(tmp_path / "venv/bin/pip", "install", "-q", "--only-binary=cffi,msgspec", wheel, env=environment)
-    (tmp_path / "hello.py").write_text("import sys; print('hello from', sys.version_info[1])")
-    said = run(tmp_path / "venv/bin/nsjail-py", "run", tmp_path / "hello.py", env=environment, cwd=tmp_path)
-    assert said == f"hello from {run(python, '-c', 'import sys; print(sys.version_info[1])')}"
-    assert (
-        run(tmp_path / "venv/bin/python", "-c", "import nsjail_py; print(nsjail_py.run(['/bin/true']).verdict)", env=environment) == "ok\n"
-    )
+    run(tmp_path / "venv/bin/pip", "install", "-q", "--only-binary=cffi,msgspec", f"{wheel}[warm]", env=environment)
+    minor = run(python, "-c", "import sys; print(sys.version_info[1])").strip()
+    assert tried(tmp_path / "venv", environment, tmp_path) == [f"hello from {minor}", f"every way in works on Python 3.{minor}"]
+
+
+@pytest.mark.slow
+def test_pip_installs_a_clone(source: Path, tmp_path: Path) -> None:
+    """With nothing in the virtual environment but pip, which gets what the build asks for."""
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    environment = {**os.environ, "NSJAIL_PY_CACHE": str(tmp_path / "cache")}
+    (tmp_path / "cache").mkdir(mode=0o755)
+    run(tmp_path / "venv/bin/pip", "install", "-q", f"{source}[warm]", env=environment)
+    assert tried(tmp_path / "venv", environment, tmp_path)[1].startswith("every way in works")
 
 
 def test_a_second_build_compiles_nothing_and_a_changed_source_is_compiled(source: Path) -> None:
@@ -139,14 +155,11 @@ def test_the_compiler_and_its_flags_are_the_users_choice(source: Path, tmp_path:
 
 def test_the_help_of_dev_lists_every_command_that_it_knows() -> None:
     script = (ROOT / "dev").read_text()
-    known = {
-        word.strip()
-        for line in script.splitlines()
-        if line.startswith("    ") and line.endswith(";;")
-        for word in line.split(")")[0].split("|")
-    }
+    arms = re.findall(r"^    ([a-z| -]+)\)", script[script.index("case $command in") :], re.M)
+    known = {word.strip() for arm in arms for word in arm.split("|")}
     said = run("sh", ROOT / "dev", "help")
     commands = {word for word in known if word.isalpha() and word != "help"}
+    assert set(parser()._subparsers._group_actions[0].choices) <= commands  # those of nsjail-py, too
     assert {"setup", "run", "test", "check"} <= commands
     assert [word for word in commands if word not in said] == []
 

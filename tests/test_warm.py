@@ -168,9 +168,8 @@ CLOSED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import nsjail_py
-from conftest import traces
-nsjail_py.run(["/bin/true"])
-while (before := traces())["cells"]: time.sleep(0.01)
+from conftest import settled, traces
+before = settled()
 with nsjail_py.Jail("untrusted", preload=["json"], stock=2) as jail:
     for _ in range(5): jail.run_python("print(1)").check()
     running = jail.start_python("import time; time.sleep(60)")

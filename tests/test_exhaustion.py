@@ -1,0 +1,256 @@
+"""Nothing is left to take: descriptors, processes, memory, disk. Each run is then a right result, or an error that names step, errno and
+remedy; nothing is left of it, and as soon as there is enough again the next one works. And clocks that jump move no limit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import IS_ROOT
+
+TESTS = Path(__file__).resolve().parent
+HEAD = """
+import contextlib, errno, os, resource, sys, time
+import nsjail_py
+from conftest import changes, settled, traces
+from nsjail_py import Jail, SetupError, launcher
+
+cold, stock, warm = Jail("untrusted", stock=0), Jail("untrusted", stock=2), Jail("untrusted", preload=[], stock=1)
+KINDS = {
+    "cold": lambda: cold.run(["/bin/echo", "1"], timeout=20),
+    "script": lambda: cold.run_python("print(1)", timeout=20),
+    "stock": lambda: stock.run(["/bin/echo", "1"], timeout=20),
+    "warm": lambda: warm.run_python("print(1)", timeout=20),
+}
+seen = set()
+
+def attempt(kind, errnos):
+    try:
+        result = KINDS[kind]()
+    except SetupError as error:
+        seen.add((error.step, errno.errorcode.get(error.errno)))
+        assert (error.errno in errnos or error.step in ("lost", "request", "template")) and (error.advice or error.detail), error
+    else:
+        assert result.ok and result.stdout == b"1\\n", result
+        seen.add("ok")
+
+def ends():
+    for kind in KINDS:
+        assert KINDS[kind]().ok, kind
+    warm.close()
+    launcher.shutdown()
+    now = settled()
+    deadline = time.monotonic() + 5
+    while changes(before, now) and time.monotonic() < deadline:
+        now = traces()
+    assert not changes(before, now), changes(before, now)
+    print(*sorted(map(str, seen)))
+
+before = settled()
+for kind in KINDS: KINDS[kind](), KINDS[kind]()
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What other processes build in the common one meanwhile is not what is left here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSJAIL_PY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def program(source: str, *prefix: str, **environment: str) -> str:
+    """What a process of its own says that has its limits to itself."""
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", HEAD + source],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["running", "new"])
+def test_a_caller_without_descriptors_gets_a_typed_error(launcher: str) -> None:
+    said = program(f"""
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+for most in range(3, 34):
+    for kind in ["cold", "warm"]:
+        if {launcher!r} == "new":
+            warm.close()
+            launcher.shutdown()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        try: attempt(kind, [errno.EMFILE])
+        finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+ends()
+""")
+    assert "('streams', 'EMFILE')" in said and "ok" in said
+    assert launcher == "running" or "('launcher', 'EMFILE')" in said
+
+
+STARVED = """
+held = cold.start(["/bin/cat"], stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE)
+assert held.pid
+pid = launcher.current().pid
+for most in MOST:
+    for kind in KINDS:
+        soft, hard = resource.prlimit(pid, resource.WHAT)
+        resource.prlimit(pid, resource.WHAT, (most, hard))
+        attempt(kind, ERRNOS)
+        resource.prlimit(pid, resource.WHAT, (soft, hard))
+assert launcher.current().pid == pid, "it goes on"
+with held: assert held.communicate(b"all the while").check().stdout == b"all the while"
+ends()
+"""
+
+
+def starved(what: str, most: str, errnos: str) -> str:
+    return program(STARVED.replace("WHAT", what).replace("MOST", most).replace("ERRNOS", errnos))
+
+
+def test_a_launcher_without_descriptors_refuses_a_run_and_keeps_the_others() -> None:
+    """A cell that was cloned meanwhile has the limit, too, and does not get its numbers above 1000."""
+    said = starved("RLIMIT_NOFILE", "range(3, 90, 5)", "[errno.EMFILE, errno.EINVAL]")
+    assert "('request', 'EMFILE')" in said and ("('cgroup', 'EMFILE')" in said or "('clone', 'EMFILE')" in said)
+
+
+def test_a_launcher_without_memory_refuses_a_new_plan_and_keeps_the_others() -> None:
+    said = program("""
+held = cold.start(["/bin/cat"], stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE)
+assert held.pid
+pid = launcher.current().pid
+soft, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+resource.prlimit(pid, resource.RLIMIT_AS, (0, hard))
+KINDS["new"] = Jail("untrusted", stock=0, hostname="new").run
+KINDS["new"] = lambda run=KINDS["new"]: run(["/bin/echo", "1"], timeout=20)
+attempt("new", [errno.ENOMEM])
+resource.prlimit(pid, resource.RLIMIT_AS, (soft, hard))
+assert launcher.current().pid == pid, "it goes on"
+with held: assert held.communicate(b"all the while").check().stdout == b"all the while"
+ends()
+""")
+    assert said == "('plan', 'ENOMEM')\n"
+
+
+def test_a_caller_without_memory_gets_an_error_and_goes_on() -> None:
+    """MemoryError is Python's own word for it."""
+    said = program("""
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for more in range(0, 3 << 20, 192 << 10):
+    for kind in KINDS:
+        resource.setrlimit(resource.RLIMIT_AS, (now + more, -1))
+        try:
+            with contextlib.suppress(MemoryError): attempt(kind, [errno.ENOMEM, errno.EAGAIN])
+        finally: resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+ends()
+""")
+    assert "ok" in said
+
+
+@pytest.mark.skipif(IS_ROOT, reason="root's processes are not counted")
+def test_a_user_without_processes_gets_a_typed_error() -> None:
+    said = starved("RLIMIT_NPROC", "(0, 1)", "[errno.EAGAIN]")
+    assert "('clone', 'EAGAIN')" in said
+    said = program("""
+warm.close(); launcher.shutdown()
+resource.setrlimit(resource.RLIMIT_NPROC, (0, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+attempt("cold", [errno.EAGAIN])
+resource.setrlimit(resource.RLIMIT_NPROC, (resource.getrlimit(resource.RLIMIT_NPROC)[1],) * 2)
+ends()
+""")
+    assert said == "('launcher', 'EAGAIN')\n"
+
+
+FULL = """
+import subprocess
+def mount(*options): subprocess.run(["mount", *options], check=True)
+cache = os.environ["NSJAIL_PY_CACHE"]
+def empty(kind):
+    try: KINDS[kind]()
+    except SetupError as error:
+        assert error.errno == errno.ENOSPC and error.advice, error
+        seen.add((error.step, "ENOSPC"))
+    left = [name for _, _, names in os.walk(cache) for name in names if name.startswith(".new-")]
+    assert not left, left
+
+mount("-t", "tmpfs", "-o", "mode=700,OPTIONS", "none", cache)
+for kind in KINDS:
+    for module in (nsjail_py.compiled._for_python, nsjail_py.compiled._for_program): module.cache_clear()
+    warm.close()
+    empty(kind)
+assert seen, "there was room"
+mount("-o", "remount,size=500m,nr_inodes=100000", cache)
+before["mounts"] = traces()["mounts"]
+ends()
+"""
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="a small file system has to be mounted")
+@pytest.mark.parametrize("options", ["size=4k", "size=1m", "size=500m,nr_inodes=12"])
+def test_a_full_cache_is_a_typed_error_that_leaves_nothing(options: str, tmp_path: Path) -> None:
+    said = program(FULL.replace("OPTIONS", options), "unshare", "--mount", NSJAIL_PY_CACHE=str(tmp_path))
+    assert "ENOSPC" in said
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="a small file system has to be mounted")
+def test_a_full_work_directory_or_output_file_is_the_programs_affair(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    said = program(
+        f"""
+import subprocess
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,uid=12345,gid=12345", "none", {str(tmp_path)!r}], check=True)
+source = "import sys\\ntry: open('/work/x', 'wb', 0).write(bytes(1 << 20)); open('/work/y', 'wb', 0).write(b'1')\\nexcept OSError as e: sys.exit(e.errno)"
+result = Jail("untrusted", workdir={str(tmp_path)!r}, stock=0).run_python(source)
+assert result.exit_code == errno.ENOSPC, result
+with open({str(tmp_path / "out")!r}, "wb") as full:
+    result = cold.run_python("import os, sys\\ntry: os.write(1, b'text')\\nexcept OSError as e: sys.exit(e.errno)", stdout=full)
+assert result.exit_code == errno.ENOSPC, result
+os.unlink({str(tmp_path / "x")!r})
+subprocess.run(["umount", {str(tmp_path)!r}], check=True)
+ends()
+""",
+        "unshare",
+        "--mount",
+    )
+    assert said == "\n"
+
+
+LIMITED = """
+result = Jail("untrusted", wall_time=0.6, stock=0).run_python("import time; time.sleep(20)")
+assert result.verdict == "wall_time" and 0.55 < result.wall_time < 3, result
+result = Jail("untrusted", cpu_time=0.3, wall_time=30, stock=0).run_python("while True: pass")
+assert result.verdict == "cpu_time", result
+result = Jail("untrusted", wall_time=5, stock=0).run_python("import time; time.sleep(0.3)").check()
+assert 0.25 < result.wall_time < 4 and 0 < result.setup_time < 4, result
+job = warm.run_python("import time; time.sleep(0.3)").check()
+assert 0.25 < job.wall_time < 4 and 0 <= job.setup_time < 4, job
+ends()
+"""
+
+
+def test_a_wall_clock_that_jumps_moves_no_limit(tmp_path: Path) -> None:
+    """In the caller; that the launcher never asks for it, test_faults.py sees."""
+    shim = tmp_path / "jump.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", shim, TESTS / "faults" / "jump.c"], check=True)
+    assert (
+        "jumps"
+        in subprocess.run(
+            [sys.executable, "-c", "import time; print('jumps' if abs(time.time() - time.time()) > 1000 else '')"],
+            env={"LD_PRELOAD": str(shim)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    program(LIMITED, LD_PRELOAD=str(shim))
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can shift them")
+def test_a_host_whose_other_clocks_are_shifted_has_the_same_limits() -> None:
+    program(LIMITED, "unshare", "--time", "--fork", "--monotonic", "864000", "--boottime", "864000")
