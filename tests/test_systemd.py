@@ -170,6 +170,14 @@ def test_a_units_limits_are_the_policys_and_what_nsjail_py_needs_itself(tmp_path
     assert limits.wall_time < int(settings["RuntimeMaxSec"]) < limits.wall_time + 60
 
 
+def test_a_unit_hides_no_directory_that_its_program_or_policy_is_in(tmp_path: Path) -> None:
+    policy = tmp_path / "mine.toml"  # below /tmp
+    policy.write_text('extends = "untrusted"\n')
+    (tmp_path / "units").mkdir()
+    (file,) = written(tmp_path / "units", str(policy), "--", "/home/me/program")
+    assert not {"ProtectHome=yes", "PrivateTmp=yes"} & set(file.read_text().splitlines())
+
+
 @pytest.mark.parametrize("words", [["untrusted", "--"], ["untrusted", "--name", "x", "--", "/bin/cat"]])
 def test_a_unit_without_a_program_is_an_error(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["systemd", "unit", *words]) == 125
