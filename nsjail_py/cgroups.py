@@ -226,9 +226,15 @@ def _delegated(own: Path, root: bool) -> Path | None:
         marked = any(_attribute(group, name) == b"1" for name in ("user.delegate", "trusted.delegate"))
         writable = all(os.access(group / file, os.W_OK) for file in ("cgroup.procs", "cgroup.subtree_control", "."))
         # Without systemd's mark ownership tells, but of root everything is writable, and nothing can be told.
-        if writable and (marked or (not root and not _of_a_manager(group) and _lineage_only(group))):
+        if writable and (marked or (not root and (_handed_over(group) if _of_a_manager(group) else _lineage_only(group)))):
             return group
     return None
+
+
+def _handed_over(unit: Path) -> bool:
+    from . import scope
+
+    return scope.delegates(unit.name)
 
 
 def _of_a_manager(group: Path) -> bool:

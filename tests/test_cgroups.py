@@ -228,7 +228,7 @@ def test_a_daemon_beside_us_is_a_stranger_although_we_have_one_ancestor(tmp_path
         os.kill(int(daemon), signal.SIGKILL)
 
 
-def test_a_unit_of_a_users_manager_is_the_managers_without_its_mark(tmp_path: Path) -> None:
+def test_a_unit_of_a_users_manager_is_the_managers_unless_it_says_otherwise(tmp_path: Path) -> None:
     manager = tmp_path / "user@1000.service"
     for name in ("app.slice/x.service", "app.slice/x.service/mine"):
         (manager / name).mkdir(parents=True, exist_ok=True)
