@@ -82,6 +82,7 @@ def _missing(policy: Policy, warm: bool) -> dict[str, str]:
         "a kept work directory": (policy.workdir is not None, "no workdir"),
         "a user id of its own": (policy.own_uid and "own_uid" not in policy.best_effort, 'best_effort = ["own_uid"]'),
         "refusal of user namespaces within": ("nested_userns" not in policy.best_effort, 'best_effort = ["nested_userns"]'),
+        "telemetry of the interpreter": (policy.python.audit != "off", '[python] audit = "off"'),
         "preload": (warm, "no preload"),
     }
     return {name: line for name, (is_wanted, line) in wanted.items() if is_wanted}

@@ -85,6 +85,9 @@ class Python(Struct, frozen=True, kw_only=True):
     scan: Literal["off", "warn", "refuse"] = "off"
     """What is done before the start about what a script's text shows (layers.md): nothing, a warning for each finding, or a refusal of
     scripts with findings of high or medium severity. It costs one more jail, some 50 ms."""
+    audit: Literal["off", "report", "refuse"] = "off"
+    """Whether a script's interpreter tells what it imports, opens, connects to and starts (audit.md): `report` puts it into the result;
+    `refuse` also raises PermissionError, naming the line to change, where the filter would refuse without a word. Not for a warm one."""
     scan_ignore: tuple[str, ...] = ()
     """Names of rules that the scan leaves out."""
 

@@ -9,9 +9,12 @@ import base64
 import enum
 import signal as signals
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RunFailed
+
+if TYPE_CHECKING:
+    from .layers.audit import Audit
 
 
 class Verdict(enum.StrEnum):
@@ -101,6 +104,8 @@ class Result:
     """`root`, `delegated` or `rootless`."""
     policy: str
     protections: tuple[Protection, ...] = field(default=(), repr=False)
+    audit: Audit | None = field(default=None, repr=False)
+    """What the interpreter itself told, where the policy asks (`[python] audit`): its word, and so the program's."""
 
     @property
     def ok(self) -> bool:
