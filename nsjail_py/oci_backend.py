@@ -68,6 +68,15 @@ def check(policy: Policy, warm: bool) -> str:
     return path
 
 
+def lacks(policy: Policy) -> tuple[str, ...]:
+    """What the policy requires and its backend cannot give, or that there is none; for the posture."""
+    try:
+        check(policy, False)
+    except Unavailable as error:
+        return (f"backend: {error.detail}",)
+    return ()
+
+
 def _missing(policy: Policy, warm: bool) -> dict[str, str]:
     """What a policy requires and no runtime gives, and the line that gives it up."""
     wanted = {

@@ -79,7 +79,10 @@ class Python(Struct, frozen=True, kw_only=True):
     interpreter: str | None = None
     """Absolute path of the interpreter; by default the one that runs nsjail_py."""
     imports: tuple[str, ...] = ()
-    """Installed distributions visible inside, with what they depend on. The standard library always is."""
+    """Installed distributions visible inside, with what they depend on. The standard library always is, but for `without`."""
+    without: tuple[str, ...] = ()
+    """Modules of the standard library that are not visible inside, in a minimal root (`["ctypes", "socket"]`). Those that are built into
+    the interpreter cannot be left out; neither can those that it needs to start."""
     project: str | None = None
     """Directory of the host shown read-only at /project and put on sys.path."""
     scan: Literal["off", "warn", "refuse"] = "off"

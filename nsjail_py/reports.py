@@ -75,6 +75,7 @@ def to_result(report: Any, context: Context) -> Result:
         setup_time=report.setup_ns / 1e9,
         mode=context.mode,
         policy=context.policy.name,
+        settled=context.policy,
         protections=tuple(found(report, protection) for protection in context.protections),
     )
 

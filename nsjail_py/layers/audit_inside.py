@@ -33,8 +33,16 @@ def start(path: str) -> None:
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code is start.__code__:
             trace = trace.tb_next
+        hint(error)
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         sys.exit(1)
+
+
+def hint(error: Exception) -> None:
+    """Which line of the policy to change for a module that is not visible."""
+    top = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and top and top not in sys.stdlib_module_names:
+        error.add_note(f"Only what the policy lists is visible: [python] imports = [..., {top!r}]")
 
 
 if __name__ == "__main__":
