@@ -62,7 +62,7 @@ static pid_t cell_clone(const struct launcher *launcher, struct run *run, int ce
 	    .uid = rootless ? geteuid() : launcher->hello.uid_base + run->index,
 	    .gid = rootless ? getegid() : launcher->hello.uid_base + run->index,
 	    .rootless = rootless,
-	    .sysctl = launcher->sysctl,
+	    .proc = launcher->proc,
 	    .stamp = &launcher->stamps[run->index],
 	};
 	if (cgroup_open(launcher, run, cell.groups) < 0)

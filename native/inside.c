@@ -66,7 +66,7 @@ int unshared(const struct cell *cell, uint64_t others) { return unshare((int)(ce
 /* Init, process 1: makes the cell, starts the program's process, and keeps no right at all. */
 _Noreturn void cell_main(struct cell *cell) {
 	const struct plan *plan = cell->plan;
-	int kept[] = {cell->launcher,  cell->orders,    cell->template,  cell->sysctl,
+	int kept[] = {cell->launcher,  cell->orders,    cell->template,  cell->proc,
 	              cell->groups[0], cell->groups[1], cell->groups[2], cell->groups[3]};
 	cell->failures = cell->launcher;
 	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 8)); /* of the launcher's: other cells', other callers' */
@@ -169,7 +169,7 @@ _Noreturn void program_main(struct cell *cell) {
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_prepare(cell));
 	step(cell, STEP_PROGRAM_PROCESS, init_is_ready(cell));
-	step(cell, STEP_LABEL, label_ask(plan));
+	step(cell, STEP_LABEL, label_ask(cell));
 	step(cell, STEP_DESCRIPTORS, descriptors_clear(cell));
 	if (plan->flags & PLAN_FILTER)
 		step(cell, STEP_SECCOMP, filter_install(cell, &listener));

@@ -25,7 +25,7 @@ struct cell {
 	int scratch, app;       /* the writable tmpfs, and its part for the order's files */
 	int maps[MAX_MAPS];     /* user namespaces for the id-mapped mounts, in their order */
 	int next_map;
-	int sysctl;             /* /proc/sys/user of the host's proc */
+	int proc;               /* the host's /proc, until the descriptors are cleared */
 	int ruleset;            /* Landlock's, ready to be applied */
 	uint64_t secret;        /* what tells our own late system calls from the program's */
 	uint64_t *stamp;        /* when the program's exec began: shared with the launcher */
@@ -108,7 +108,7 @@ char **order_pointers(struct order *order, struct span span);
 int app_write(const struct cell *cell, const struct order *order);
 
 /* label.c */
-int label_ask(const struct plan *plan);
+int label_ask(const struct cell *cell);
 
 /* limits.c */
 int limits_apply(const struct cell *cell);

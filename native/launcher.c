@@ -120,7 +120,7 @@ static void settle(struct launcher *launcher) {
 		setrlimit(RLIMIT_NOFILE, &files);
 	}
 	launcher->cpus = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
-	launcher->sysctl = open("/proc/sys/user", O_PATH | O_DIRECTORY | O_CLOEXEC); /* used, or missed, in nested_refuse */
+	launcher->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC); /* used, or missed, in nested_refuse and label_ask */
 	launcher->stamps = mmap(NULL, MAX_RUNS * sizeof *launcher->stamps, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	must(launcher->stamps == MAP_FAILED ? -1 : chdir("/"));
 }

@@ -59,7 +59,7 @@ struct held {
 
 struct launcher {
 	int epoll, caller;
-	int sysctl; /* /proc/sys/user */
+	int proc; /* the host's */
 	struct hello hello;
 	int groups[GROUPS];
 	uint32_t sequence; /* names the next cell's groups */

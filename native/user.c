@@ -36,7 +36,7 @@ int user_namespace_enter(struct cell *cell) {
 
 /* Zero user namespaces below this one. The sysctl of the namespace that looks it up is the one that is set. */
 int nested_refuse(struct cell *cell) {
-	int fd = openat(cell->sysctl, "max_user_namespaces", O_WRONLY | O_CLOEXEC);
+	int fd = openat(cell->proc, "sys/user/max_user_namespaces", O_WRONLY | O_CLOEXEC);
 	int done = fd >= 0 && write(fd, "0", 1) == 1;
 	if (fd >= 0)
 		close(fd);

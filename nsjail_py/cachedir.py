@@ -20,7 +20,7 @@ UNUSED = 7 * 86400.0
 AGAIN = 3600.0
 """Seconds after which a process marks what it goes on using."""
 _marked: dict[Path, float] = {}
-ADVICE = "set NSJAIL_PY_CACHE to a directory of your own, or in a systemd unit CacheDirectory=nsjail_py"
+ADVICE = "set NSJAIL_PY_CACHE to a directory of your own, or in a systemd unit CacheDirectory=nsjail_py (nsjail_py-USER with User=)"
 
 
 def directory(kind: str) -> Path:
@@ -115,7 +115,8 @@ def _base() -> Path:
     if chosen := os.environ.get("NSJAIL_PY_CACHE"):
         return Path(chosen).absolute()
     if given := os.environ.get("CACHE_DIRECTORY"):
-        return Path(given.split(":")[0]) / "nsjail_py"
+        first = Path(given.split(":")[0])
+        return first if first.name.startswith("nsjail_py") else first / "nsjail_py"
     if os.geteuid() == 0:
         return Path("/var/cache/nsjail_py")
     if parent := os.environ.get("XDG_CACHE_HOME"):

@@ -20,7 +20,7 @@ class Label(NamedTuple):
 
     written: str
     file: str
-    """Inside, where it is written before exec."""
+    """Below /proc, where it is written before exec."""
     shown: str
     """Below /proc/PID, where the kernel shows what became of it."""
 
@@ -31,9 +31,9 @@ NONE = Label("", "", "")
 def decide(policy: Policy) -> Label:
     """NONE where none is asked for, or where it cannot be had and the policy does without."""
     if policy.apparmor is not None and not lacks()["apparmor"]:
-        return Label(f"exec {policy.apparmor}", "/proc/thread-self/attr/apparmor/exec", "attr/apparmor/current")
+        return Label(f"exec {policy.apparmor}", "thread-self/attr/apparmor/exec", "attr/apparmor/current")
     if policy.selinux is not None and not lacks()["selinux"]:
-        return Label(policy.selinux, "/proc/thread-self/attr/exec", "attr/current")
+        return Label(policy.selinux, "thread-self/attr/exec", "attr/current")
     return NONE
 
 

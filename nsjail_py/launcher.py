@@ -135,7 +135,7 @@ class Launcher:
             for name, path in sorted(self.claim.directories.items(), key=lambda item: GROUPS[item[0]]):
                 hello.groups |= 1 << GROUPS[name]
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            self._send(bytes(ffi.buffer(hello)), descriptors)
+            self.send(bytes(ffi.buffer(hello)), descriptors)
         except (BrokenPipeError, ConnectionResetError):
             raise SetupError("launcher", detail="it ends as soon as it is started") from None
         finally:
@@ -156,9 +156,9 @@ class Launcher:
         with its:
             try:
                 if large:
-                    self._send(head, [its.fileno(), block.fd, *descriptors, large.fd])
+                    self.send(head, [its.fileno(), block.fd, *descriptors, large.fd])
                 else:
-                    self._send(head + order, [its.fileno(), block.fd, *descriptors])
+                    self.send(head + order, [its.fileno(), block.fd, *descriptors])
             except BaseException:
                 channel.close()
                 raise
@@ -173,7 +173,7 @@ class Launcher:
             known = self.plans.setdefault((plan, template), (next(numbers), Sealed("plan", plan)))
         return known
 
-    def _send(self, message: bytes, descriptors: list[int]) -> None:
+    def send(self, message: bytes, descriptors: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         with self.sending:
             if self.socket.fileno() < 0:  # another thread has found it dead

@@ -240,8 +240,6 @@ def _labels(policy: Policy) -> Iterator[str]:
         label = getattr(policy, name)
         if label is not None and not (0 < len(label) < 1024 and label.isprintable() and label.isascii() and " " not in label):
             yield f"$.{name}: {_shown(label)} is not a label: printable characters are, without spaces"
-        if label is not None and policy.proc == "none":
-            yield f"$.{name}: is asked for by way of /proc, and proc is none"
     if policy.apparmor is not None and policy.selinux is not None:
         yield "$.selinux: a kernel has AppArmor or SELinux, not both"
 

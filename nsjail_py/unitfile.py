@@ -53,7 +53,6 @@ def unit(policy: Policy, named: str, command: Sequence[str], name: str, user: st
 
 WALLS = (
     Line("NoNewPrivileges=yes", "no program gains rights by being executed"),
-    Line("CacheDirectory=nsjail_py", "roots and filters, kept between runs"),
     Line("ProtectSystem=strict", "nsjail-py itself can write to its own directories only"),
     Line("PrivateDevices=yes", "no hardware"),
     Line("ProtectKernelModules=yes", "no modules"),
@@ -106,10 +105,12 @@ def _identity(user: str) -> list[Line]:
             Line(
                 f"User={user}", "not root: runs have this user's id on the host. DynamicUser=yes would forbid openat2, which a jail needs"
             ),
+            Line(f"CacheDirectory=nsjail_py-{user}", "roots and filters, kept between runs; root's is another"),
             Line("CapabilityBoundingSet=", "no right at all on the host: those in the jail's own user namespace are enough"),
         ]
     return [
         Line(f"CapabilityBoundingSet={CAPABILITIES}", "root, with just what making a jail takes; each run has a host user id of its own"),
+        Line("CacheDirectory=nsjail_py", "roots and filters, kept between runs"),
         Line("RuntimeDirectory=nsjail_py", "/run/nsjail_py: which host user ids are in use"),
         Line("RuntimeDirectoryPreserve=yes", "other services of nsjail_py have their locks there, too"),
     ]

@@ -136,7 +136,7 @@ def test_a_plan_that_is_not_sealed_or_not_sound_is_refused() -> None:
         unsealed = launcher.REQUEST.pack(lib.REQUEST_MAGIC, len(order), 1 << 40, 0, 0) + order
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, its, open(os.devnull, "r+b") as null:
-            launcher.send(launcher.current().socket, unsealed, [open_to_change.fileno(), its.fileno(), *[null.fileno()] * 3])
+            launcher.current().send(unsealed, [its.fileno(), open_to_change.fileno(), *[null.fileno()] * 3])
             its.close()
             assert reports.STEP_NAMES[reports.parse(ours.recv(1 << 16)).step] == "plan"
     assert good.run(["/bin/true"]).ok
@@ -169,7 +169,7 @@ def test_a_plan_in_what_cannot_be_sealed_is_refused(tmp_path: Path) -> None:
     head = launcher.REQUEST.pack(lib.REQUEST_MAGIC, len(order), 1 << 41, 0, 0)
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, its, open(os.devnull, "r+b") as null, (tmp_path / "plan").open("rb") as file:
-        launcher.send(launcher.current().socket, head + order, [file.fileno(), its.fileno(), *[null.fileno()] * 3])
+        launcher.current().send(head + order, [its.fileno(), file.fileno(), *[null.fileno()] * 3])
         its.close()
         assert reports.STEP_NAMES[reports.parse(ours.recv(1 << 16)).step] == "plan"
 
@@ -182,6 +182,6 @@ def test_an_order_in_what_cannot_be_sealed_is_refused(tmp_path: Path) -> None:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     block = plan.Sealed("plan", sound)
     with ours, its, open(os.devnull, "r+b") as null, (tmp_path / "order").open("rb") as file:
-        launcher.send(launcher.current().socket, head, [block.fd, its.fileno(), file.fileno(), *[null.fileno()] * 3])
+        launcher.current().send(head, [its.fileno(), block.fd, *[null.fileno()] * 3, file.fileno()])
         its.close()
         assert reports.STEP_NAMES[reports.parse(ours.recv(1 << 16)).step] == "order"

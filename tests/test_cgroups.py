@@ -205,7 +205,9 @@ def test_a_group_with_strangers_in_it_is_not_taken_for_delegated(tmp_path: Path)
 
 
 def test_a_daemon_beside_us_is_a_stranger_although_we_have_one_ancestor(tmp_path: Path) -> None:
-    daemon = subprocess.run(["sh", "-c", "setsid sleep 60 >/dev/null & echo $!"], capture_output=True, text=True, check=True).stdout.strip()
+    daemon = subprocess.run(
+        ["sh", "-c", "exec setsid sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     try:
         (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n{os.getppid()}\n{daemon}\n")
         assert not cgroups._lineage_only(tmp_path)

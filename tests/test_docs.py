@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from nsjail_py.cli import EPILOG
+from nsjail_py.cli import EPILOG, parser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PYTHON = [
@@ -33,6 +33,12 @@ def shell_examples() -> list[str]:
 def test_what_is_generated_is_of_this_code(page: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
     assert (ROOT / "docs" / page).read_text() == pages[page]()
+
+
+def test_the_page_of_commands_has_every_command() -> None:
+    page = (ROOT / "docs/reference/commands.md").read_text()
+    (listed,) = parser()._subparsers._group_actions
+    assert [name for name in listed.choices if f"## nsjail-py {name}" not in page] == []
 
 
 @pytest.mark.parametrize("block", PYTHON)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def ends():
 before = settled()
 for kind in KINDS: KINDS[kind](), KINDS[kind]()
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What other processes build in the common one meanwhile is not what is left here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSJAIL_PY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def program(source: str, *prefix: str, **environment: str) -> str:
@@ -172,7 +181,7 @@ def empty(kind):
 
 mount("-t", "tmpfs", "-o", "mode=700,OPTIONS", "none", cache)
 for kind in KINDS:
-    for module in (nsjail_py.compiled.for_python, nsjail_py.compiled._for_program): module.cache_clear()
+    for module in (nsjail_py.compiled._for_python, nsjail_py.compiled._for_program): module.cache_clear()
     warm.close()
     empty(kind)
 assert seen, "there was room"

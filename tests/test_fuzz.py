@@ -38,6 +38,20 @@ def corpus(directory: Path) -> Path:
     return directory
 
 
+def lines_run(flags: list[str | Path], directory: Path, *corpora: Path) -> str:
+    """How much of plan.c the inputs go through that are worth keeping."""
+    program, raw, data = directory / "covering", directory / "raw", directory / "data"
+    profile = [f"-fprofile-instr-generate={raw}", "-fcoverage-mapping"]
+    subprocess.run(["clang", "-fsanitize=fuzzer", *profile, *flags, "-o", program, HERE / "blocks.c", NATIVE / "plan.c"], check=True)
+    subprocess.run([program, "-runs=0", "-max_len=65536", *corpora], capture_output=True, check=True)
+    subprocess.run(["llvm-profdata", "merge", "-o", data, raw], check=True)
+    said = subprocess.run(
+        ["llvm-cov", "report", f"-instr-profile={data}", program, NATIVE / "plan.c"], capture_output=True, text=True, check=True
+    )
+    regions, _, lines, *_ = re.findall(r"[\d.]+%", said.stdout.splitlines()[-1])
+    return f"{lines} of plan.c's lines, {regions} of its regions"
+
+
 def test_no_bytes_make_the_checks_of_plan_and_order_read_beyond_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, program, seeds = tmp_path / "found", tmp_path / "fuzz", corpus(tmp_path / "corpus")
     found.mkdir()
@@ -65,7 +79,11 @@ def test_no_bytes_make_the_checks_of_plan_and_order_read_beyond_them(tmp_path: P
     assert counted and int(counted[1]) > 1000, said[-2000:]
     with capsys.disabled():
         covered = re.findall(r"cov: (\d+)", said)
-        print(f" [{'libFuzzer' if built else 'mutations'}: {counted[1]} executions{f', {covered[-1]} edges' if covered else ''}]", end="")
+        reached = lines_run(flags[:-2], tmp_path, found, seeds) if built and shutil.which("llvm-cov") else ""
+        print(
+            f" [{'libFuzzer' if built else 'mutations'}: {counted[1]} executions{f', {covered[-1]} edges' if covered else ''}{f', {reached}' if reached else ''}]",
+            end="",
+        )
 
 
 JAIL = Jail("untrusted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import struct
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from nsjail_py.cli import parser
 
 VERSIONS = range(11, 15)
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "nsjail-launcher*", "results")
@@ -152,14 +155,11 @@ def test_the_compiler_and_its_flags_are_the_users_choice(source: Path, tmp_path:
 
 def test_the_help_of_dev_lists_every_command_that_it_knows() -> None:
     script = (ROOT / "dev").read_text()
-    known = {
-        word.strip()
-        for line in script.splitlines()
-        if line.startswith("    ") and line.endswith(";;")
-        for word in line.split(")")[0].split("|")
-    }
+    arms = re.findall(r"^    ([a-z| -]+)\)", script[script.index("case $command in") :], re.M)
+    known = {word.strip() for arm in arms for word in arm.split("|")}
     said = run("sh", ROOT / "dev", "help")
     commands = {word for word in known if word.isalpha() and word != "help"}
+    assert set(parser()._subparsers._group_actions[0].choices) <= commands  # those of nsjail-py, too
     assert {"setup", "run", "test", "check"} <= commands
     assert [word for word in commands if word not in said] == []
 

@@ -82,12 +82,23 @@ def test_cpythons_own_tests_pass_inside_as_they_pass_outside(name: str) -> None:
         pytest.skip("this interpreter was installed without CPython's tests, which Debian has in libpython3.N-testsuite")
     source, args = "from test.libregrtest.main import main; main()", ["-v", f"test_{name}"]
     mounts = [nsjail_py.Mount(source=str(folder), target=str(folder))]
-    inside = nsjail_py.run_python(
-        source, args=args, policy="moderate", mounts=mounts, memory="2G", wall_time="5m", cpu_time="5m", output="64M"
-    )
-    outside = subprocess.run([sys.executable, "-c", source, *args], capture_output=True, text=True, check=False, cwd="/tmp")
-    assert (outside.returncode, inside.verdict) == (0, "ok"), outside.stderr[-2000:] + inside.stderr[-3000:].decode()
-    assert ran(inside.stdout.decode() + inside.stderr.decode()) == ran(outside.stdout + outside.stderr) > 0
+    with subprocess.Popen(
+        [sys.executable, "-c", source, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/tmp"
+    ) as outside:
+        inside = nsjail_py.run_python(
+            source,
+            args=args,
+            policy="moderate",
+            mounts=mounts,
+            memory="2G",
+            wall_time="5m",
+            cpu_time="5m",
+            output="64M",
+            stderr=nsjail_py.STDOUT,
+        )
+        said = outside.communicate()[0]
+    assert (outside.returncode, inside.verdict) == (0, "ok"), said[-2000:] + inside.stdout[-3000:].decode()
+    assert ran(inside.stdout.decode()) == ran(said) > 0
 
 
 def ran(said: str) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pwd
+import secrets
 import shutil
 import socket
 import subprocess
@@ -217,7 +218,7 @@ def in_unit(*settings: str) -> str:
         (
             [*LOCKS, "ProtectSystem=strict", "Environment=NSJAIL_PY_CACHE=/var/cache/not-there"],
             "cache directory: Read-only file system (/var/cache/not-there); set NSJAIL_PY_CACHE to a directory of your own, or in a "
-            "systemd unit CacheDirectory=nsjail_py",
+            "systemd unit CacheDirectory=nsjail_py (nsjail_py-USER with User=)",
         ),
         (["SystemCallFilter=@system-service"], "SystemCallFilter= as `nsjail-py systemd unit` has it"),
         (["SystemCallFilter=@system-service", "SystemCallErrorNumber=EPERM"], "EPERM"),
@@ -259,7 +260,7 @@ def installed(tmp_path: Path) -> Iterator[Callable[..., str]]:
     made: list[Path] = []
 
     def install(*words: str) -> str:
-        name = f"nsjail-test-{os.getpid()}-{len(made)}"
+        name = f"nsjail-test-{secrets.token_hex(4)}"
         made.extend(UNITS / file.name for file in written(tmp_path, "--name", name, *words))
         for file in made:
             shutil.copy(tmp_path / file.name, file)
@@ -294,7 +295,9 @@ def test_a_written_unit_runs_its_program_in_a_jail_and_the_journal_says_how_it_w
 ) -> None:
     name = installed(*options, "moderate", "--", "/bin/sh", "-c", "echo out of $(id -u) >&2; exit 3")
     subprocess.run(["systemctl", "start", "--wait", name], check=False)
-    (entry,) = journal_of(f"{name}.service", NSJAIL_VERDICT="exit")
+    entries = journal_of(f"{name}.service", NSJAIL_VERDICT="exit")
+    assert entries, subprocess.run(["journalctl", "--quiet", "--unit", name], capture_output=True, text=True, check=True).stdout
+    (entry,) = entries
     assert (entry["NSJAIL_EXIT_CODE"], entry["NSJAIL_POLICY"], entry["NSJAIL_MODE"]) == (
         "3",
         "moderate",

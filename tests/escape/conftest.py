@@ -30,7 +30,8 @@ def nothing_is_left() -> Iterator[None]:
 
 def left() -> dict[str, list[str]]:
     """Of mounts only those of ours: others of this machine may come and go meanwhile."""
-    ours = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "nsjail" in line or "canary" in line]
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    ours = [line for line in lines if ("nsjail" in line or "canary" in line) and "/nsjail_py/vm/" not in line]
     shared = ("temporary files", "mounts")
     return {what: names for what, names in traces().items() if what not in shared} | {"mounts": ours}
 

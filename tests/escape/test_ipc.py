@@ -165,8 +165,10 @@ def test_a_terminal_that_the_caller_passes_is_only_written_to(how: str, wall: st
     owner = "import fcntl, os, sys, termios\nif os.fork(): os.wait(); sys.exit()\nos.setsid()\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\nprint('mine', flush=True)\nsys.stdin.read(1)"
     with subprocess.Popen([sys.executable, "-c", owner], stdin=slave, stdout=subprocess.PIPE) as session:
         assert session.stdout and session.stdout.readline() == b"mine\n"
-        held(inside(Attack("", how), wall, stdin=slave))
-        os.write(master, b"q\n")
+        try:
+            held(inside(Attack("", how), wall, stdin=slave))
+        finally:
+            os.write(master, b"q\n")  # else it waits for ever, and we for it
     result = inside(Attack("", "os.write(0, b'hello')"), wall, stdin=slave)
     assert result.verdict is Verdict.ok
 

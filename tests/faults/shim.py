@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 NATIVE = HERE.parent.parent / "native"
+CC = os.environ.get("FAULTS_CC", "gcc")
 ROLES = ("launcher", "init", "program")
 CANNOT_FAIL = frozenset(
     [
@@ -107,11 +108,11 @@ class Shim:
         sources = sorted(path for path in NATIVE.glob("*.c") if path.name not in ("probe.c", "template.c"))
         flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-stack-protector"]
         objects = [directory / f"{path.stem}.o" for path in sources]
-        compilers = [subprocess.Popen(["gcc", *flags, "-c", s, "-o", o]) for s, o in zip(sources, objects, strict=True)]
+        compilers = [subprocess.Popen([CC, *flags, "-c", s, "-o", o]) for s, o in zip(sources, objects, strict=True)]
         assert [compiler.wait() for compiler in compilers] == [0] * len(sources)
         symbols = [line.split()[-2:] for line in _output("nm", *objects).splitlines() if len(line.split()) >= 2]
         defined = {name for kind, name in symbols if kind != "U"}
-        calls = sorted({name for kind, name in symbols if kind == "U"} - defined - CANNOT_FAIL)
+        calls = sorted(name for name in {name for kind, name in symbols if kind == "U"} - defined - CANNOT_FAIL if "llvm" not in name)
         renamed = directory / "renamed"
         renamed.write_text("".join(f"{name} faulty_{name}\n" for name in calls))
         for path in objects:
@@ -119,7 +120,7 @@ class Shim:
         table = "".join(f"#define CALL_{name} {number}\n" for number, name in enumerate(calls))
         shim = directory / "shim.c"
         shim.write_text(table + (HERE / "shim.c").read_text() + "".join(map(_wrapper, sorted(set(calls) - {"syscall"}))))
-        subprocess.run(["gcc", *flags, "-fno-builtin", f'-DCONTROL="{control}"', "-static", shim, *objects, "-o", self.program], check=True)
+        subprocess.run([CC, *flags, "-fno-builtin", f'-DCONTROL="{control}"', "-static", shim, *objects, "-o", self.program], check=True)
         return calls
 
     def arm(self, point: Point | None, error: int = errno.ENOMEM) -> None:

@@ -1,0 +1,81 @@
+"""Line coverage of native/ by the suite: ./dev coverage. As a pytest plugin it gives each template a file for its counters; as a program
+it adds them up, and compares what no test reaches with uncovered.toml.
+
+    python line_coverage.py DIRECTORY
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parent.parent
+BUILT = TOP / "nsjail_py"
+LEAST = 85.0
+
+
+def pytest_configure(config: Any) -> None:
+    """A template's standard input and output are /dev/null: the one thing of the host's that it can open again."""
+    from nsjail_py import warm
+
+    directory, numbers = TOP / "build/coverage", itertools.count()
+
+    def opened(path: Any, mode: str = "r", *rest: Any) -> Any:
+        if path == os.devnull:
+            path = directory / f"template-{os.getpid()}-{next(numbers)}.profraw"
+            path.touch()
+            path.chmod(0o666)
+        return builtins.open(path, mode, *rest)
+
+    warm.open = opened  # type: ignore[attr-defined]
+
+
+def lines(directory: Path) -> dict[str, dict[int, int]]:
+    """How often each line of each file was run."""
+    raw = [path for path in directory.glob("*.profraw") if path.stat().st_size]
+    merged = directory / "all.profdata"
+    subprocess.run(["llvm-profdata", "merge", "--failure-mode=all", "-o", merged, *raw], check=True)
+    objects = [BUILT / "nsjail-launcher", BUILT / "_native.abi3.so", BUILT / "_template.abi3.so", *directory.glob("*.object")]
+    named = [word for path in objects[1:] for word in ("-object", str(path))]
+    command = ["llvm-cov", "export", "-format=lcov", "-instr-profile", merged, objects[0], *named]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, dict[int, int]] = {}
+    for line in said.splitlines():
+        kind, _, rest = line.partition(":")
+        if kind == "SF":
+            current = found.setdefault(Path(rest).name, {})
+        elif kind == "DA":
+            number, count = map(int, rest.split(","))
+            current[number] = max(current.get(number, 0), count)
+    return {name: counts for name, counts in sorted(found.items()) if (TOP / "native" / name).exists() and name.endswith(".c")}
+
+
+def main(directory: Path) -> int:
+    explained: dict[str, dict[str, str]] = tomllib.loads((HERE / "uncovered.toml").read_text())
+    total = covered = 0
+    wrong = []
+    for name, counts in lines(directory).items():
+        source = (TOP / "native" / name).read_text().splitlines()
+        missed = [number for number, count in sorted(counts.items()) if not count]
+        total, covered = total + len(counts), covered + len(counts) - len(missed)
+        reasons = explained.get(name, {})
+        open_questions = [number for number in missed if not any(text in source[number - 1] for text in reasons)]
+        print(f"{name:16}{100 * (1 - len(missed) / len(counts)):6.1f} %  {len(missed):4} lines not run, {len(open_questions)} unexplained")
+        wrong += [f"native/{name}:{number}: {source[number - 1].strip()}" for number in open_questions]
+    rate = 100 * covered / total
+    print(f"{'together':16}{rate:6.1f} %  of {total} lines")
+    print("\n".join(wrong))
+    (directory / "lines.json").write_text(json.dumps({"covered": covered, "total": total, "unexplained": wrong}))
+    return 1 if rate < LEAST or wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
