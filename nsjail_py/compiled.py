@@ -59,7 +59,7 @@ def _for_python(policy: Policy, host: Host) -> Compiled:
     found = interpreter.inspect(policy.python.interpreter)
     below = (*SYSTEM, found.prefix)
     points = _mountpoints(policy, below) if policy.root == "minimal" else ()
-    root = tree.python_tree(found, policy.python.imports, points)
+    root = tree.python_tree(found, policy.python.imports, points, policy.python.without)
     return _compile(policy, host, root, str(found.executable), None, with_files=True)
 
 
@@ -159,7 +159,7 @@ def _compile(
         rlimits=plan.rlimits(policy.limits, host.cgroup != "none"),
         label=label.decide(policy),
     )
-    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host), root.path if root else None)
+    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, protections(policy, host), root.path if root else None)
 
 
 def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:
@@ -201,8 +201,9 @@ ALWAYS = (
 )
 
 
-def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
-    """Each protection: asked for, and given or not. Raises Unavailable for one that is missing and not under best_effort."""
+def protections(policy: Policy, host: Host, *, judged: bool = False) -> tuple[Protection, ...]:
+    """Each protection: asked for, and given or not. Raises Unavailable for one that is missing and not under best_effort, unless the
+    policy is only judged (layers/posture.py)."""
     abi = host.landlock_abi
     wanted = dict.fromkeys(ALWAYS, True)
     wanted |= {f"{name}_namespace": name in policy.namespaces for name in NAMESPACES}
@@ -225,7 +226,7 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     if abi < landlock.SCOPE_ABI:
         lacks["landlock_scope"] = f"Landlock ABI {abi}; 6 (Linux 6.12) is needed"
     required = [name for name in lacks if wanted[name] and name not in policy.best_effort]
-    if required:
+    if required and not judged:
         reasons = "; ".join(f"{name}: {lacks[name]}" for name in required)
         raise Unavailable("protections", detail=reasons, advice=f"or list them under best_effort in policy {policy.name!r}")
     return tuple(

@@ -8,6 +8,7 @@ Made for use from any number of threads at once. aio.py has the same for asyncio
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ from .result import Result
 from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, ready, split
 
 if TYPE_CHECKING:
+    from .layers.audit import Page
     from .session import Session
     from .warm import Template, Templates
 
@@ -57,8 +59,10 @@ class Process:
         pass_fds: Sequence[int],
         stock: int,
         template: Template | None = None,
+        page: Page | None = None,
     ) -> None:
         self.compiled = compiled
+        self.page = page
         self.template = template
         """Kept alive by its jobs, to their end."""
         self.args = args
@@ -190,6 +194,9 @@ class Process:
             if self._lost:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
             self._result = to_result(self.reported, self._context())
+            if self.page is not None:
+                self._result = dataclasses.replace(self._result, audit=self.page.read())
+                self.page.close()
         return self._result
 
     def _context(self) -> Context:
@@ -254,6 +261,8 @@ class Jail:
             from .oci_backend import check
 
             check(self.policy, preload is not None)
+        if preload is not None and self.policy.python.audit != "off":
+            raise PolicyError('$.python.audit: a warm interpreter tells nothing: audit = "off", or no preload')
         if preload is not None:
             from .warm import Templates, with_imports
 
@@ -310,7 +319,14 @@ class Jail:
             return self._start_job(template, data, args, filename, streams, tuple(pass_fds))
         compiled = for_python(self.policy, self._host())
         argv = [compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
-        return self._start(compiled, argv, (OrderFile(filename, data),), streams, tuple(pass_fds))
+        files: tuple[OrderFile, ...] = (OrderFile(filename, data),)
+        page = None
+        if self.policy.python.audit != "off":
+            from .layers.audit import Page
+
+            page = Page(self.policy)
+            argv[2:2], files = page.arguments(), files + page.files()
+        return self._start(compiled, argv, files, streams, tuple(pass_fds), page=page)
 
     def _start_job(
         self, template: Template, data: bytes, args: Args, filename: str, streams: Sequence[Stream], pass_fds: tuple[int, ...]
@@ -381,8 +397,12 @@ class Jail:
         streams: Sequence[Stream],
         pass_fds: tuple[int, ...],
         template: Template | None = None,
+        page: Page | None = None,
     ) -> Process:
-        if any(not 3 <= fd < lib.MAX_FD_NUMBER for fd in pass_fds) or len(set(pass_fds)) > lib.MAX_FDS - 3:
+        extra = page.passed if page else ()
+        if any(not 3 <= fd < (extra[0][0] if extra else lib.MAX_FD_NUMBER) for fd in pass_fds) or len(
+            set(pass_fds)
+        ) > lib.MAX_FDS - 3 - len(extra):
             raise PolicyError(f"pass_fds: at most {lib.MAX_FDS - 3} descriptors with numbers from 3 to {lib.MAX_FD_NUMBER - 1}")
         numbers = sorted(set(pass_fds))
         for number in numbers:
@@ -391,8 +411,10 @@ class Jail:
             from .oci_backend import OciProcess
 
             return OciProcess(compiled, argv, files, Ends(*streams), numbers)
-        order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
-        return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
+        inside = [0, 1, 2, *numbers, *(number for number, _ in extra)]
+        order = compile_order(compiled.program, argv, environment(compiled.policy), files, inside)
+        passed = [*numbers, *(descriptor for _, descriptor in extra)]
+        return Process(compiled, order, argv, Ends(*streams), passed, self.stock, template, page)
 
 
 def environment(policy: Policy) -> dict[str, str]:

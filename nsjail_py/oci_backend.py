@@ -68,6 +68,15 @@ def check(policy: Policy, warm: bool) -> str:
     return path
 
 
+def lacks(policy: Policy) -> tuple[str, ...]:
+    """What the policy requires and its backend cannot give, or that there is none; for the posture."""
+    try:
+        check(policy, False)
+    except Unavailable as error:
+        return (f"backend: {error.detail}",)
+    return ()
+
+
 def _missing(policy: Policy, warm: bool) -> dict[str, str]:
     """What a policy requires and no runtime gives, and the line that gives it up."""
     wanted = {
@@ -82,6 +91,7 @@ def _missing(policy: Policy, warm: bool) -> dict[str, str]:
         "a kept work directory": (policy.workdir is not None, "no workdir"),
         "a user id of its own": (policy.own_uid and "own_uid" not in policy.best_effort, 'best_effort = ["own_uid"]'),
         "refusal of user namespaces within": ("nested_userns" not in policy.best_effort, 'best_effort = ["nested_userns"]'),
+        "telemetry of the interpreter": (policy.python.audit != "off", '[python] audit = "off"'),
         "preload": (warm, "no preload"),
     }
     return {name: line for name, (is_wanted, line) in wanted.items() if is_wanted}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -209,6 +210,14 @@ def _python(policy: Policy) -> Iterator[str]:
     for index, name in enumerate(policy.python.imports):
         if not name.strip() or "\0" in name:
             yield f"$.python.imports[{index}]: {_shown(name)} cannot be the name of a distribution"
+    if policy.python.without and policy.root != "minimal":
+        yield "$.python.without: only a minimal root is made of chosen modules"
+    for index, name in enumerate(policy.python.without):
+        if name not in sys.stdlib_module_names:
+            near = did_you_mean(name, sys.stdlib_module_names)
+            yield f"$.python.without[{index}]: {_shown(name)} is no module of the standard library{near}"
+        elif name in sys.builtin_module_names:
+            yield f"$.python.without[{index}]: {_shown(name)} is built into the interpreter and cannot be left out"
     if policy.python.scan_ignore:
         from .layers.rules import known
 

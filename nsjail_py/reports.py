@@ -79,6 +79,7 @@ def to_result(report: Any, context: Context) -> Result:
         timeline=timeline(report, context),
         mode=context.mode,
         policy=context.policy.name,
+        settled=context.policy,
         protections=tuple(found(report, protection) for protection in context.protections),
     )
 

@@ -52,6 +52,8 @@ MASKED = (
 )
 """Files and directories of /proc that tell about the host or reach into it."""
 
+AUDIT, AUDIT_INSIDE = Path(__file__).with_name("_audit.abi3.so"), "/.audit.so"
+"""The audit hook, for interpreters that are to tell."""
 SYSTEM_ETC = ("alternatives", "ld.so.cache")
 """What programs in /usr cannot do without: Debian's links to the chosen variants, and the loader's list of libraries."""
 
@@ -118,6 +120,8 @@ def build(policy: Policy, tree: Tree | None, program: tuple[str, str] | None, wi
     """
     root = Root()
     _base(root, policy, tree)
+    if with_files and policy.python.audit != "off":
+        root.bind(str(AUDIT), AUDIT_INSIDE, lasting=True)
     _devices(root)
     if policy.proc != "none":
         _proc(root, policy)
