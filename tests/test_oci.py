@@ -336,7 +336,7 @@ def under(runtime: str, bundle: Path, state: Path) -> subprocess.CompletedProces
             "sh",
             *command[1:],
         ]
-    return subprocess.run(command, capture_output=True, timeout=120, check=False)
+    return subprocess.run(command, input=b"", capture_output=True, timeout=120, check=False)  # /dev/null they would give away
 
 
 @needs_root
@@ -403,6 +403,14 @@ def test_limits_and_kills_hold_under_a_runtime(runtime: str) -> None:
         assert process.pid
         process.kill()
         assert process.wait(30).verdict == "killed"
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_a_runtime_gives_no_device_of_the_host_away(runtime: str) -> None:
+    with nsjail_py.Jail(backend(runtime)).start_python("import sys; print(sys.stdin.read() + 'x' * 100_000)") as process:
+        assert process.wait(60).ok
+    assert (os.stat("/dev/null").st_uid, os.stat("/dev/null").st_mode & 0o777) == (0, 0o666)
 
 
 @needs_root
