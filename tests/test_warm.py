@@ -144,7 +144,9 @@ def test_a_killed_template_is_replaced() -> None:
         assert jail.run_python("print(1)").ok
         [init] = [int(c) for c in Path(f"/proc/{launcher.current().pid}/task/{launcher.current().pid}/children").read_text().split()][-1:]
         os.kill(init, signal.SIGKILL)
-        time.sleep(0.2)
+        assert jail._templates and jail._templates._current
+        while jail._templates._current.alive:
+            time.sleep(0.01)
         assert jail.run_python("print(2)").stdout == b"2\n"
 
 
