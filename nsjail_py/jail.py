@@ -269,7 +269,8 @@ class Jail:
             if self.policy.apparmor or self.policy.selinux:
                 raise PolicyError("preload: a label comes with exec, and the jobs of a warm interpreter have none: leave one of them out")
             self.policy = with_imports(self.policy, tuple(preload))
-            self._templates = Templates(self.policy, tuple(preload))
+            if self.policy.python.aslr == "shared":
+                self._templates = Templates(self.policy, tuple(preload))
 
     def __enter__(self) -> Self:
         return self
