@@ -48,6 +48,8 @@ BEST_EFFORT = {
     "landlock_net": "Landlock for TCP",
     "landlock_scope": "Landlock for abstract sockets and signals",
     "nested_userns": "forbidding user namespaces within",
+    "apparmor": "the AppArmor profile",
+    "selinux": "the SELinux context",
 }
 
 
@@ -100,6 +102,10 @@ def _limited(policy: Policy) -> Iterator[str]:
     if policy.syscalls is not None:
         fails = "ends the run" if policy.syscalls.on_denied == "kill" else "fails with EPERM and is named in the result"
         yield f"Any other system call {fails}."
+    if policy.apparmor:
+        yield f"AppArmor holds it to the profile {policy.apparmor}."
+    if policy.selinux:
+        yield f"SELinux holds it to the context {policy.selinux}."
 
 
 def _hidden(policy: Policy) -> Iterator[str]:

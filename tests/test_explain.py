@@ -41,3 +41,6 @@ def test_own_additions_are_named():
     assert "/data" in section(policy, "allowed")
     assert "destroy or fill /data" in section(policy, "not stopped")
     assert "Nothing of its own limits memory" in section(policy, "not stopped")
+    labels = Policy(apparmor="own-profile", selinux="own_t", best_effort=("apparmor", "selinux"))
+    assert "own-profile" in section(labels, "limited") and "own_t" in section(labels, "limited")
+    assert "AppArmor profile; the SELinux context" in section(labels, "not stopped")
