@@ -19,7 +19,7 @@ from setuptools.errors import CompileError
 PACKAGE = "nsjail_py"
 LAUNCHER = "nsjail-launcher"
 NATIVE = Path("native")
-EXTENSION_ONLY = {"probe.c", "template.c"}
+EXTENSION_ONLY = {"probe.c", "template.c", "audit.c"}
 LAUNCHER_ONLY = {
     "launcher.c",
     "shelf.c",
@@ -33,14 +33,19 @@ LAUNCHER_ONLY = {
     "labelled.c",
     "probe.c",
 }
+FLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"]
 TEMPLATE = Extension(
     "nsjail_py._template",
-    sorted(str(path) for path in NATIVE.glob("*.c") if path.name not in LAUNCHER_ONLY),
-    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+    sorted(str(path) for path in NATIVE.glob("*.c") if path.name not in LAUNCHER_ONLY | {"audit.c"}),
+    extra_compile_args=FLAGS,
     define_macros=[("_GNU_SOURCE", None)],
     py_limited_api=True,
 )
 """Loaded inside, by the interpreters that jobs are forked from; so it is for any of them from 3.11 on."""
+AUDIT = Extension(
+    "nsjail_py._audit", ["native/audit.c"], extra_compile_args=FLAGS, define_macros=[("_GNU_SOURCE", None)], py_limited_api=True
+)
+"""Loaded inside, too, where a policy wants telemetry."""
 DIALECT = ["-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra"]
 HARDENING = ["-O2", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-Wl,-z,noexecstack", "-s"]
 STATIC = (["-static-pie", "-fPIE"], ["-static"])  # not every compiler can do the first, which also loads at a random address
@@ -93,7 +98,7 @@ class BuildWithPolicies(build_py):
 
 
 setup(
-    ext_modules=[TEMPLATE],
+    ext_modules=[TEMPLATE, AUDIT],
     cffi_modules=["native/build_native.py:ffibuilder"],
     cmdclass={"build_ext": BuildNative, "build_py": BuildWithPolicies},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

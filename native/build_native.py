@@ -5,7 +5,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = ("plan.h", "probe.h")
+HEADERS = ("plan.h", "probe.h", "audit.h")
 
 
 def declarations(header: str) -> str:

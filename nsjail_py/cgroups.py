@@ -226,9 +226,15 @@ def _delegated(own: Path, root: bool) -> Path | None:
         marked = any(_attribute(group, name) == b"1" for name in ("user.delegate", "trusted.delegate"))
         writable = all(os.access(group / file, os.W_OK) for file in ("cgroup.procs", "cgroup.subtree_control", "."))
         # Without systemd's mark ownership tells, but of root everything is writable, and nothing can be told.
-        if writable and (marked or (not root and not _of_a_manager(group) and _lineage_only(group))):
+        if writable and (marked or (not root and (_handed_over(group) if _of_a_manager(group) else _lineage_only(group)))):
             return group
     return None
+
+
+def _handed_over(unit: Path) -> bool:
+    from . import scope
+
+    return scope.delegates(unit.name)
 
 
 def _of_a_manager(group: Path) -> bool:
@@ -330,8 +336,9 @@ def _start(pid: int) -> str:
 
 
 def _view() -> str:
-    """In which namespaces a process number and its start mean what they mean here."""
-    return "-".join(str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("pid", "time"))
+    """Where process numbers and times of start mean the same: a time namespace shifts those in /proc, too."""
+    time = Path("/proc/self/ns/time")
+    return f"{Path('/proc/self/ns/pid').stat().st_ino}-{time.stat().st_ino if time.exists() else 0}"
 
 
 def _make(directory: Path) -> Path:

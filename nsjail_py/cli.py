@@ -46,6 +46,8 @@ LAYERS = {
 
 TOOLS = {
     "learn": "run a trusted script under observation, and write the smallest policy for it",
+    "bundle": "a policy and a program as an OCI runtime bundle, for crun, runc and runsc",
+    "seccomp": "an OCI seccomp profile as [syscalls] of a policy",
     "why": "what a result says was denied, and the lines of a policy that would allow it",
 }
 """Commands of toolcommands.py, in the same way."""

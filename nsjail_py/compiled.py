@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import cachedir, label, landlock, plan, rootfs
+from . import cachedir, hostinfo, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
@@ -47,6 +47,8 @@ class Host(NamedTuple):
 
 def for_python(policy: Policy, host: Host) -> Compiled:
     """For scripts: the order brings the script, the root has the interpreter."""
+    if policy.root.startswith("oci:"):
+        return _of_image(policy, host, policy.python.interpreter or "python3", with_files=True)
     return _standing(_for_python, policy, host)
 
 
@@ -57,15 +59,32 @@ def _for_python(policy: Policy, host: Host) -> Compiled:
     found = interpreter.inspect(policy.python.interpreter)
     below = (*SYSTEM, found.prefix)
     points = _mountpoints(policy, below) if policy.root == "minimal" else ()
-    root = tree.python_tree(found, policy.python.imports, points)
+    root = tree.python_tree(found, policy.python.imports, points, policy.python.without)
     return _compile(policy, host, root, str(found.executable), None, with_files=True)
 
 
 def for_program(policy: Policy, host: Host, name: str) -> Compiled:
     """For any program: looked up as a shell would, in the host's PATH. An outside program is shown at /app."""
+    if policy.root.startswith("oci:"):
+        return _of_image(policy, host, name, with_files=False)
     path = find(name)
     status = os.stat(path)
     return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+def _of_image(policy: Policy, host: Host, name: str, *, with_files: bool) -> Compiled:
+    """A program of the image that is the root, found as a shell inside would."""
+    from . import oci_image
+
+    return _from_image(policy, host, name, with_files, oci_image.identity(policy.root))
+
+
+@functools.lru_cache(maxsize=64)
+def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identity: tuple[object, ...]) -> Compiled:
+    from . import oci_image
+
+    program, real = oci_image.find(oci_image.unpacked(policy.root), name, PATH)
+    return _compile(policy, host, None, program, None, with_files=with_files, image=real)
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,7 +130,10 @@ def _mountpoints(policy: Policy, tops: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(point for point in points if any(rootfs.is_below(point, top.rstrip("/")) for top in tops)))
 
 
-def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool) -> Compiled:
+def _compile(
+    policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool, image: str = ""
+) -> Compiled:
+    """image: where a program of an image is on the host."""
     mounts = tuple(rootfs.build(policy, root, outside, with_files))
     bpf, unknown_from = b"", 0
     late: tuple[int, ...] = ()
@@ -121,12 +143,11 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         compiled = compile_filter(policy.syscalls)
         bpf, late, unknown_from = compiled.bpf, compiled.late, compiled.unknown_from
     if policy.landlock and not host.landlock_abi:
-        raise Unavailable(
-            "landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy"
-        )
+        reason, remedy = hostinfo.landlock_lack()
+        raise Unavailable("landlock", detail=reason, advice=f"{remedy}; or landlock = false in the policy")
     decided = landlock.Decision((0, 0, 0), [])
     if policy.landlock:
-        decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside), mounts)
+        decided = landlock.decide(policy, host.landlock_abi, _executables(program, (image, program) if image else outside), mounts)
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,
@@ -138,7 +159,7 @@ def _compile(policy: Policy, host: Host, root: Tree | None, program: str, outsid
         rlimits=plan.rlimits(policy.limits, host.cgroup != "none"),
         label=label.decide(policy),
     )
-    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, _protections(policy, host), root.path if root else None)
+    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, protections(policy, host), root.path if root else None)
 
 
 def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:
@@ -180,8 +201,9 @@ ALWAYS = (
 )
 
 
-def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
-    """Each protection: asked for, and given or not. Raises Unavailable for one that is missing and not under best_effort."""
+def protections(policy: Policy, host: Host, *, judged: bool = False) -> tuple[Protection, ...]:
+    """Each protection: asked for, and given or not. Raises Unavailable for one that is missing and not under best_effort, unless the
+    policy is only judged (layers/posture.py)."""
     abi = host.landlock_abi
     wanted = dict.fromkeys(ALWAYS, True)
     wanted |= {f"{name}_namespace": name in policy.namespaces for name in NAMESPACES}
@@ -204,7 +226,7 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
     if abi < landlock.SCOPE_ABI:
         lacks["landlock_scope"] = f"Landlock ABI {abi}; 6 (Linux 6.12) is needed"
     required = [name for name in lacks if wanted[name] and name not in policy.best_effort]
-    if required:
+    if required and not judged:
         reasons = "; ".join(f"{name}: {lacks[name]}" for name in required)
         raise Unavailable("protections", detail=reasons, advice=f"or list them under best_effort in policy {policy.name!r}")
     return tuple(
@@ -217,4 +239,4 @@ def _protections(policy: Policy, host: Host) -> tuple[Protection, ...]:
 
 @functools.lru_cache(maxsize=1)
 def landlock_abi() -> int:
-    return int(lib.probe_landlock_abi())
+    return max(0, int(lib.probe_landlock_abi()))

@@ -8,13 +8,15 @@ Made for use from any number of threads at once. aio.py has the same for asyncio
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
 import subprocess
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -30,6 +32,7 @@ from .result import Result
 from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, ready, split
 
 if TYPE_CHECKING:
+    from .layers.audit import Page
     from .session import Session
     from .warm import Template, Templates
 
@@ -56,8 +59,10 @@ class Process:
         pass_fds: Sequence[int],
         stock: int,
         template: Template | None = None,
+        page: Page | None = None,
     ) -> None:
         self.compiled = compiled
+        self.page = page
         self.template = template
         """Kept alive by its jobs, to their end."""
         self.args = args
@@ -66,6 +71,7 @@ class Process:
         self._result: Result | None = None
         self._exchange: Exchange | None = None
         self._lost = False
+        self._begin_ns, self._heard_ns = time.monotonic_ns(), 0
         try:
             self.launcher, self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
         except BaseException:
@@ -115,7 +121,7 @@ class Process:
         if report.kind == lib.REPORT_STARTED:
             self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
             return False
-        self.reported = report
+        self.reported, self._heard_ns = report, time.monotonic_ns()
         return True
 
     def _receive(self) -> bytes:
@@ -143,6 +149,15 @@ class Process:
         """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired; it may be called again then."""
         self.exchange(input).run(timeout)
         return self._finish()
+
+    def stream(self, input: bytes | None = None) -> Iterator[tuple[str, bytes]]:
+        """Feeds input and gives the output as it comes: ("stdout" or "stderr", bytes), to the end of the run; `wait` has the result then,
+        without what was given here. Beyond the policy's limit of output the run is ended, as in communicate."""
+        exchange = self.exchange(input)
+        while not self.reported:
+            exchange.wait(None)
+            yield from exchange.taken()
+        yield from exchange.taken()
 
     def exchange(self, input: bytes | None = None) -> Exchange:
         """The transfer of this run's streams, made on first use."""
@@ -179,13 +194,25 @@ class Process:
             if self._lost:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
             self._result = to_result(self.reported, self._context())
+            if self.page is not None:
+                self._result = dataclasses.replace(self._result, audit=self.page.read())
+                self.page.close()
         return self._result
 
     def _context(self) -> Context:
         done = self._exchange
-        parts = (b"".join(done.output["stdout"]), b"".join(done.output["stderr"]), done.cut["stdout"], done.cut["stderr"]) if done else ()
-        mode = self.launcher.claim.mode
-        return Context(self.compiled.policy, mode, self.compiled.mounts, self.compiled.protections, *parts)
+        context = Context(
+            self.compiled.policy,
+            self.launcher.claim.mode,
+            self.compiled.mounts,
+            self.compiled.protections,
+            begin_ns=self._begin_ns,
+            heard_ns=self._heard_ns,
+        )
+        if done is None:
+            return context
+        stdout, stderr = (b"".join(done.output[name]) for name in ("stdout", "stderr"))
+        return context._replace(stdout=stdout, stderr=stderr, stdout_cut=done.cut["stdout"], stderr_cut=done.cut["stderr"])
 
     def __enter__(self) -> Self:
         return self
@@ -230,6 +257,12 @@ class Jail:
         self._sessions: dict[float | None, Jail] = {}
         self._sessions_lock = threading.Lock()
         self._templates: Templates | None = None
+        if self.policy.backend != "native":
+            from .oci_backend import check
+
+            check(self.policy, preload is not None)
+        if preload is not None and self.policy.python.audit != "off":
+            raise PolicyError('$.python.audit: a warm interpreter tells nothing: audit = "off", or no preload')
         if preload is not None:
             from .warm import Templates, with_imports
 
@@ -258,7 +291,7 @@ class Jail:
         argv = [os.fspath(arg) for arg in args]
         if not argv:
             raise PolicyError("no program: the argument list is empty")
-        compiled = for_program(self.policy, self._host(), argv[0])
+        compiled = self.compiled_for(argv[0])
         return self._start(compiled, argv, (), (stdin, stdout, stderr), tuple(pass_fds))
 
     def start_python(
@@ -286,7 +319,14 @@ class Jail:
             return self._start_job(template, data, args, filename, streams, tuple(pass_fds))
         compiled = for_python(self.policy, self._host())
         argv = [compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
-        return self._start(compiled, argv, (OrderFile(filename, data),), streams, tuple(pass_fds))
+        files: tuple[OrderFile, ...] = (OrderFile(filename, data),)
+        page = None
+        if self.policy.python.audit != "off":
+            from .layers.audit import Page
+
+            page = Page(self.policy)
+            argv[2:2], files = page.arguments(), files + page.files()
+        return self._start(compiled, argv, files, streams, tuple(pass_fds), page=page)
 
     def _start_job(
         self, template: Template, data: bytes, args: Args, filename: str, streams: Sequence[Stream], pass_fds: tuple[int, ...]
@@ -341,6 +381,10 @@ class Jail:
         """Runs a Python script to its end and returns its result."""
         return _to_end(self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
 
+    def compiled_for(self, program: str) -> Compiled:
+        """What the policy comes to on this host for a program. Raises FileNotFoundError and PermissionError."""
+        return for_program(self.policy, self._host(), program)
+
     def _host(self) -> Host:
         claim = launcher.current().claim
         return Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi())
@@ -353,14 +397,24 @@ class Jail:
         streams: Sequence[Stream],
         pass_fds: tuple[int, ...],
         template: Template | None = None,
+        page: Page | None = None,
     ) -> Process:
-        if any(not 3 <= fd < lib.MAX_FD_NUMBER for fd in pass_fds) or len(set(pass_fds)) > lib.MAX_FDS - 3:
+        extra = page.passed if page else ()
+        if any(not 3 <= fd < (extra[0][0] if extra else lib.MAX_FD_NUMBER) for fd in pass_fds) or len(
+            set(pass_fds)
+        ) > lib.MAX_FDS - 3 - len(extra):
             raise PolicyError(f"pass_fds: at most {lib.MAX_FDS - 3} descriptors with numbers from 3 to {lib.MAX_FD_NUMBER - 1}")
         numbers = sorted(set(pass_fds))
         for number in numbers:
             no_directory(number)
-        order = compile_order(compiled.program, argv, environment(compiled.policy), files, [0, 1, 2, *numbers])
-        return Process(compiled, order, argv, Ends(*streams), numbers, self.stock, template)
+        if compiled.policy.backend != "native":
+            from .oci_backend import OciProcess
+
+            return OciProcess(compiled, argv, files, Ends(*streams), numbers)
+        inside = [0, 1, 2, *numbers, *(number for number, _ in extra)]
+        order = compile_order(compiled.program, argv, environment(compiled.policy), files, inside)
+        passed = [*numbers, *(descriptor for _, descriptor in extra)]
+        return Process(compiled, order, argv, Ends(*streams), passed, self.stock, template, page)
 
 
 def environment(policy: Policy) -> dict[str, str]:

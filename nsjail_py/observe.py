@@ -164,8 +164,8 @@ def _on_host(path: str, places: dict[str, str]) -> str:
 class ObservingJail(Jail):
     """A jail whose plans are marked as observed. Nothing else marks them."""
 
-    def _start(self, compiled: Any, *rest: Any) -> Process:
-        return super()._start(compiled._replace(plan=as_observed(compiled.plan)), *rest)
+    def _start(self, compiled: Any, *rest: Any, **more: Any) -> Process:
+        return super()._start(compiled._replace(plan=as_observed(compiled.plan)), *rest, **more)
 
 
 class Watch:

@@ -79,12 +79,18 @@ class Python(Struct, frozen=True, kw_only=True):
     interpreter: str | None = None
     """Absolute path of the interpreter; by default the one that runs nsjail_py."""
     imports: tuple[str, ...] = ()
-    """Installed distributions visible inside, with what they depend on. The standard library always is."""
+    """Installed distributions visible inside, with what they depend on. The standard library always is, but for `without`."""
+    without: tuple[str, ...] = ()
+    """Modules of the standard library that are not visible inside, in a minimal root (`["ctypes", "socket"]`). Those that are built into
+    the interpreter cannot be left out; neither can those that it needs to start."""
     project: str | None = None
     """Directory of the host shown read-only at /project and put on sys.path."""
     scan: Literal["off", "warn", "refuse"] = "off"
     """What is done before the start about what a script's text shows (layers.md): nothing, a warning for each finding, or a refusal of
     scripts with findings of high or medium severity. It costs one more jail, some 50 ms."""
+    audit: Literal["off", "report", "refuse"] = "off"
+    """Whether a script's interpreter tells what it imports, opens, connects to and starts (audit.md): `report` puts it into the result;
+    `refuse` also raises PermissionError, naming the line to change, where the filter would refuse without a word. Not for a warm one."""
     scan_ignore: tuple[str, ...] = ()
     """Names of rules that the scan leaves out."""
 
@@ -99,7 +105,11 @@ class Policy(Struct, frozen=True, kw_only=True):
     root: str = "minimal"
     """The file system inside. `minimal`: only the program, its shared libraries, for Python its standard library and the listed
     distributions; no shell. `system`: the host's /usr, read-only, and of its /etc only `alternatives` and `ld.so.cache`. `host`: every
-    directory of the host, read-only. Or the absolute path of a directory that holds a root file system."""
+    directory of the host, read-only. Or the absolute path of a directory that holds a root file system; or `oci:PATH[:TAG]`, a container
+    image: an OCI image layout, or the archive that `docker save` wrote. Programs are those of the image then."""
+    backend: str = "native"
+    """Who makes the jail. `native`: our own launcher. `oci:NAME`: an installed OCI runtime (`crun`, `runc`, `runsc`), by name or absolute
+    path, with the same view and limits as far as it can (oci.md); what it cannot give and the policy requires is an error."""
     mounts: tuple[Mount, ...] = ()
     """What else of the host is visible."""
     proc: Literal["pid", "masked", "none"] = "pid"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def value_problems(policy: Policy) -> list[str]:
     except UnicodeEncodeError as error:
         return [f"$: {_shown(error.object)} is not valid Unicode (a file name that is not UTF-8?), and a policy cannot hold it"]
     found: list[str] = []
-    for rule in (_names, _root, _mounts, _namespaces, _limits, _environment, _python, _syscalls, _labels):
+    for rule in (_names, _root, _backend, _mounts, _namespaces, _limits, _environment, _python, _syscalls, _labels):
         found += rule(policy)
     return found
 
@@ -115,12 +116,26 @@ def _names(policy: Policy) -> Iterator[str]:
 
 
 def _root(policy: Policy) -> Iterator[str]:
+    if policy.root.startswith("oci:"):
+        from .oci_image import parse
+
+        try:
+            parse(policy.root)
+        except ValueError as error:
+            yield f"$.root: {_shown(policy.root)} {error}"
+        return
     if policy.root.startswith("/"):
         yield from _path("$.root", policy.root)
         if not policy.root.strip("/"):
             yield '$.root: "/" is the host itself: write root = "host"'
     elif policy.root not in ROOTS:
         yield f"$.root: {_shown(policy.root)} is neither a known root nor an absolute path{did_you_mean(policy.root, ROOTS)}"
+
+
+def _backend(policy: Policy) -> Iterator[str]:
+    kind, _, runtime = policy.backend.partition(":")
+    if policy.backend != "native" and (kind != "oci" or not runtime or "\0" in runtime or ("/" in runtime and not runtime.startswith("/"))):
+        yield f"$.backend: {_shown(policy.backend)} is neither native nor oci:NAME with the name or the absolute path of a runtime"
 
 
 def _mounts(policy: Policy) -> Iterator[str]:
@@ -195,6 +210,14 @@ def _python(policy: Policy) -> Iterator[str]:
     for index, name in enumerate(policy.python.imports):
         if not name.strip() or "\0" in name:
             yield f"$.python.imports[{index}]: {_shown(name)} cannot be the name of a distribution"
+    if policy.python.without and policy.root != "minimal":
+        yield "$.python.without: only a minimal root is made of chosen modules"
+    for index, name in enumerate(policy.python.without):
+        if name not in sys.stdlib_module_names:
+            near = did_you_mean(name, sys.stdlib_module_names)
+            yield f"$.python.without[{index}]: {_shown(name)} is no module of the standard library{near}"
+        elif name in sys.builtin_module_names:
+            yield f"$.python.without[{index}]: {_shown(name)} is built into the interpreter and cannot be left out"
     if policy.python.scan_ignore:
         from .layers.rules import known
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 import base64
 import enum
 import signal as signals
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RunFailed
+
+if TYPE_CHECKING:
+    from .layers.audit import Audit
+    from .layers.posture import Posture
+    from .policy import Policy
 
 
 class Verdict(enum.StrEnum):
@@ -97,14 +102,30 @@ class Result:
     """Denied system calls by name, with how often each was tried."""
     setup_time: float
     """Seconds from the request to the start of the program."""
+    timeline: dict[str, float]
+    """Where the time went, in microseconds, one step after the other: `request` until the launcher had it, `cell` until the program
+    ran, `run`, `clear` until nothing of it was left, `report` until it was heard here."""
     mode: str
     """`root`, `delegated` or `rootless`."""
     policy: str
     protections: tuple[Protection, ...] = field(default=(), repr=False)
+    settled: Policy | None = field(default=None, repr=False, compare=False)
+    """The whole policy that it ran under."""
+    audit: Audit | None = field(default=None, repr=False)
+    """What the interpreter itself told, where the policy asks (`[python] audit`): its word, and so the program's."""
 
     @property
     def ok(self) -> bool:
         return self.verdict is Verdict.ok
+
+    @property
+    def posture(self) -> Posture | None:
+        """For which code the policy of this run is fit on this host, and what is left (`nsjail-py posture`), judged when asked for."""
+        if self.settled is None:
+            return None
+        from .layers.posture import of_policy
+
+        return of_policy(self.settled)
 
     @property
     def summary(self) -> str:
@@ -121,7 +142,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON. Output that is not UTF-8 is base64, and `stdout_encoding` says which it is."""
-        record = asdict(self)
+        record = asdict(replace(self, settled=None))
+        del record["settled"]
         record["verdict"] = str(self.verdict)
         for name in ("stdout", "stderr"):
             record[name], record[f"{name}_encoding"] = as_text(getattr(self, name))

@@ -52,6 +52,8 @@ MASKED = (
 )
 """Files and directories of /proc that tell about the host or reach into it."""
 
+AUDIT, AUDIT_INSIDE = Path(__file__).with_name("_audit.abi3.so"), "/.audit.so"
+"""The audit hook, for interpreters that are to tell."""
 SYSTEM_ETC = ("alternatives", "ld.so.cache")
 """What programs in /usr cannot do without: Debian's links to the chosen variants, and the loader's list of libraries."""
 
@@ -118,6 +120,8 @@ def build(policy: Policy, tree: Tree | None, program: tuple[str, str] | None, wi
     """
     root = Root()
     _base(root, policy, tree)
+    if with_files and policy.python.audit != "off":
+        root.bind(str(AUDIT), AUDIT_INSIDE, lasting=True)
     _devices(root)
     if policy.proc != "none":
         _proc(root, policy)
@@ -139,7 +143,12 @@ def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
     if policy.root == "system":
         shown = {name: Path("/", name) for name in ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")}
     elif policy.root != "minimal":
-        top = Path("/" if policy.root == "host" else policy.root)
+        if policy.root.startswith("oci:"):
+            from .oci_image import unpacked
+
+            top = unpacked(policy.root)
+        else:
+            top = Path("/" if policy.root == "host" else policy.root)
         if not top.is_dir():
             raise PolicyError(f"$.root: no directory {str(top)!r}; allowed: minimal, system, host, or the absolute path of a directory")
         shown = {name: top / name for name in sorted(os.listdir(top))}
@@ -160,7 +169,8 @@ def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
         if path.is_symlink():
             root.symlink(f"/{name}", os.readlink(path))
         elif path.is_dir() or path.is_file():
-            root.bind(str(path), f"/{name}", lasting=tree is not None and path.parent == tree.path)
+            ours = policy.root.startswith("oci:") or (tree is not None and path.parent == tree.path)
+            root.bind(str(path), f"/{name}", lasting=ours)
 
 
 def _devices(root: Root) -> None:

@@ -83,6 +83,16 @@ def never() -> list[str]:
     return list(_tables()["never"]["calls"])
 
 
+def absent() -> list[str]:
+    """The calls that seem not to exist under any filter."""
+    return list(_tables()["absent"]["calls"])
+
+
+def rules_of(syscalls: Syscalls) -> Rules:
+    """Every call that a policy allows, with its conditions. Raises PolicyError."""
+    return _rules(syscalls)
+
+
 def alternatives(name: str) -> Rules:
     """What a set (`@files`) or a single call allows: for each call its alternatives, an empty one where no argument is looked at."""
     rules: Rules = {}

@@ -1,4 +1,4 @@
-"""The commands of nsjail-py that make policies out of runs, and tell what became of them: learn, why. cli.py hands them over."""
+"""The commands of nsjail-py that make policies out of runs, explain results, and speak containers' formats. cli.py hands them over."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ MAX_SEEN = 64 * 1024**2
 LEARN = """Runs a script that you trust, twice, under observation (seccomp notification; the host's files read-only, no network but an own
 loopback), and writes the smallest policy that runs it, with the reason beside each entry. Its output goes to standard error.
 0: it came to its end; 1: it failed, and so the policy is for a run that failed."""
+BUNDLE = """Writes DIR/config.json and DIR/rootfs: the policy's view, limits and filter in the words of the OCI runtime specification.
+What it has no words for is told on standard error."""
+SECCOMP = """Prints [syscalls] for a policy that allows what an OCI seccomp profile allows, or less, and as comments where it is less."""
 WHY = """Says what a result, written by --report or --json, tells was denied, with the lines of a policy that would allow it and the risk of
 each. 0: nothing was denied; 1: something was."""
 
@@ -41,6 +44,15 @@ def parser() -> Parser:
     why.add_argument("--policy", metavar="NAME|FILE", help="the policy of that run, where it is not a shipped one")
     why.add_argument("--json", action="store_true", help="print one JSON object")
     why.set_defaults(act=command_why)
+    bundle = commands.add_parser("bundle", usage="nsjail-py bundle [--runtime NAME] POLICY DIR -- CMD [ARGS...]", description=BUNDLE)
+    bundle.add_argument("--runtime", choices=("crun", "runc", "runsc"), default="", help="for which runtime, where that matters")
+    bundle.add_argument("policy", metavar="POLICY", help="the name of a shipped policy, or a file")
+    bundle.add_argument("directory", metavar="DIR")
+    bundle.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CMD [ARGS...]")
+    bundle.set_defaults(act=command_bundle)
+    seccomp = commands.add_parser("seccomp", description=SECCOMP)
+    seccomp.add_argument("profile", metavar="FILE")
+    seccomp.set_defaults(act=command_seccomp)
     return top
 
 
@@ -88,6 +100,22 @@ def command_why(options: argparse.Namespace) -> int:
     record = [{**one._asdict(), "ways": [way._asdict() for way in one.ways]} for one in found]
     _print(json.dumps({"denials": record}, indent=2) if options.json else text(found))
     return DENIED if found else 0
+
+
+def command_bundle(options: argparse.Namespace) -> int:
+    from .oci_bundle import bundle
+
+    arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
+    for protection, reason in bundle(options.policy, options.directory, arguments, options.runtime).unavailable.items():
+        _print(f"not in the bundle: {protection}: {reason}", stream=2)
+    return 0
+
+
+def command_seccomp(options: argparse.Namespace) -> int:
+    from .oci_seccomp import load
+
+    _print(str(load(options.profile)), end="")
+    return 0
 
 
 def main(arguments: list[str]) -> int:

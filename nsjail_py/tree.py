@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -75,13 +76,16 @@ class Note(msgspec.Struct, frozen=True):
     stamps: tuple[Stamp, ...]
 
 
-def python_tree(interpreter: Interpreter, imports: tuple[str, ...] = (), mountpoints: tuple[str, ...] = ()) -> Tree:
+def python_tree(
+    interpreter: Interpreter, imports: tuple[str, ...] = (), mountpoints: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> Tree:
     """The interpreter, its libraries, its standard library and the listed distributions; no shell, no other program.
 
-    mountpoints: absolute paths that must exist in it, directories with a `/` at the end. Raises PolicyError for what cannot be shown,
-    SetupError when the tree cannot be written.
+    without: modules of the standard library that are left out. mountpoints: absolute paths that must exist in it, directories with a `/` at
+    the end. Raises PolicyError for what cannot be shown, SetupError when the tree cannot be written.
     """
-    question = ("python", interpreter, imports, mountpoints)
+    imports = tuple(name for name in imports if name not in sys.stdlib_module_names)
+    question = ("python", interpreter, imports, mountpoints, without)
     if known := _recall(question):
         return known
     from . import distributions
@@ -91,7 +95,7 @@ def python_tree(interpreter: Interpreter, imports: tuple[str, ...] = (), mountpo
             f"interpreter {interpreter.executable}: it lies in a directory that is the jail's own; use one installed elsewhere"
         )
     chosen = distributions.closure(interpreter, imports) if imports else []
-    library = {path: path for folder in interpreter.stdlib for path in _library(folder)}
+    library = {path: path for folder in interpreter.stdlib for path in _library(folder) if _module(path, folder) not in without}
     packages = {path: f"{interpreter.site}/{relative}" for one in chosen for path, relative in distributions.files(one)}
     modules = [path for path in (*library, *packages) if path.endswith(".so") or ".so." in os.path.basename(path)]
     needs = sorted(_closure([interpreter.executable], modules))
@@ -107,7 +111,7 @@ def python_tree(interpreter: Interpreter, imports: tuple[str, ...] = (), mountpo
         builder.libraries(named)
         builder.compile(interpreter)
 
-    return _remember(question, stamps, _tree("python", (interpreter, stamps), mountpoints, fill))
+    return _remember(question, stamps, _tree("python", (interpreter, stamps, without), mountpoints, fill))
 
 
 def program_tree(program: str, mountpoints: tuple[str, ...] = ()) -> Tree:
@@ -170,6 +174,14 @@ def _library(folder: str) -> list[str]:
         folders[:] = [name for name in folders if name not in UNWANTED and not name.startswith("config-")]
         found += [f"{here}/{name}" for name in names if not name.startswith(UNWANTED_FILES) and ".opt-" not in name]
     return [path for path in found if os.path.isfile(path)]
+
+
+def _module(path: str, folder: str) -> str:
+    """The module that a file of the standard library belongs to: `_socket` is a part of `socket`."""
+    parts = path[len(folder) :].strip("/").removeprefix("lib-dynload/").split("/")
+    if parts[0] == "__pycache__":
+        parts = parts[1:]
+    return parts[0].partition(".")[0].removeprefix("_") if parts else ""
 
 
 def _inside(path: str, site: str, chosen: Iterable[object]) -> str:

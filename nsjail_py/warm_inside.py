@@ -29,6 +29,7 @@ def template(preload: list[str]) -> Any:
     loader = importlib.machinery.ExtensionFileLoader("_template", f"/proc/self/fd/{EXTENSION}")
     extension: Any = importlib.util.module_from_spec(importlib.util.spec_from_loader("_template", loader))  # type: ignore[arg-type]
     loader.exec_module(extension)
+    sys.modules.pop("_template", None)  # a job sees no module that its view does not have
     os.close(EXTENSION)
     for name in preload:
         importlib.import_module(name)
@@ -115,10 +116,18 @@ def show(error: BaseException) -> None:
     while trace is not None and trace.tb_frame.f_code is job.__code__:
         trace = trace.tb_next
     error = error.with_traceback(trace)
+    hint(error)
     if sys.excepthook is sys.__excepthook__:
         traceback.print_exception(error)  # the other looks for the source on the disk
     else:
         sys.excepthook(type(error), error, trace)
+
+
+def hint(error: BaseException) -> None:
+    """Which line of the policy to change for a module that is not visible."""
+    top = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and top and top not in sys.stdlib_module_names:
+        error.add_note(f"Only what the policy lists is visible: [python] imports = [..., {top!r}]")
 
 
 def end(status: int) -> int:
@@ -140,4 +149,6 @@ if __name__ == "__main__":
         os._exit(0)
     make_unique()
     rehearse()
-    job(*extension.take())
+    taken = extension.take()
+    del extension
+    job(*taken)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,42 @@ def test_the_script_runs_with_the_line_that_is_printed(cli: list[str], tmp_path:
     listed = tomllib.loads(done.stdout)["imports"]
     assert listed == ["msgspec"]
     assert nsjail_py.run_python(script.read_bytes(), imports=tuple(listed)).stdout == b"b'[1]'\n"
+
+
+# ---------------------------------------------------------------- by the view
+
+
+@pytest.mark.parametrize("preload", [None, ("json",)], ids=["cold", "warm"])
+def test_what_the_policy_does_not_list_cannot_be_imported_nor_found_among_loaded_modules(preload: tuple[str, ...] | None) -> None:
+    source = """
+import sys
+loaded = {name.partition('.')[0] for name in sys.modules} - {'__main__'}
+print(sorted(loaded - set(sys.stdlib_module_names)))
+for name in ('numpy', 'msgspec', '_template', '_cffi_backend'):
+    try: print(__import__(name))
+    except ModuleNotFoundError: pass
+"""
+    with nsjail_py.Jail(preload=preload) as jail:
+        assert jail.run_python(source).check().stdout == b"[]\n"
+
+
+@pytest.mark.parametrize("options", [{"preload": ()}, {"audit": "report"}], ids=["warm", "audited"])
+def test_the_error_names_the_line_of_the_policy(options: dict[str, Any]) -> None:
+    with nsjail_py.Jail(**options) as jail:
+        told = jail.run_python("import numpy").stderr
+        assert told.splitlines()[-1] == b"Only what the policy lists is visible: [python] imports = [..., 'numpy']"
+        assert b"visible" not in jail.run_python("import json.nothing").stderr
+
+
+def test_modules_of_the_standard_library_can_be_left_out() -> None:
+    source = "import json\nfor name in ('ctypes', '_ctypes', 'socket', '_socket'):\n  try: print(__import__(name))\n  except ModuleNotFoundError: pass"
+    assert nsjail_py.run_python(source, without=["ctypes", "socket"], imports=["json"]).check().stdout == b""
+    with nsjail_py.Jail(without=["ctypes", "socket"], preload=["json"]) as jail:
+        assert jail.run_python(source).check().stdout == b""
+    assert nsjail_py.run_python("import ctypes, socket").ok
+
+
+@pytest.mark.parametrize("name", ["sys", "posix", "numpy", "sokcet"])
+def test_what_cannot_be_left_out_is_a_fault_of_the_policy(name: str) -> None:
+    with pytest.raises(nsjail_py.PolicyError, match=r"python\.without"):
+        nsjail_py.Jail(without=[name])

@@ -139,3 +139,17 @@ def test_the_command(cli: list[str], tmp_path: Path) -> None:
 def test_names_in_a_policy_are_escaped_in_the_page() -> None:
     found = changed(env_pass=("<script>",))
     assert "<script" not in as_html(found) and "&lt;script&gt;" in as_html(found)
+
+
+def test_a_result_refers_to_the_posture_of_its_policy() -> None:
+    result = nsjail_py.run_python("print(1)")
+    found = result.posture
+    assert found is not None and found == posture("untrusted") and found is nsjail_py.run_python("print(2)").posture
+    assert "settled" not in result.to_dict() and json.dumps(result.to_dict())
+
+
+def test_the_posture_says_when_a_backend_cannot_give_what_the_policy_requires() -> None:
+    from nsjail_py import policyfile
+
+    found = posture(replace(policyfile.load("untrusted"), backend="oci:no-such-runtime"))
+    assert any(one.startswith("backend: ") for one in found.refused)

@@ -3,6 +3,7 @@ what is left, and what to change for the next level. exposures.py has the rows."
 
 from __future__ import annotations
 
+import functools
 import os
 import textwrap
 from dataclasses import asdict, dataclass
@@ -10,8 +11,8 @@ from html import escape
 from typing import Any, Literal, NamedTuple, get_args
 
 from nsjail_py import compiled, launcher, syscalls
-from nsjail_py.policy import BestEffort, Policy
-from nsjail_py.policyfile import load, override
+from nsjail_py.policy import Policy
+from nsjail_py.policyfile import load
 
 from .exposures import EXPOSURES, HOLES, Exposure, Facts
 
@@ -82,17 +83,27 @@ def posture(policy: Policy | str | os.PathLike[str] = "untrusted") -> Posture:
     return Posture(settled.name, mode, level, exposure, rows, _holes(rows), above, changes, refused)
 
 
+@functools.lru_cache(maxsize=64)
+def of_policy(policy: Policy) -> Posture:
+    """The same, judged once: for results, which refer to it."""
+    return posture(policy)
+
+
 def _facts(policy: Policy) -> tuple[Facts, str, tuple[str, ...]]:
     """What the host gives, without failing where it gives too little."""
     claim = launcher.current().claim
     host = compiled.Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, compiled.landlock_abi())
-    found = compiled._protections(override(policy, best_effort=get_args(BestEffort)), host)
+    found = compiled.protections(policy, host, judged=True)
     states: dict[str, str] = {one.name: one.state for one in found}
     reasons = {one.name: one.reason for one in found if one.reason}
     if policy.landlock and not host.landlock_abi:
         states["landlock_fs"], reasons["landlock_fs"] = "unavailable", "this kernel has no Landlock"
     missing = [name for name, state in states.items() if state == "unavailable" and name not in policy.best_effort]
     refused = tuple(f"{name}: {reasons[name]}" for name in missing)
+    if policy.backend != "native":
+        from nsjail_py.oci_backend import lacks
+
+        refused += lacks(policy)
     calls = None if policy.syscalls is None else frozenset(syscalls.calls_of(policy.syscalls))
     return Facts(policy, states, reasons, calls), claim.mode, refused
 

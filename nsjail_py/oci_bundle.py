@@ -1,0 +1,190 @@
+"""A policy as an OCI runtime bundle: a directory with config.json and rootfs, for crun, runc and runsc. runtime-spec, config.md
+
+The same mount steps, rules and limits as for our own launcher, in the words of the specification. What it has no word for (Landlock, one
+limit over all that is written, refusing exec after the start, clocks) is listed: in `unavailable`, and as an annotation of the bundle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import oci_seccomp, plan
+from ._native import lib
+from .errors import PolicyError, Unavailable
+from .jail import Jail, environment
+from .launcher import UID_BASE, UID_BLOCK, UID_BLOCKS
+from .plan import INSIDE_ID, OrderFile
+from .policy import Policy
+from .rootfs import MountStep, is_below
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
+
+VERSION = "1.0.2"
+ID_BASE = UID_BASE + UID_BLOCK * UID_BLOCKS
+"""The host id that 0 inside is: above all of the launcher's."""
+NAMESPACES = {"user": "user", "mount": "mount", "pid": "pid", "net": "network", "ipc": "ipc", "uts": "uts", "cgroup": "cgroup"}
+RLIMITS = {value: name for name, value in vars(resource).items() if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"}
+DEV = {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "noexec", "strictatime", "mode=755", "size=64k"]}
+DEVPTS = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]
+THREADS = {"runsc": 256}
+"""What a runtime's own kernel has of threads, which count with the program's."""
+BEYOND = {
+    "landlock": "the specification has no word for Landlock",
+    "one_limit_for_files": "/work, /tmp and /dev/shm have the limit `disk` each, and not together; nothing limits their number",
+    "clocks": "wall_time and idle_time are kept by whoever runs it; cpu_time by RLIMIT_CPU, for each process",
+    "output": "is limited by whoever reads it",
+    "no_exec": "execve stays allowed: the runtime starts the program under the filter",
+    "own_uid": "all runs of bundles share one range of host ids",
+    "denied": "which calls were denied is not told",
+}
+
+
+class Bundle(NamedTuple):
+    """What was written."""
+
+    directory: Path
+    unavailable: dict[str, str]
+    """Protections of the policy that a runtime cannot give, and why."""
+
+
+def bundle(policy: Policy | str | os.PathLike[str], directory: str | os.PathLike[str], args: Sequence[str], runtime: str = "") -> Bundle:
+    """Writes a bundle that holds all it needs: a minimal root is copied into it. runtime: for which, where that matters (`runsc`).
+    Raises PolicyError, FileNotFoundError for no such program."""
+    if not args:
+        raise PolicyError("no program: the argument list is empty")
+    jail = Jail(policy)
+    compiled = jail.compiled_for(args[0])
+    return write(compiled, Path(directory), [compiled.program, *args[1:]], copied=True, runtime=runtime)
+
+
+def write(
+    compiled: Compiled,
+    directory: Path,
+    argv: Sequence[str],
+    files: Iterable[OrderFile] = (),
+    *,
+    copied: bool = False,
+    own_ids: bool = True,
+    runtime: str = "",
+) -> Bundle:
+    """config.json and rootfs. copied: the minimal root is copied, else mounted. own_ids: with a user namespace, which some runtimes cannot
+    have where the root lies in a directory of root's."""
+    if os.geteuid():
+        raise Unavailable("bundle", detail="its user ids are root's to give", advice="write it as root")
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        (directory / "rootfs").mkdir(mode=0o755)
+    except FileExistsError:
+        raise PolicyError(f"{directory}: there is a bundle already, or it is no directory") from None
+    config = _config(compiled, argv, own_ids, THREADS.get(runtime, 0))
+    root = directory / "rootfs"
+    config["mounts"] += [mount for step in compiled.mounts if (mount := _step(step, root, compiled.policy, copied, own_ids))]
+    for file in files:
+        (root / "app" / file.name).write_bytes(file.data)
+    unavailable = _unavailable(compiled.policy)
+    config["annotations"] = {"nsjail_py.policy": compiled.policy.name, "nsjail_py.unavailable": "; ".join(unavailable)}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return Bundle(directory, unavailable)
+
+
+def _config(compiled: Compiled, argv: Sequence[str], own_ids: bool, threads: int) -> dict[str, Any]:
+    policy = compiled.policy
+    ids = [{"containerID": 0, "hostID": ID_BASE, "size": INSIDE_ID + 1}]
+    names = [NAMESPACES[name] for name in policy.namespaces if name in NAMESPACES and (own_ids or name != "user")]
+    linux: dict[str, Any] = {
+        "namespaces": [{"type": name} for name in names],
+        "resources": _resources(policy, threads),
+        "maskedPaths": [step.target for step in compiled.mounts if step.kind == lib.MOUNT_MASK] or ["/proc/kcore", "/proc/keys"],
+        "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus"],
+        "rootfsPropagation": "private",
+    }
+    if own_ids:
+        linux |= {"uidMappings": ids, "gidMappings": ids}
+    if policy.syscalls is not None:
+        linux["seccomp"] = oci_seccomp.write(policy.syscalls, executes=True)
+    none: dict[str, list[str]] = {kind: [] for kind in ("bounding", "effective", "permitted", "inheritable", "ambient")}
+    user = INSIDE_ID if own_ids else ID_BASE + INSIDE_ID
+    process = {
+        "terminal": False,
+        "user": {"uid": user, "gid": user, "umask": 0o022},
+        "args": list(argv),
+        "env": [f"{name}={value}" for name, value in environment(policy).items()],
+        "cwd": "/work",
+        "capabilities": none,
+        "noNewPrivileges": True,
+        "rlimits": [
+            {"type": RLIMITS[kind], "hard": value, "soft": value} for kind, value in plan.rlimits(policy.limits, have_cgroup=True).items()
+        ],
+    }
+    return {
+        "ociVersion": VERSION,
+        "process": process,
+        "root": {"path": "rootfs", "readonly": True},
+        "hostname": policy.hostname if "uts" in policy.namespaces else "",
+        "mounts": [DEV],
+        "linux": linux,
+    }
+
+
+def _resources(policy: Policy, threads: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
+    if policy.limits.memory is not None:
+        found["memory"] = {"limit": policy.limits.memory, "swap": policy.limits.memory}
+    if policy.limits.processes is not None:
+        found["pids"] = {"limit": policy.limits.processes + threads}
+    return found
+
+
+def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bool) -> dict[str, Any] | None:
+    """One mount step: done in rootfs, or the mount that does it at the start."""
+    path = root / step.target.lstrip("/")
+    own = step.target == "/dev" or (is_below(step.target, "/dev") and step.target != "/dev/shm")
+    if own and step.kind != lib.MOUNT_DEVPTS:
+        if step.kind == lib.MOUNT_DIRECTORY and step.target == "/dev":
+            path.mkdir(exist_ok=True)
+        return None
+    if step.kind == lib.MOUNT_DIRECTORY:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    elif step.kind == lib.MOUNT_FILE:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    elif step.kind == lib.MOUNT_SYMLINK:
+        path.symlink_to(step.source)
+    elif step.kind == lib.MOUNT_BIND and copied and step.lasting:
+        shutil.copytree(step.source, path, symlinks=True, dirs_exist_ok=True)
+    elif step.kind == lib.MOUNT_BIND:
+        return _mount(step, "bind", step.source, ["rbind", "rw" if step.flags & lib.MOUNT_WRITABLE else "ro"])
+    elif step.kind == lib.MOUNT_PART and step.flags & lib.MOUNT_APP:
+        pass  # its files are in rootfs
+    elif step.kind == lib.MOUNT_PART:
+        user = INSIDE_ID if own_ids else ID_BASE + INSIDE_ID
+        size = [f"size={policy.limits.disk}"] if policy.limits.disk is not None else []
+        return _mount(step, "tmpfs", "tmpfs", [f"mode={step.mode:o}", f"uid={user}", f"gid={user}", *size])
+    elif step.kind == lib.MOUNT_PROC:
+        return _mount(step, "proc", "proc", [])
+    elif step.kind == lib.MOUNT_DEVPTS:
+        return {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": DEVPTS}
+    return None
+
+
+def _mount(step: MountStep, kind: str, source: str, options: list[str]) -> dict[str, Any]:
+    flags = ["nosuid", "nodev", *(["noexec"] if step.flags & lib.MOUNT_NOEXEC else [])]
+    return {"destination": step.target, "type": kind, "source": source, "options": [*options, *flags]}
+
+
+def _unavailable(policy: Policy) -> dict[str, str]:
+    wanted = dict(BEYOND)
+    if not policy.landlock:
+        del wanted["landlock"]
+    if policy.syscalls is None:
+        del wanted["denied"]
+    if policy.syscalls is None or policy.syscalls.exec:
+        del wanted["no_exec"]
+    return wanted

@@ -1,0 +1,483 @@
+"""Root file systems out of container images: an OCI image layout (a directory) or what `docker save` wrote (a .tar), in the cache.
+
+The archive is the enemy's. Nothing in it is followed on the host: every component of an entry's name is looked up beneath the new root,
+symbolic links included, as the kernel would inside. Entries with absolute names, `..`, devices, links that leave the tree, more bytes or
+entries than an image has, and layers that are not the ones that the image names by their digest are refused, by name, and nothing is kept.
+Owners, set-id bits and extended attributes are not taken over. opencontainers/image-spec, layer.md and manifest.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn, cast
+
+import msgspec
+
+from . import cachedir
+from .errors import PolicyError
+
+PREFIX = "oci:"
+FORMAT = 1
+REF_NAME = "org.opencontainers.image.ref.name"
+MAX_JSON = 4 * 1024**2
+MAX_BYTES = 8 * 1024**3
+"""Of all that one image unpacks to."""
+MAX_ENTRIES = 1_000_000
+MAX_LAYERS = 200
+MAX_HEADER = MAX_JSON
+"""Of what stands before an entry (long names, attributes), which is read into memory."""
+MAX_LINKS = 40
+DEEPEST = 256
+WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
+INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+ARCHES = {"x86_64": "amd64", "aarch64": "arm64"}
+DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+LAYER_NAME = re.compile(r"[\w./-]{1,255}", re.A)
+
+
+class Place(NamedTuple):
+    """Where an image is, as a policy says it."""
+
+    path: str
+    tag: str | None
+
+
+class Layer(NamedTuple):
+    """One layer: a tar archive, perhaps compressed."""
+
+    name: str
+    diff_id: str
+    """SHA-256 of what it unpacks to."""
+    open: Callable[[], contextlib.AbstractContextManager[IO[bytes]]]
+
+
+def parse(root: str) -> Place:
+    """`oci:DIR[:TAG]`. Raises ValueError."""
+    path, colon, tag = root.removeprefix(PREFIX).rpartition(":")
+    if not colon or "/" in tag:
+        path, tag = root.removeprefix(PREFIX), ""
+    if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
+        raise ValueError("must be oci:PATH or oci:PATH:TAG, with an absolute path")
+    return Place(os.path.normpath(path), tag or None)
+
+
+def unpacked(root: str) -> Path:
+    """The directory that an image is unpacked in, from the cache or made now. Raises PolicyError with the entry that is at fault."""
+    place = parse(root)
+    try:
+        with _source(place) as (key, layers):
+            target = cachedir.directory("images") / hashlib.sha256(f"{FORMAT} {key}".encode()).hexdigest()[:32]
+            if not target.is_dir():
+                _unpack(layers, target)
+            return target
+    except (OSError, tarfile.TarError, EOFError, zlib.error, msgspec.DecodeError, RecursionError, OverflowError) as error:
+        raise PolicyError(f"$.root: {place.path}: {getattr(error, 'strerror', None) or error}") from None
+    except Refused as error:
+        raise PolicyError(f"$.root: {place.path}: {error}") from None
+
+
+class Refused(Exception):
+    """Something in an image is not as it has to be."""
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise Refused(f"{name!r:.200}: {why}")
+
+
+# ---------------------------------------------------------------- which layers
+
+
+@contextlib.contextmanager
+def _source(place: Place) -> Iterator[tuple[str, list[Layer]]]:
+    """A name for the content, and the layers, lowest first."""
+    if os.path.isdir(place.path):
+        yield _layout(Path(place.path), place.tag)
+        return
+    with open(place.path, "rb") as file, tarfile.open(mode="r:", fileobj=cast("IO[bytes]", Bounded(file))) as archive:
+        members: dict[str, tarfile.TarInfo] = {}
+        for member in archive:
+            if len(members) >= MAX_ENTRIES:
+                _refuse(member.name, f"more than {MAX_ENTRIES} entries")
+            members[member.name] = member
+        yield _saved(archive, members, place.tag)
+
+
+def _json(data: bytes, name: str) -> Any:
+    if len(data) > MAX_JSON:
+        _refuse(name, f"larger than {MAX_JSON} bytes")
+    return msgspec.json.decode(data)
+
+
+def _layout(top: Path, tag: str | None) -> tuple[str, list[Layer]]:
+    """An OCI image layout: index, manifest, configuration, layers, each named by its digest."""
+
+    def blob(descriptor: Any) -> Path:
+        match = DIGEST.fullmatch(str(descriptor["digest"]))
+        if not match:
+            _refuse(str(descriptor["digest"]), "only sha256 digests are known")
+        path = top / "blobs" / "sha256" / match[1]
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            _refuse(f"blobs/sha256/{match[1]}", "is no regular file")
+        return path
+
+    def checked(descriptor: Any) -> Any:
+        path = blob(descriptor)
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+        if hashlib.sha256(data[: MAX_JSON + 1]).hexdigest() != path.name:
+            _refuse(f"blobs/sha256/{path.name}", "is not what its digest says")
+        return _json(data, path.name)
+
+    with (top / "index.json").open("rb") as file:
+        found = _choose(_json(file.read(MAX_JSON + 1), "index.json"), tag)
+    for _ in range(3):
+        if found.get("mediaType") not in INDEXES:
+            break
+        found = _choose(checked(found), None)
+    manifest = checked(found)
+    diff_ids = _diff_ids(checked(manifest["config"]))
+    layers = [Layer(str(one["digest"]), diff_id, _opener(blob(one))) for one, diff_id in _paired(manifest["layers"], diff_ids)]
+    return str(found["digest"]), layers
+
+
+def _opener(path: Path) -> Callable[[], IO[bytes]]:
+    return lambda: path.open("rb")
+
+
+def _choose(index: Any, tag: str | None) -> Any:
+    """The manifest of a tag, for this machine."""
+    try:
+        entries = [one for one in index["manifests"] if isinstance(one, dict)]
+        if tag is not None:
+            entries = [one for one in entries if (one.get("annotations") or {}).get(REF_NAME) in (tag, *([f"latest:{tag}"]))]
+        arch = ARCHES.get(os.uname().machine)
+        mine = [one for one in entries if (one.get("platform") or {}).get("architecture", arch) == arch]
+    except (KeyError, TypeError, AttributeError):
+        _refuse("index.json", "is no index of images")
+    if not mine:
+        _refuse("index.json", f"has no image {'' if tag is None else f'with the tag {tag!r} '}for this machine")
+    if len({str(one.get("digest")) for one in mine}) > 1:
+        tags = [str((one.get("annotations") or {}).get(REF_NAME)) for one in mine][:9]
+        _refuse("index.json", f"has several images; name one: {', '.join(tags)}")
+    return mine[0]
+
+
+def _saved(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], tag: str | None) -> tuple[str, list[Layer]]:
+    """What `docker save` writes: manifest.json, one configuration and one archive of layers for each image."""
+
+    def take(name: str, most: int) -> bytes:
+        member = members.get(name)
+        if member is None or not member.isreg():
+            _refuse(name, "is missing, or no regular file")
+        if member.size > most:
+            _refuse(name, f"larger than {most} bytes")
+        file = archive.extractfile(member)
+        return file.read(most) if file else b""
+
+    images = _json(take("manifest.json", MAX_JSON), "manifest.json")
+    try:
+        wanted = [one for one in images if tag is None or any(str(name).rpartition(":")[2] == tag for name in one.get("RepoTags") or ())]
+        if len(wanted) != 1:
+            _refuse(
+                "manifest.json", f"has {len(wanted)} images {'in all' if tag is None else f'with the tag {tag!r}'}; name one by its tag"
+            )
+        names, config = [str(name) for name in wanted[0]["Layers"]], take(str(wanted[0]["Config"]), MAX_JSON)
+    except (KeyError, TypeError, AttributeError):
+        _refuse("manifest.json", "is no list of images")
+    diff_ids = _diff_ids(_json(config, "configuration"))
+    layers = []
+    for name, diff_id in _paired(names, diff_ids):
+        member = members.get(name)
+        if member is None or not member.isreg():
+            _refuse(name, "is missing, or no regular file")
+        layers.append(Layer(name, diff_id, _member(archive, member)))
+    return hashlib.sha256(config).hexdigest(), layers
+
+
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[], IO[bytes]]:
+    return lambda: archive.extractfile(member) or io.BytesIO()
+
+
+def _diff_ids(config: Any) -> list[str]:
+    try:
+        found = [str(one) for one in config["rootfs"]["diff_ids"]]
+    except (KeyError, TypeError):
+        _refuse("configuration", "does not name the layers")
+    if not all(map(DIGEST.fullmatch, found)):
+        _refuse("configuration", "names layers by something else than sha256")
+    return found
+
+
+def _paired(layers: Any, diff_ids: list[str]) -> list[tuple[Any, str]]:
+    if not isinstance(layers, list) or len(layers) != len(diff_ids) or len(layers) > MAX_LAYERS:
+        _refuse("manifest", f"has not as many layers as its configuration, or more than {MAX_LAYERS}")
+    return list(zip(layers, diff_ids, strict=True))
+
+
+# ---------------------------------------------------------------- unpacking
+
+
+class Bounded:
+    """A file that is read in reasonable pieces only: tarfile takes what stands before an entry in one, however long it says that it is."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise Refused(f"a header of {size} bytes")
+        return self.file.read(size)
+
+
+class Hashed:
+    """A layer as it unpacks: counted, and its digest taken."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self.file, self.name = file, name
+        self.digest, self.count = hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            _refuse(self.name, f"a header of {size} bytes")
+        data = self.file.read(size)
+        self.count += len(data)
+        if self.count > MAX_BYTES:
+            _refuse(self.name, f"unpacks to more than {MAX_BYTES} bytes")
+        self.digest.update(data)
+        return data
+
+
+def _unpack(layers: list[Layer], target: Path) -> None:
+    """Under another name first: what has its name is whole."""
+    work = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+    try:
+        root = Root(work)
+        for layer in layers:
+            _apply(root, layer)
+        work.chmod(0o755)
+        with contextlib.suppress(FileExistsError):
+            work.rename(target)
+    finally:
+        if work.exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _apply(root: Root, layer: Layer) -> None:
+    with layer.open() as packed, _plain(packed, layer.name) as file:
+        hashed = Hashed(file, layer.name)
+        added: set[str] = set()
+        with tarfile.open(fileobj=hashed, mode="r|", bufsize=64 * 1024) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                root.entry(archive, member, added)
+        while hashed.read(64 * 1024):
+            pass
+        if f"sha256:{hashed.digest.hexdigest()}" != layer.diff_id:
+            _refuse(layer.name, "is not the layer that the image names")
+
+
+@contextlib.contextmanager
+def _plain(file: IO[bytes], name: str) -> Iterator[IO[bytes]]:
+    """A layer without its compression, which its first bytes tell."""
+    head = file.read(4)
+    file.seek(0)
+    if head[:2] == b"\x1f\x8b":
+        with gzip.GzipFile(fileobj=file) as plain:
+            yield plain  # type: ignore[misc]
+    elif head == b"\x28\xb5\x2f\xfd":
+        _refuse(name, "is compressed with zstd, which this Python cannot read; `skopeo copy` or `docker save` gives another form")
+    else:
+        yield file
+
+
+class Root:
+    """The new root. Nobody else writes there meanwhile, and no path that is used on the host has a link in it."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = str(top)
+        self.bytes = self.entries = 0
+
+    def entry(self, archive: tarfile.TarFile, member: tarfile.TarInfo, added: set[str]) -> None:
+        name = member.name
+        parts = self._parts(name, name)
+        self.entries += 1
+        self.bytes += max(0, member.size)
+        if self.entries > MAX_ENTRIES or self.bytes > MAX_BYTES:
+            _refuse(name, f"with it, the image has more than {MAX_ENTRIES} entries or {MAX_BYTES} bytes")
+        if not parts:
+            return
+        base = parts[-1]
+        parent = self.directory(parts[:-1], name)
+        if base.startswith(WHITEOUT):
+            self._whiteout(parent, base, name, added)
+            return
+        path = os.path.join(parent, base)
+        if member.isdir():
+            self._make_directory(path, member)
+        elif member.isreg():
+            self._write(archive, member, self._clear(path))
+        elif member.issym():
+            self._link(member, parts, self._clear(path))
+        elif member.islnk():
+            self._hard_link(member, path)
+        else:
+            _refuse(name, "is a device, a pipe or something else that no root needs")
+        added.add(path)
+
+    @staticmethod
+    def _parts(path: str, name: str) -> list[str]:
+        """The components of a path that the entry of this name has."""
+        if path.startswith("/"):
+            _refuse(name, "is absolute")
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if ".." in parts or "\0" in path:
+            _refuse(name, "leads out of the tree")
+        if len(parts) > DEEPEST or any(len(os.fsencode(part)) > 255 for part in parts):
+            _refuse(name, "is nested too deeply, or too long")
+        return parts
+
+    def directory(self, parts: list[str], name: str, make: bool = True) -> str:
+        """The directory that these components lead to inside, as a path of the host without links; made where it is missing."""
+        here: list[str] = []
+        rest, followed = list(reversed(parts)), 0
+        while rest:
+            part = rest.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                here = here[:-1]  # as the kernel does at the root of a file system
+                continue
+            path = os.path.join(self.top, *here, part)
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:
+                if not make:
+                    _refuse(name, "leads to what is not there")
+                os.mkdir(path, 0o755)
+                mode = stat.S_IFDIR
+            if stat.S_ISLNK(mode):
+                followed += 1
+                text = os.readlink(path)
+                if followed > MAX_LINKS:
+                    _refuse(name, "goes through too many links")
+                here = [] if text.startswith("/") else here
+                rest += reversed(text.split("/"))
+            elif stat.S_ISDIR(mode):
+                here.append(part)
+            else:
+                _refuse(name, "goes through what is no directory")
+            if len(here) + len(rest) > 4 * DEEPEST:
+                _refuse(name, "is nested too deeply")
+        return os.path.join(self.top, *here)
+
+    @staticmethod
+    def _clear(path: str) -> str:
+        """What an earlier layer has there goes."""
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.lstat(path).st_mode):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+        return path
+
+    def _make_directory(self, path: str, member: tarfile.TarInfo) -> None:
+        if not (os.path.lexists(path) and stat.S_ISDIR(os.lstat(path).st_mode)):
+            os.mkdir(self._clear(path))
+        os.chmod(path, (member.mode & 0o1777) | 0o700)
+
+    @staticmethod
+    def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
+        if member.issparse():
+            _refuse(member.name, "is a sparse file, whose size says nothing")
+        source = archive.extractfile(member)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb") as file:
+            if source is not None:
+                shutil.copyfileobj(source, file, 256 * 1024)
+            os.fchmod(file.fileno(), member.mode & 0o777)
+            os.utime(file.fileno(), (0, max(0, min(int(member.mtime), 2**31))))
+
+    @staticmethod
+    def _link(member: tarfile.TarInfo, parts: list[str], path: str) -> None:
+        """Its text is for the inside. One that climbs above the root could only be meant for the outside."""
+        depth = len(parts) - 1
+        for part in member.linkname.split("/") if not member.linkname.startswith("/") else ():
+            depth += -1 if part == ".." else part not in ("", ".")
+            if depth < 0:
+                _refuse(member.name, f"is a link out of the tree, to {member.linkname!r:.100}")
+        os.symlink(member.linkname, path)
+
+    def _hard_link(self, member: tarfile.TarInfo, path: str) -> None:
+        parts = self._parts(member.linkname.removeprefix("/"), member.name)
+        if not parts:
+            _refuse(member.name, "is a link to nothing")
+        source = os.path.join(self.directory(parts[:-1], member.name, make=False), parts[-1])
+        if not os.path.lexists(source) or stat.S_ISDIR(os.lstat(source).st_mode):
+            _refuse(member.name, f"is a link to {member.linkname!r:.100}, which is no file of the image")
+        if source != path:
+            os.link(source, self._clear(path), follow_symlinks=False)
+
+    def _whiteout(self, parent: str, base: str, name: str, added: set[str]) -> None:
+        """What lower layers have is hidden by the upper one."""
+        if base == OPAQUE:
+            for below in os.listdir(parent):
+                if os.path.join(parent, below) not in added:
+                    self._clear(os.path.join(parent, below))
+            return
+        hidden = base.removeprefix(WHITEOUT)
+        if hidden in ("", ".", ".."):
+            _refuse(name, "hides nothing that could be")
+        if os.path.join(parent, hidden) not in added:
+            self._clear(os.path.join(parent, hidden))
+
+
+def identity(root: str) -> tuple[object, ...]:
+    """What is another when the image behind a name is."""
+    path = parse(root).path
+    return tuple((status.st_ino, status.st_size, status.st_mtime_ns) for name in ("", "index.json") if (status := _status(path, name)))
+
+
+def _status(path: str, name: str) -> os.stat_result | None:
+    with contextlib.suppress(OSError):
+        return os.stat(os.path.join(path, name) if name else path)
+    return None
+
+
+def find(top: Path, name: str, search: str) -> tuple[str, str]:
+    """A program's path inside an image, and its file on the host. Raises FileNotFoundError (the shell's 127) and PermissionError (126)."""
+    root = Root(top)
+    for place in [""] if "/" in name else search.split(":"):
+        path = os.path.normpath(f"/{place}/{name}".replace("//", "/"))
+        try:
+            folder = root.directory(path.strip("/").split("/")[:-1], path, make=False)
+            real = _final(root, os.path.join(folder, os.path.basename(path)))
+        except (Refused, OSError):
+            continue
+        mode = os.stat(real, follow_symlinks=False).st_mode
+        if not stat.S_ISREG(mode) or not mode & 0o111:
+            raise PermissionError(13, "not a program that can be executed", name)
+        return path, real
+    raise FileNotFoundError(2, "no such program in the image", name)
+
+
+def _final(root: Root, path: str) -> str:
+    """Follows links at the end of a path, inside."""
+    for _ in range(MAX_LINKS):
+        if not stat.S_ISLNK(os.lstat(path).st_mode):
+            return path
+        text = os.readlink(path)
+        here = [] if text.startswith("/") else path[len(root.top) :].strip("/").split("/")[:-1]
+        parts = [*here, *text.strip("/").split("/")]
+        path = os.path.join(root.directory(parts[:-1], path, make=False), parts[-1])
+    raise Refused("too many links")

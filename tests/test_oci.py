@@ -1,0 +1,448 @@
+"""Formats of containers: seccomp profiles, images as roots, bundles, and runs under an installed runtime."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import IS_ROOT, ROOT
+from msgspec.structs import replace
+
+import nsjail_py
+from nsjail_py import cachedir, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
+from nsjail_py.policy import Policy, Syscalls
+
+PROFILE = ROOT / "tests" / "container_seccomp.json"
+RUNTIMES = ("crun", "runc", "runsc")
+HYBRID = os.path.exists("/sys/fs/cgroup/memory") and os.path.exists("/sys/fs/cgroup/unified")
+
+
+# ---------------------------------------------------------------- seccomp profiles
+
+
+def test_a_container_engine_s_profile_becomes_a_policy_that_runs_programs(cli: list[str], tmp_path: Path) -> None:
+    text = str(oci_seccomp.load(PROFILE))
+    (tmp_path / "p.toml").write_text(f'extends = "moderate"\n{text}')
+    assert policyfile.check(tmp_path / "p.toml") == []
+    result = nsjail_py.run_python("import subprocess; print(6*7)\nsubprocess.run(['/bin/true'])", policy=tmp_path / "p.toml", root="system")
+    assert result.ok and result.denied == {}, result
+    done = subprocess.run([*cli, "seccomp", str(PROFILE)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == text
+
+
+def test_the_policy_never_allows_more_than_the_profile() -> None:
+    profile = json.loads(PROFILE.read_text())
+    named = {
+        name
+        for rule in profile["syscalls"]
+        for name in rule["names"]
+        if rule["action"] == "SCMP_ACT_ALLOW" and "caps" not in rule.get("includes", {})
+    }
+    found = oci_seccomp.load(PROFILE).syscalls
+    assert set(syscalls.calls_of(found)) <= named
+    assert not set(syscalls.calls_of(found)) & {"mount", "bpf", "clone3", "ptrace", "reboot"}
+    assert len(syscalls.calls_of(found)) > 200
+
+
+@pytest.mark.parametrize(
+    ("rule", "entry", "there"),
+    [
+        ({"names": ["socket", "bind", "connect", "listen", "accept", "accept4"]}, "@inet-sockets", False),  # without what the set brings along
+        ({"names": ["mkdir"]}, "mkdir", True),
+        ({"names": ["mkdir"], "includes": {"caps": ["CAP_SYS_ADMIN"]}}, "mkdir", False),
+        ({"names": ["mkdir"], "args": [{"index": 1, "value": 1, "op": "SCMP_CMP_EQ"}]}, "mkdir", False),
+        ({"names": ["clone", "sched_getaffinity"]}, "@threads", True),
+        ({"names": ["clone", "sched_getaffinity"], "args": [{"index": 0, "value": 5, "op": "SCMP_CMP_EQ"}]}, "@threads", False),
+        ({"names": ["mkdir"], "action": "SCMP_ACT_ERRNO"}, "mkdir", False),
+    ],
+)  # fmt: skip
+def test_conditions_of_a_profile_make_the_policy_narrower_and_never_wider(rule: dict[str, object], entry: str, there: bool) -> None:
+    rule = {"action": "SCMP_ACT_ALLOW", **rule}
+    profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [rule]}
+    assert (entry in oci_seccomp.read(json.dumps(profile).encode()).syscalls.allow) is there
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"defaultAction": "SCMP_ACT_ALLOW"}',
+        b'{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"action": "X"}]}',
+        b"[" * 100000,
+    ],
+)
+def test_what_is_no_allow_list_is_refused(data: bytes) -> None:
+    with pytest.raises(nsjail_py.PolicyError):
+        oci_seccomp.read(data)
+
+
+# ---------------------------------------------------------------- images
+
+
+Entry = tuple[str, dict[str, object], bytes]
+
+
+def entry(name: str, data: bytes = b"", **fields: object) -> Entry:
+    return name, fields, data
+
+
+def layer(*entries: Entry) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, fields, data in entries:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o755
+            for field, value in fields.items():
+                setattr(info, field, value)
+            archive.addfile(info, io.BytesIO(data))
+    return made.getvalue()
+
+
+def sha(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def layout(top: Path, layers: list[bytes], tag: str = "latest", packed: bool = True, diff_ids: list[str] | None = None) -> Path:
+    (top / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+
+    def blob(data: bytes) -> dict[str, object]:
+        (top / "blobs" / "sha256" / sha(data)[7:]).write_bytes(data)
+        return {"digest": sha(data), "size": len(data), "mediaType": "application/octet-stream"}
+
+    config = json.dumps({"rootfs": {"type": "layers", "diff_ids": diff_ids or [sha(one) for one in layers]}}).encode()
+    manifest = {"schemaVersion": 2, "config": blob(config), "layers": [blob(gzip.compress(one, 1) if packed else one) for one in layers]}
+    described = {**blob(json.dumps(manifest).encode()), "annotations": {oci_image.REF_NAME: tag}}
+    index = json.loads((top / "index.json").read_text()) if (top / "index.json").exists() else {"schemaVersion": 2, "manifests": []}
+    index["manifests"].append(described)
+    (top / "index.json").write_text(json.dumps(index))
+    (top / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    return top
+
+
+def saved(path: Path, layers: list[bytes], tag: str = "image:latest") -> Path:
+    config = json.dumps({"rootfs": {"diff_ids": [sha(one) for one in layers]}}).encode()
+    names = [f"{number}/layer.tar" for number in range(len(layers))]
+    manifest = json.dumps([{"Config": "config.json", "RepoTags": [tag], "Layers": names}]).encode()
+    files = [
+        entry("config.json", config),
+        entry("manifest.json", manifest),
+        *(entry(name, data) for name, data in zip(names, layers, strict=True)),
+    ]
+    path.write_bytes(layer(*files))
+    return path
+
+
+SCRIPT = b"#!/lib/ld.so\n"
+
+
+@pytest.fixture(scope="module")
+def base() -> bytes:
+    """A minimal image of our own: a static program would do; it is the host's dash and echo with their libraries."""
+    from nsjail_py import elf
+
+    files = {}
+    for program in ("/bin/sh", "/bin/cat", "/bin/ls"):
+        files[f"usr{program}"] = Path(program).read_bytes()
+        for library in elf.closure([program]) - {program}:
+            files[library.lstrip("/").replace("lib/", "usr/lib/", 1) if library.startswith("/lib/") else library.lstrip("/")] = Path(
+                library
+            ).read_bytes()
+    names = sorted(files)
+    links = [entry("bin", type=tarfile.SYMTYPE, linkname="usr/bin"), entry("lib", type=tarfile.SYMTYPE, linkname="usr/lib")]
+    folders = sorted({str(parent) for name in names for parent in Path(name).parents if str(parent) != "."})
+    lib64 = [entry("lib64", type=tarfile.SYMTYPE, linkname="usr/lib64")] if "lib64" not in folders and os.path.islink("/lib64") else []
+    moved = {name.replace("lib64/", "usr/lib64/", 1) if lib64 and name.startswith("lib64/") else name: name for name in names}
+    return layer(
+        *[entry(name, type=tarfile.DIRTYPE) for name in folders if not (lib64 and name == "lib64")],
+        *links, *lib64, *[entry(name, files[old]) for name, old in moved.items()], entry("etc/image", b"first layer\n", mode=0o644),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSJAIL_PY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("form", ["layout", "layout, not packed", "saved"])
+def test_an_image_s_own_programs_run_in_it(form: str, base: bytes, tmp_path: Path) -> None:
+    upper = layer(entry("etc/second", b"second layer\n", mode=0o644), entry("etc/.wh.image"))
+    if form == "saved":
+        root = f"oci:{saved(tmp_path / 'image.tar', [base, upper])}:latest"
+    else:
+        root = f"oci:{layout(tmp_path / 'image', [base, upper], packed=form == 'layout')}"
+    for level in ("moderate", "untrusted"):
+        result = nsjail_py.run(["sh", "-c", "echo /etc/*; read line < /etc/second; echo $line"], policy=level, root=root)
+        assert result.ok and result.stdout == b"/etc/second\nsecond layer\n", (result.summary, result.stderr)
+        assert nsjail_py.run(["/bin/cat", "/etc/second"], policy=level, root=root).check().stdout == b"second layer\n"
+    with pytest.raises(FileNotFoundError):
+        nsjail_py.run(["/usr/bin/python3"], root=root)
+
+
+def test_a_tag_chooses_among_images(tmp_path: Path) -> None:
+    top = tmp_path / "image"
+    for tag in ("a", "b"):
+        layout(top, [layer(entry("name", tag.encode()))], tag)
+    assert (oci_image.unpacked(f"oci:{top}:b") / "name").read_text() == "b"
+    for root, why in ((f"oci:{top}", "several images; name one: a, b"), (f"oci:{top}:c", "with the tag 'c'")):
+        with pytest.raises(nsjail_py.PolicyError, match=why):
+            oci_image.unpacked(root)
+
+
+HOSTILE: dict[str, tuple[list[list[Entry]], str]] = {
+    "absolute": ([[entry("/etc/evil", b"x")]], "/etc/evil"),
+    "dots": ([[entry("../evil", b"x")]], r"\.\./evil"),
+    "dots in the middle": ([[entry("a/../../evil", b"x")]], "evil"),
+    "a link out": ([[entry("out", type=tarfile.SYMTYPE, linkname="../../../etc")]], "'out'"),
+    "a link out from below": ([[entry("a/b/out", type=tarfile.SYMTYPE, linkname="../../../etc")]], "'a/b/out'"),
+    "a hard link out": ([[entry("passwd", type=tarfile.LNKTYPE, linkname="../../../etc/passwd")]], "'passwd'"),
+    "a hard link to the host's": ([[entry("passwd", type=tarfile.LNKTYPE, linkname="/etc/passwd")]], "'passwd'"),
+    "a hard link through a link": (
+        [[entry("a", type=tarfile.SYMTYPE, linkname="/etc"), entry("passwd", type=tarfile.LNKTYPE, linkname="a/passwd")]], "'passwd'",
+    ),
+    "a device": ([[entry("disk", type=tarfile.BLKTYPE, devmajor=8)]], "'disk'"),
+    "a character device": ([[entry("mem", type=tarfile.CHRTYPE, devmajor=1, devminor=1)]], "'mem'"),
+    "a pipe": ([[entry("pipe", type=tarfile.FIFOTYPE)]], "'pipe'"),
+    "links without end": (
+        [[entry("a", type=tarfile.SYMTYPE, linkname="b"), entry("b", type=tarfile.SYMTYPE, linkname="a"), entry("a/x", b"")]], "'a/x'",
+    ),
+    "through a file": ([[entry("a", b"x"), entry("a/b", b"x")]], "'a/b'"),
+    "nested": ([[entry("/".join("d" * 300), b"x")]], "nested too deeply"),
+    "a whiteout of the parent": ([[entry("a/.wh...", b"")]], "wh"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("form", ["layout", "saved"])
+def test_a_hostile_entry_is_refused_by_name_and_nothing_is_kept(name: str, form: str, tmp_path: Path) -> None:
+    layers, told = HOSTILE[name]
+    built = [layer(entry("before", b"x"), *entries) for entries in layers]
+    root = saved(tmp_path / "i.tar", built) if form == "saved" else layout(tmp_path / "i", built)
+    with pytest.raises(nsjail_py.PolicyError, match=told):
+        nsjail_py.run(["/bin/true"], root=f"oci:{root}")
+    assert os.listdir(cachedir.directory("images")) == []
+    assert not (tmp_path / "evil").exists() and not Path("/etc/evil").exists()
+
+
+def test_a_link_of_one_layer_leads_no_other_layer_out(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    layers = [layer(entry("way", type=tarfile.SYMTYPE, linkname=str(outside))), layer(entry("way/evil", b"x"))]
+    top = oci_image.unpacked(f"oci:{layout(tmp_path / 'i', layers)}")
+    assert os.listdir(outside) == []
+    assert (top / str(outside).lstrip("/") / "evil").read_bytes() == b"x"  # where the kernel would have put it inside
+
+
+@pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_ENTRIES"])
+def test_bombs_are_refused_before_they_fill_the_disk(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oci_image, limit, 1024 * 1024 if limit == "MAX_BYTES" else 50)
+    entries = [entry("zeros", bytes(64 << 20))] if limit == "MAX_BYTES" else [entry(f"f{number}", b"") for number in range(100)]
+    with pytest.raises(nsjail_py.PolicyError, match=r"zeros|f\d\d"):
+        oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [layer(*entries)])}")
+    assert os.listdir(cachedir.directory("images")) == []
+
+
+def test_a_header_that_says_it_is_huge_is_not_read(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, (1 << 33) - 1
+    bomb = info.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
+    for root in (layout(tmp_path / "i", [bomb]), tmp_path / "i.tar"):
+        if root.suffix:
+            root.write_bytes(bomb)
+        with pytest.raises(nsjail_py.PolicyError):
+            oci_image.unpacked(f"oci:{root}")
+
+
+def test_what_is_not_what_its_digest_says_is_refused(tmp_path: Path) -> None:
+    good, other = layer(entry("a", b"a")), layer(entry("a", b"b"))
+    with pytest.raises(nsjail_py.PolicyError, match="is not the layer that the image names"):
+        oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [good], diff_ids=[sha(other)])}")
+    top = layout(tmp_path / "j", [good])
+    manifest = json.loads((top / "index.json").read_text())["manifests"][0]["digest"][7:]
+    path = top / "blobs" / "sha256" / manifest
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(nsjail_py.PolicyError, match="is not what its digest says"):
+        oci_image.unpacked(f"oci:{top}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "random", "empty", "json", "missing"])
+def test_a_damaged_image_is_one_line(damage: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "i.tar", [layer(entry("a", bytes(100000)))])
+    data = path.read_bytes()
+    changed: dict[str, Callable[[], object]] = {
+        "cut": lambda: path.write_bytes(data[: len(data) // 2]), "random": lambda: path.write_bytes(os.urandom(5000)),
+        "empty": lambda: path.write_bytes(b""), "json": lambda: path.write_bytes(layer(entry("manifest.json", b"[" * 100000))), "missing": path.unlink,
+    }  # fmt: skip
+    changed[damage]()
+    with pytest.raises(nsjail_py.PolicyError) as told:
+        nsjail_py.run(["/bin/true"], root=f"oci:{path}")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("root", ["oci:", "oci:relative", "oci:/a/../b", "oci:/x\0y"])
+def test_a_root_that_names_no_place_is_a_fault_of_the_policy(root: str) -> None:
+    with pytest.raises(nsjail_py.PolicyError, match="absolute path"):
+        nsjail_py.Jail(root=root)
+
+
+def test_owners_set_id_bits_and_times_are_tame(tmp_path: Path) -> None:
+    made = layer(entry("suid", b"x", mode=0o6755, uid=0, mtime=2**40), entry("d", type=tarfile.DIRTYPE, mode=0o7000))
+    top = oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [made])}")
+    assert (top / "suid").stat().st_mode & 0o7777 == 0o755 and (top / "d").stat().st_mode & 0o7777 == 0o1700
+
+
+# ---------------------------------------------------------------- bundles and runtimes
+
+
+needs_root = pytest.mark.skipif(not IS_ROOT, reason="a bundle's user ids are root's to give")
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that a runtime's root, who is nobody on the host, can go through."""
+    made = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="nsjail-bundle-"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+def under(runtime: str, bundle: Path, state: Path) -> subprocess.CompletedProcess[bytes]:
+    if shutil.which(runtime) is None:
+        pytest.skip(f"{runtime} is not installed: apt install {runtime}")
+    command = [runtime, "--root", str(state)]
+    if runtime == "runsc":
+        command += ["--network=none", "--ignore-cgroups", "--oci-seccomp"]
+    name = f"nsjail-test-{os.getpid()}"
+    command += ["run", f"--bundle={bundle}", name]
+    if runtime == "crun" and HYBRID:
+        # It refuses this layout of control groups altogether: it is shown none, and the limits of the group go untested.
+        command = [
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            'mount -t tmpfs tmpfs /sys/fs/cgroup && exec crun --cgroup-manager=disabled "$@"',
+            "sh",
+            *command[1:],
+        ]
+    return subprocess.run(command, capture_output=True, timeout=120, check=False)
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("level", ["moderate", "untrusted"])
+def test_a_bundle_runs_with_the_same_view_and_limits(runtime: str, level: str, place: Path, cli: list[str]) -> None:
+    written = subprocess.run(
+        [*cli, "bundle", level, str(place / "b"), "--", "/bin/cat", "/proc/self/status", "/proc/self/limits"],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert written.returncode == 0, written.stderr
+    done = under(runtime, place / "b", place / "state")
+    text = done.stdout.decode()
+    lines = {line.partition(":")[0]: line.split()[1:] for line in text.splitlines() if ":" in line}
+    assert lines["Uid"] == ["1000"] * 4 and lines["CapBnd"] == lines["CapEff"] == ["0" * 16], (done.stderr, text)
+    if runtime != "runsc":  # its kernel does not tell
+        assert lines["NoNewPrivs"] == ["1"] and lines["Seccomp"] == ["2"]
+    limits = policyfile.load(level).limits
+    if runtime != "runsc":
+        assert f"Max open files            {limits.open_files}" in text
+    told = written.stderr.decode()
+    assert ("not in the bundle: landlock" in told) is (level == "untrusted")
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_bundle_s_filter_and_root_refuse_what_the_policy_refuses(runtime: str, place: Path) -> None:
+    policy = replace(policyfile.load("untrusted"), root="system")
+    script = "echo x > /usr/x && echo wrote; echo x > /work/x && echo worked; /bin/true"
+    oci_bundle.bundle(policy, place / "b", ["/bin/sh", "-c", script])
+    done = under(runtime, place / "b", place / "state")
+    assert done.stdout == b"worked\n" and b"Cannot fork" in done.stderr, done
+
+
+def backend(runtime: str, **changes: object) -> Policy:
+    base = policyfile.load("untrusted")
+    assert base.syscalls
+    return replace(base, backend=f"oci:{runtime}", landlock=False, syscalls=replace(base.syscalls, exec=True), **changes)
+
+
+WORKING = tuple(name for name in RUNTIMES if shutil.which(name) and not (name == "crun" and HYBRID))
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_a_run_under_a_runtime_gives_a_result(runtime: str) -> None:
+    source = "import sys\nprint(open('/work/x', 'w').write('abc'), sys.stdin.read())\nprint('err', file=sys.stderr)\nsys.exit(3)"
+    result = nsjail_py.run_python(source, policy=backend(runtime), input=b"in")
+    assert (result.verdict, result.exit_code, result.stdout, result.stderr) == ("exit", 3, b"3 in\n", b"err\n")
+    assert result.wall_time > 0 and result.cpu_source == result.memory_source == "unavailable" and result.peak_processes is None
+    states = {one.name: one.state for one in result.protections}
+    assert states["own_uid"] == states["nested_userns"] == "unavailable" and states["landlock_fs"] == "not requested"
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_limits_and_kills_hold_under_a_runtime(runtime: str) -> None:
+    assert nsjail_py.run_python("while True: pass", policy=backend(runtime), wall_time=1.0).verdict == "wall_time"
+    assert nsjail_py.run_python("while True: print('x' * 1000)", policy=backend(runtime), output="10K").verdict == "output"
+    assert nsjail_py.run_python("x = bytearray(900 << 20)", policy=backend(runtime)).signal == 9
+    with nsjail_py.Jail(backend(runtime)).start_python("import time; time.sleep(60)") as process:
+        assert process.pid
+        process.kill()
+        assert process.wait(30).verdict == "killed"
+
+
+@needs_root
+def test_a_run_under_a_runtime_leaves_nothing(leaves_nothing: None) -> None:
+    before = set(os.listdir("/run/nsjail_py"))
+    nsjail_py.run_python("print(1)", policy=backend("runc")).check()
+    assert set(os.listdir("/run/nsjail_py")) <= before
+
+
+@needs_root
+def test_what_a_runtime_cannot_give_is_an_error_that_names_the_lines() -> None:
+    with pytest.raises(nsjail_py.Unavailable, match=r"Landlock.*landlock = false.*exec = true"):
+        nsjail_py.Jail(backend="oci:runc")
+    with pytest.raises(nsjail_py.Unavailable, match="preload"):
+        nsjail_py.Jail(backend("runc"), preload=[])
+
+
+def test_a_missing_runtime_is_an_error_with_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nsjail_py import oci_backend
+
+    monkeypatch.setattr(oci_backend, "CLEAN_PATH", str(tmp_path))
+    with pytest.raises(nsjail_py.Unavailable, match="apt install runsc"):
+        nsjail_py.Jail(backend("runsc"))
+
+
+@pytest.mark.parametrize("name", ["docker", "oci:", "oci:../runc", "OCI:runc"])
+def test_a_backend_that_is_none_is_a_fault_of_the_policy(name: str) -> None:
+    with pytest.raises(nsjail_py.PolicyError, match="backend"):
+        nsjail_py.Jail(backend=name)
+
+
+def test_a_bundle_does_not_write_over_another(tmp_path: Path) -> None:
+    (tmp_path / "b" / "rootfs").mkdir(parents=True)
+    with pytest.raises(nsjail_py.JailError):
+        oci_bundle.bundle("moderate", tmp_path / "b", ["/bin/true"])
+
+
+def test_rules_written_for_a_runtime_are_those_of_the_policy() -> None:
+    written = oci_seccomp.write(Syscalls(allow=("@files", "@threads"), exec=False), executes=False)
+    allowed = {name for rule in written["syscalls"] for name in rule["names"] if rule["action"] == "SCMP_ACT_ALLOW"}
+    assert allowed == set(syscalls.calls_of(Syscalls(allow=("@files", "@threads"), exec=False)))
+    again = oci_seccomp.read(json.dumps(written).encode())
+    assert set(syscalls.calls_of(again.syscalls)) <= allowed
