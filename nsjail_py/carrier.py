@@ -87,7 +87,7 @@ class Carrier:
             os.close(self._target)
 
     def _has_more(self) -> bool:
-        """Waits for something to read; false when the program has closed its end meanwhile. What nobody reads is left to the next reader."""
+        """Waits for something to read; false when the program has closed its end, and the rest is the next reader's."""
         poll = select.poll()
         poll.register(self._source, select.POLLIN)
         if self.to_program:
