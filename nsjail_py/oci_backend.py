@@ -14,7 +14,6 @@ import shlex
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import tempfile
 import threading
@@ -145,28 +144,6 @@ def _told(one: Protection, own_ids: bool) -> Protection:
     return Protection(one.name, "unavailable", lacks[one.name]) if one.name in lacks and one.state != "not requested" else one
 
 
-def not_null(number: int, stream: int, ours: contextlib.ExitStack) -> int:
-    """The stream, or where it is /dev/null a pipe that does the same: crun and runsc give the streams to the container's user, and the
-    host's /dev/null would be his."""
-    status = os.fstat(stream)
-    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != os.stat(os.devnull).st_rdev:
-        return stream
-    ends = os.pipe2(os.O_CLOEXEC)
-    theirs, other = ends if number == 0 else ends[::-1]
-    ours.callback(os.close, theirs)
-    if number == 0:
-        os.close(other)
-    else:
-        threading.Thread(target=_drain, args=(other,), name="drain", daemon=True).start()
-    return theirs
-
-
-def _drain(descriptor: int) -> None:
-    with open(descriptor, "rb", 0) as file:
-        while file.read(1 << 16):
-            pass
-
-
 class Run:
     """One container, from its bundle to its report."""
 
@@ -192,17 +169,15 @@ class Run:
         )
         try:
             oci_bundle.write(compiled, self.top / "bundle", argv, files, own_ids=name not in SHARES_IDS, runtime=name)
-            with contextlib.ExitStack() as ours:
-                streams = [not_null(number, stream, ours) for number, stream in enumerate(streams)]
-                self.started = time.monotonic_ns()
-                self.process = subprocess.Popen(
-                    [*self.command, "run", f"--bundle={self.top}/bundle", f"--pid-file={self.top}/pid", self.name],
-                    stdin=streams[0],
-                    stdout=streams[1],
-                    stderr=streams[2],
-                    env={"PATH": CLEAN_PATH},
-                    start_new_session=True,
-                )
+            self.started = time.monotonic_ns()
+            self.process = subprocess.Popen(
+                [*self.command, "run", f"--bundle={self.top}/bundle", f"--pid-file={self.top}/pid", self.name],
+                stdin=streams[0],
+                stdout=streams[1],
+                stderr=streams[2],
+                env={"PATH": CLEAN_PATH},
+                start_new_session=True,
+            )
         except BaseException:
             self._clean()
             raise
