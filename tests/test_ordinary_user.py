@@ -29,6 +29,9 @@ SUITES = [
     "test_faults.py",
     "test_chaos.py",
     "test_exhaustion.py",
+    "test_learn.py",
+    "test_layers_audit.py",
+    "test_oci.py",
     "escape",
 ]
 
@@ -63,7 +66,7 @@ def test_the_suite_holds_for_an_ordinary_user(suite: str, home: Path) -> None:
         shutil.copytree(site, home / "site-packages", ignore=shutil.ignore_patterns("__pycache__", "ruff*", "mypy*"))
         site = str(home / "site-packages")
     if not usable_by_all(str(ROOT / "nsjail_py")):
-        for name in ("nsjail_py", "native", "policies", "tests", "examples", "README.md", "docs"):
+        for name in ("nsjail_py", "native", "policies", "tests", "examples", "benchmarks", "README.md", "docs"):
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, home / name)
         project = home
     user = home / "user"
