@@ -65,15 +65,13 @@ static pid_t cell_clone(const struct launcher *launcher, struct run *run, int ce
 	    .proc = launcher->proc,
 	    .stamp = &launcher->stamps[run->index],
 	};
-	if (cgroup_open(launcher, run, cell.groups) < 0)
-		return -1;
 	/* The other namespaces are dear to make, and we have others to listen to: the cell makes them itself. */
 	struct clone_args args = {
 	    .flags = CLONE_NEWPID | (rootless ? CLONE_NEWUSER : 0) | CLONE_PIDFD,
 	    .pidfd = (uint64_t)(uintptr_t)&run->init,
 	    .exit_signal = SIGCHLD,
 	};
-	pid_t pid = sys_clone3(&args);
+	pid_t pid = cgroup_open(launcher, run, cell.groups) < 0 ? -1 : sys_clone3(&args);
 	if (pid == 0)
 		cell_main(&cell);
 	int error = errno;
@@ -197,8 +195,8 @@ static void place(const struct launcher *launcher, const struct run *run) {
 }
 
 static void failed(struct run *run, const struct cell_message *message) {
-	if (run->report.step)
-		return; /* the first one counts */
+	if (run->report.step && (run->report.step != STEP_ORDER || run->report.error != EPIPE))
+		return; /* the first one counts; but of a socket that was closed this is the reason */
 	run->report.step = message->step;
 	run->report.error = message->error;
 	run->report.detail = message->detail;

@@ -46,10 +46,11 @@ int cgroup_make(struct launcher *launcher, struct run *run) {
 	return 0;
 }
 
-/* What the cell's program joins by: opened with our right, which is what counts when it writes. */
+/* What the cell's program joins by: opened with our right, which is what counts when it writes. Where one fails the others are open. */
 int cgroup_open(const struct launcher *launcher, const struct run *run, int *descriptors) {
-	for (int group = 0; group < GROUPS; group++) {
+	for (int group = 0; group < GROUPS; group++)
 		descriptors[group] = -1;
+	for (int group = 0; group < GROUPS; group++) {
 		if (run->groups[group] < 0)
 			continue;
 		descriptors[group] = launcher->hello.cgroup_kind == CGROUP_V1 ? openat(run->groups[group], "tasks", O_WRONLY | O_CLOEXEC)

@@ -248,6 +248,7 @@ struct report {
 	uint64_t wall_ns, cpu_ns, user_ns, system_ns;
 	uint64_t peak_memory, peak_processes, oom_kills, process_denials;
 	uint64_t setup_ns; /* from request to exec */
+	uint64_t request_ns, end_ns, answer_ns; /* when: it came, the program ended, this was sent. CLOCK_MONOTONIC */
 	struct denied denied[48];
 };
 #endif

@@ -71,7 +71,7 @@ int probe_call(int call) {
 int probe_landlock_abi(void) {
 	enum { VERSION = 1 };
 	int answer = ask(landlock_version, VERSION);
-	return answer < 0 ? 0 : answer;
+	return answer == -ENOSYS || answer == -EOPNOTSUPP ? 0 : answer;
 }
 
 int probe_landlock_errata(void) {

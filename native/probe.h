@@ -14,7 +14,7 @@ enum probe_call {
 enum { PROBE_KILLED = 1000 }; /* in the place of an errno: a filter answered by killing who asked; it was a child of ours */
 int probe_call(int call); /* its errno: ENOSYS when it is missing, EPERM when a filter or a missing right refuses it */
 
-int probe_landlock_abi(void);    /* 0: no Landlock */
+int probe_landlock_abi(void);    /* 0: no Landlock; negative: the errno of a filter, or PROBE_KILLED */
 int probe_landlock_errata(void); /* bits of the fixes in this kernel; 0 where it does not say */
 int probe_notify(void);          /* bytes of a seccomp user notification, or -errno */
 

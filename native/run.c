@@ -11,6 +11,9 @@
 
 void run_answer(struct launcher *launcher, struct run *run) {
 	run->report.kind = run->report.step == STEP_NONE ? REPORT_ENDED : REPORT_FAILED;
+	run->report.request_ns = run->start_ns;
+	run->report.end_ns = run->end_ns;
+	run->report.answer_ns = now_ns();
 	message_send(NULL, run->channel, &run->report, sizeof run->report, NULL, 0);
 	unwatch(launcher, &run->channel);
 }

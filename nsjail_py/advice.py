@@ -13,7 +13,6 @@ OPENAT2 = (
 )
 
 ROWS: dict[tuple[str, int], str] = {
-    ("launcher", E.ENOENT): "the package was not built whole: install it again",
     ("request", ANY): "the launcher could not take it: raise the limit of open files (ulimit -Hn), or run fewer jails at a time",
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
     ("cgroup", E.ENODEV): "this host gives us no control group: see `nsjail-py doctor`",

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import select
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from .errors import PolicyError
 from .jail import Jail, Process
 from .policy import Policy
 from .result import Result
 from .streams import captured, split
 
+Where = Policy | str | os.PathLike[str] | Jail
+"""A policy, or a Jail that is there already: its stock, its warm interpreter."""
 
-async def run(args: Any, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:
-    """As nsjail_py.run."""
+
+async def run(args: Any, *, policy: Where = "untrusted", **options: Any) -> Result:
+    """As nsjail_py.run. A Jail as policy is used as it is, and options that would change its policy are an error."""
     streams, changes = split(options)
     data, timeout = streams.pop("input", None), streams.pop("timeout", None)
-    jail = Jail(policy, **changes)
+    jail = _jail(policy, changes)
     return await _to_end(lambda: jail.start(args, **captured(data, streams)), data, timeout)
 
 
 async def run_python(
-    source: str | bytes, *, policy: Policy | str | os.PathLike[str] = "untrusted", args: Any = (), filename: str = "main.py", **options: Any
+    source: str | bytes, *, policy: Where = "untrusted", args: Any = (), filename: str = "main.py", **options: Any
 ) -> Result:
-    """As nsjail_py.run_python."""
+    """As nsjail_py.run_python; policy as for `run`."""
     streams, changes = split(options)
     data, timeout = streams.pop("input", None), streams.pop("timeout", None)
-    jail = Jail(policy, **changes)
+    jail = _jail(policy, changes)
     return await _to_end(lambda: jail.start_python(source, args=args, filename=filename, **captured(data, streams)), data, timeout)
+
+
+def _jail(policy: Where, changes: dict[str, Any]) -> Jail:
+    if not isinstance(policy, Jail):
+        return Jail(policy, **changes)
+    if changes:
+        raise PolicyError(f"a Jail's policy stands: {', '.join(changes)} cannot be changed for one run")
+    return policy
 
 
 async def _to_end(start: Any, data: bytes | None, timeout: float | None) -> Result:
@@ -40,8 +55,30 @@ async def _to_end(start: Any, data: bytes | None, timeout: float | None) -> Resu
 
 async def communicate(process: Process, data: bytes | None = None) -> Result:
     """Process.communicate, driven by the running event loop."""
+    with _moving(process, data) as moved:
+        while not process.reported:
+            await moved()
+    return process.wait()
+
+
+async def stream(process: Process, data: bytes | None = None) -> AsyncIterator[tuple[str, bytes]]:
+    """Process.stream, driven by the running event loop."""
+    exchange = process.exchange(data)
+    with _moving(process, data) as moved:
+        while not process.reported:
+            await moved()
+            for piece in exchange.taken():
+                yield piece
+    for piece in exchange.taken():
+        yield piece
+
+
+@contextlib.contextmanager
+def _moving(process: Process, data: bytes | None) -> Iterator[Any]:
+    """Moves the streams while the loop runs; what it gives waits until something has moved, and raises what went wrong with it."""
     loop, exchange = asyncio.get_running_loop(), process.exchange(data)
-    done = loop.create_future()
+    changed = asyncio.Event()
+    errors: list[BaseException] = []
     reading, writing = set[int](), set[int]()
 
     def step(descriptor: int) -> None:
@@ -49,15 +86,10 @@ async def communicate(process: Process, data: bytes | None = None) -> Result:
             exchange.step(descriptor)
             refresh()
         except BaseException as error:
-            if not done.done():
-                done.set_exception(error)
-            return
-        if process.reported and not done.done():
-            done.set_result(None)
+            errors.append(error)
+        changed.set()
 
     def refresh() -> None:
-        import select
-
         wanted = {} if process.reported else exchange.wanted
         wanted_reading = {fd for fd, events in wanted.items() if events & select.POLLIN}
         wanted_writing = set(wanted) - wanted_reading
@@ -74,12 +106,17 @@ async def communicate(process: Process, data: bytes | None = None) -> Result:
         writing.clear()
         writing.update(wanted_writing)
 
+    async def moved() -> None:
+        await changed.wait()
+        changed.clear()
+        if errors:
+            raise errors[0]
+
     try:
         refresh()
-        await done
+        yield moved
     finally:
         for fd in reading:
             loop.remove_reader(fd)
         for fd in writing:
             loop.remove_writer(fd)
-    return process.wait()

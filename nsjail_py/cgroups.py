@@ -226,9 +226,15 @@ def _delegated(own: Path, root: bool) -> Path | None:
         marked = any(_attribute(group, name) == b"1" for name in ("user.delegate", "trusted.delegate"))
         writable = all(os.access(group / file, os.W_OK) for file in ("cgroup.procs", "cgroup.subtree_control", "."))
         # Without systemd's mark ownership tells, but of root everything is writable, and nothing can be told.
-        if writable and (marked or (not root and not _of_a_manager(group) and _lineage_only(group))):
+        if writable and (marked or (not root and (_handed_over(group) if _of_a_manager(group) else _lineage_only(group)))):
             return group
     return None
+
+
+def _handed_over(unit: Path) -> bool:
+    from . import scope
+
+    return scope.delegates(unit.name)
 
 
 def _of_a_manager(group: Path) -> bool:
@@ -321,7 +327,7 @@ def _hand_on(group: Path) -> None:
 
 def _name() -> str:
     """Says whose it is, so that it can be told when its owner is dead, also when its number was given to another process since."""
-    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_pid_namespace()}.{secrets.token_hex(4)}"
+    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_view()}.{secrets.token_hex(4)}"
 
 
 def _start(pid: int) -> str:
@@ -329,8 +335,10 @@ def _start(pid: int) -> str:
     return fields[19] if fields else ""
 
 
-def _pid_namespace() -> int:
-    return Path("/proc/self/ns/pid").stat().st_ino
+def _view() -> str:
+    """Where process numbers and times of start mean the same: a time namespace shifts those in /proc, too."""
+    time = Path("/proc/self/ns/time")
+    return f"{Path('/proc/self/ns/pid').stat().st_ino}-{time.stat().st_ino if time.exists() else 0}"
 
 
 def _make(directory: Path) -> Path:
@@ -364,5 +372,5 @@ def _remove_stale(parent: Path) -> None:
     """Directories that a dead caller left behind. Only what has our name, and a process number that we can judge."""
     for directory in parent.glob(f"{PREFIX}.*"):
         words = directory.name.split(".")
-        if len(words) == 5 and words[1].isdigit() and words[3] == str(_pid_namespace()) and _start(int(words[1])) != words[2]:
+        if len(words) == 5 and words[1].isdigit() and words[3] == _view() and _start(int(words[1])) != words[2]:
             _remove(directory)

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import cachedir, label, landlock, plan, rootfs
+from . import cachedir, hostinfo, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
@@ -143,9 +143,8 @@ def _compile(
         compiled = compile_filter(policy.syscalls)
         bpf, late, unknown_from = compiled.bpf, compiled.late, compiled.unknown_from
     if policy.landlock and not host.landlock_abi:
-        raise Unavailable(
-            "landlock", detail="this kernel has no Landlock", advice="Linux 5.13 with lsm=landlock, or landlock = false in the policy"
-        )
+        reason, remedy = hostinfo.landlock_lack()
+        raise Unavailable("landlock", detail=reason, advice=f"{remedy}; or landlock = false in the policy")
     decided = landlock.Decision((0, 0, 0), [])
     if policy.landlock:
         decided = landlock.decide(policy, host.landlock_abi, _executables(program, (image, program) if image else outside), mounts)
@@ -240,4 +239,4 @@ def protections(policy: Policy, host: Host, *, judged: bool = False) -> tuple[Pr
 
 @functools.lru_cache(maxsize=1)
 def landlock_abi() -> int:
-    return int(lib.probe_landlock_abi())
+    return max(0, int(lib.probe_landlock_abi()))

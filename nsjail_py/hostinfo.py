@@ -96,8 +96,7 @@ class Host:
         if missing := [action for action in NEEDED_ACTIONS if action not in self.seccomp_actions]:
             found.append(Lack("seccomp", f"no {', '.join(missing)}", "a kernel with CONFIG_SECCOMP_FILTER, Linux 5.0 or later"))
         if not self.landlock_abi:
-            remedy = "Linux 5.13 or later, started with landlock in its lsm= list (see /sys/kernel/security/lsm)"
-            found.append(Lack("landlock", "this kernel has none, or it is not switched on", remedy))
+            found.append(Lack("landlock", *landlock_lack()))
         if self.euid == 0:
             dropped = [name for name, bit in NEEDED_CAPABILITIES.items() if not self.capabilities >> bit & 1]
             if dropped:
@@ -125,7 +124,7 @@ def probe() -> Host:
         cpus=len(os.sched_getaffinity(0)),
         memory=_kilobytes(memory.get("MemTotal")),
         swap=_kilobytes(memory.get("SwapTotal")),
-        landlock_abi=lib.probe_landlock_abi(),
+        landlock_abi=max(0, lib.probe_landlock_abi()),
         landlock_errata=lib.probe_landlock_errata(),
         seccomp_actions=tuple(read(actions).split()),
         notify_size=lib.probe_notify(),
@@ -139,6 +138,16 @@ def read(path: Path) -> str:
         return path.read_text(errors="replace").strip()
     except OSError:
         return ""
+
+
+def landlock_lack() -> tuple[str, str]:
+    """Why there is no Landlock here, and what to do."""
+    if lib.probe_landlock_abi() < 0:
+        return "a system call filter refuses it", "a filter that lets landlock_* pass; a systemd unit as `nsjail-py systemd unit` writes it"
+    return (
+        "this kernel has no Landlock, or it is not switched on",
+        "Linux 5.13 or later, started with landlock in its lsm= list (see /sys/kernel/security/lsm)",
+    )
 
 
 def error_text(error: int) -> str:

@@ -14,8 +14,9 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -70,6 +71,7 @@ class Process:
         self._result: Result | None = None
         self._exchange: Exchange | None = None
         self._lost = False
+        self._begin_ns, self._heard_ns = time.monotonic_ns(), 0
         try:
             self.launcher, self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
         except BaseException:
@@ -119,7 +121,7 @@ class Process:
         if report.kind == lib.REPORT_STARTED:
             self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
             return False
-        self.reported = report
+        self.reported, self._heard_ns = report, time.monotonic_ns()
         return True
 
     def _receive(self) -> bytes:
@@ -147,6 +149,15 @@ class Process:
         """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired; it may be called again then."""
         self.exchange(input).run(timeout)
         return self._finish()
+
+    def stream(self, input: bytes | None = None) -> Iterator[tuple[str, bytes]]:
+        """Feeds input and gives the output as it comes: ("stdout" or "stderr", bytes), to the end of the run; `wait` has the result then,
+        without what was given here. Beyond the policy's limit of output the run is ended, as in communicate."""
+        exchange = self.exchange(input)
+        while not self.reported:
+            exchange.wait(None)
+            yield from exchange.taken()
+        yield from exchange.taken()
 
     def exchange(self, input: bytes | None = None) -> Exchange:
         """The transfer of this run's streams, made on first use."""
@@ -190,9 +201,18 @@ class Process:
 
     def _context(self) -> Context:
         done = self._exchange
-        parts = (b"".join(done.output["stdout"]), b"".join(done.output["stderr"]), done.cut["stdout"], done.cut["stderr"]) if done else ()
-        mode = self.launcher.claim.mode
-        return Context(self.compiled.policy, mode, self.compiled.mounts, self.compiled.protections, *parts)
+        context = Context(
+            self.compiled.policy,
+            self.launcher.claim.mode,
+            self.compiled.mounts,
+            self.compiled.protections,
+            begin_ns=self._begin_ns,
+            heard_ns=self._heard_ns,
+        )
+        if done is None:
+            return context
+        stdout, stderr = (b"".join(done.output[name]) for name in ("stdout", "stderr"))
+        return context._replace(stdout=stdout, stderr=stderr, stdout_cut=done.cut["stdout"], stderr_cut=done.cut["stderr"])
 
     def __enter__(self) -> Self:
         return self
@@ -249,7 +269,8 @@ class Jail:
             if self.policy.apparmor or self.policy.selinux:
                 raise PolicyError("preload: a label comes with exec, and the jobs of a warm interpreter have none: leave one of them out")
             self.policy = with_imports(self.policy, tuple(preload))
-            self._templates = Templates(self.policy, tuple(preload))
+            if self.policy.python.aslr == "shared":
+                self._templates = Templates(self.policy, tuple(preload))
 
     def __enter__(self) -> Self:
         return self

@@ -119,7 +119,8 @@ class Launcher:
                 setsigdef=(signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT),
             )
         except OSError as error:
-            raise SetupError("launcher", error.errno or 0, str(PROGRAM), advice("launcher", error.errno or 0)) from None
+            remedy = "the package was not built whole: install it again" if error.errno == 2 else advice("launcher", error.errno or 0)
+            raise SetupError("launcher", error.errno or 0, str(PROGRAM), remedy) from None
         finally:
             for descriptor in (high, null):
                 if descriptor >= 0:

@@ -85,6 +85,9 @@ class Python(Struct, frozen=True, kw_only=True):
     the interpreter cannot be left out; neither can those that it needs to start."""
     project: str | None = None
     """Directory of the host shown read-only at /project and put on sys.path."""
+    aslr: Literal["shared", "fresh"] = "shared"
+    """The layout of the address space. `shared`: the runs that are forked from one warm interpreter have the same. `fresh`: each run
+    executes an interpreter of its own, also where a Jail has `preload`."""
     scan: Literal["off", "warn", "refuse"] = "off"
     """What is done before the start about what a script's text shows (layers.md): nothing, a warning for each finding, or a refusal of
     scripts with findings of high or medium severity. It costs one more jail, some 50 ms."""

@@ -31,6 +31,9 @@ class Context(NamedTuple):
     stderr: bytes = b""
     stdout_cut: bool = False
     stderr_cut: bool = False
+    begin_ns: int = 0
+    """When the start was asked for, and when the end was heard of; CLOCK_MONOTONIC."""
+    heard_ns: int = 0
 
 
 def parse(message: bytes) -> Any:
@@ -73,11 +76,19 @@ def to_result(report: Any, context: Context) -> Result:
         oom_events=report.oom_kills,
         denied=denied,
         setup_time=report.setup_ns / 1e9,
+        timeline=timeline(report, context),
         mode=context.mode,
         policy=context.policy.name,
         settled=context.policy,
         protections=tuple(found(report, protection) for protection in context.protections),
     )
+
+
+def timeline(report: Any, context: Context) -> dict[str, float]:
+    executed = report.request_ns + report.setup_ns
+    ended = report.end_ns or report.answer_ns  # 0: it was killed from outside, and nobody saw when
+    moments = [context.begin_ns, report.request_ns, executed, ended, report.answer_ns, context.heard_ns]
+    return {name: (moments[n + 1] - moments[n]) / 1e3 for n, name in enumerate(("request", "cell", "run", "clear", "report"))}
 
 
 def found(report: Any, protection: Protection) -> Protection:

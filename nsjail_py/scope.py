@@ -22,6 +22,13 @@ class RefusedError(Exception):
     """There is no scope: why, and what to do."""
 
 
+def delegates(unit: str) -> bool:
+    """Whether the user's manager has handed over the group of this unit of its own. It leaves no mark, as the system's manager does."""
+    program = shutil.which("systemctl", path=PATH)
+    command = [program or "", "--user", "show", "--property=Delegate", "--value", "--", unit]
+    return program is not None and _answer(command, {"XDG_RUNTIME_DIR": f"/run/user/{os.geteuid()}"}).stdout.strip() == "yes"
+
+
 def ask(pid: int) -> None:
     """Has the process moved into a scope of its own. Raises RefusedError."""
     bus = Path(f"/run/user/{os.geteuid()}/bus")
@@ -36,21 +43,25 @@ def ask(pid: int) -> None:
     manager = ["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]
     call = ["StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", "4", *properties, "0"]
     options = [f"--address=unix:path={bus}", "--quiet", f"--timeout={SECONDS:.0f}", "--allow-interactive-authorization=no"]
+    done = _answer([program, *options, "call", *manager, *call], {})
+    if done.returncode:
+        raise RefusedError(f"the user manager refuses one: {' '.join(done.stderr.split())}", "")
+    _wait(pid, name)
+
+
+def _answer(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
-            [program, *options, "call", *manager, *call],
+        return subprocess.run(
+            command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            env={"PATH": PATH, "LANG": "C"},
+            env={"PATH": PATH, "LANG": "C", **environment},
             timeout=2 * SECONDS,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RefusedError(f"the user manager does not answer: {error}", "") from None
-    if done.returncode:
-        raise RefusedError(f"the user manager refuses one: {' '.join(done.stderr.split())}", "")
-    _wait(pid, name)
+        return subprocess.CompletedProcess(command, 1, "", f"no answer: {error}")
 
 
 def _wait(pid: int, name: str) -> None:

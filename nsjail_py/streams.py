@@ -11,7 +11,7 @@ import select
 import stat
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 from .carrier import Carrier, would_own
@@ -162,15 +162,26 @@ class Exchange:
         """Until the report is there. Raises subprocess.TimeoutExpired; the run goes on then, and so can the exchange."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.process.reported:
-            poll = select.poll()
-            for descriptor, events in self.wanted.items():
-                poll.register(descriptor, events)
-            rest = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            ready = poll.poll(rest)
-            if not ready:
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not self.wait(rest):
                 raise subprocess.TimeoutExpired(self.process.args, timeout or 0.0)
-            for descriptor, _ in ready:
-                self.step(descriptor)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Moves what can be moved, waiting for it up to timeout seconds; false when there was nothing."""
+        poll = select.poll()
+        for descriptor, events in self.wanted.items():
+            poll.register(descriptor, events)
+        ready = poll.poll(None if timeout is None else timeout * 1000)
+        for descriptor, _ in ready:
+            self.step(descriptor)
+        return bool(ready)
+
+    def taken(self) -> Iterator[tuple[str, bytes]]:
+        """What has come since, each stream's in order; it is not kept any more."""
+        for name, parts in self.output.items():
+            self.output[name] = []
+            for part in parts:
+                yield name, part
 
     def _write(self) -> None:
         stdin = self.process.stdin

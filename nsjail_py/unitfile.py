@@ -42,7 +42,7 @@ def unit(policy: Policy, named: str, command: Sequence[str], name: str, user: st
     if not re.fullmatch(r"[A-Za-z0-9:_.\\-]+", name):
         raise PolicyError(f"name {name!r}: letters, digits and :-_.\\ only")
     head = Line(f"Description=A jail: {_plain(command[0])}", "what systemctl shows")
-    service = [*_start(named, command, listen), *_identity(user), *_limits(policy), *_walls(policy)]
+    service = [*_start(named, command, listen), *_identity(user), *_limits(policy), *_walls(policy, named, command[0])]
     if not listen:
         return {f"{name}.service": _text(Unit=[head], Service=service, Install=[START])}
     return {
@@ -131,12 +131,13 @@ def _limits(policy: Policy) -> list[Line]:
     return lines
 
 
-def _walls(policy: Policy) -> list[Line]:
+def _walls(policy: Policy, named: str, program: str) -> list[Line]:
     lines = list(WALLS)
-    shown = [mount.source for mount in policy.mounts] + [path for path in (policy.workdir, policy.python.project) if path]
-    if not any(path.startswith(HOMES) for path in (*shown, sys.prefix)):
+    needed = [named, program, policy.root, policy.workdir or "", policy.python.project or "", *(mount.source for mount in policy.mounts)]
+    needed += [__file__, sys.prefix, sys.base_prefix]
+    if not any(path.startswith(HOMES) for path in needed):
         lines.append(Line("ProtectHome=yes", "homes are not there"))
-    if not any(path.startswith(("/tmp", "/var/tmp")) for path in shown):
+    if not any(path.startswith(("/tmp", "/var/tmp")) for path in needed):
         lines.append(Line("PrivateTmp=yes", "a /tmp of its own"))
     if "net" in policy.namespaces:
         lines.append(Line("PrivateNetwork=yes", "no network for nsjail-py either"))

@@ -1,10 +1,11 @@
-"""The suite runs real jails. Started by root it runs as root, and test_ordinary_user.py runs it once more as an unprivileged user."""
+"""The suite runs real jails. Started by root it runs as root, and beside that once more as an unprivileged user."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +31,50 @@ if PATIENCE > 1:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="every fault: minutes, not seconds (./dev faults)")
+
+
+class BesideUs:
+    """The ordinary user's run, which takes turns with nobody: ordinary.py, with the suites that are asked for."""
+
+    def __init__(self, suites: list[str]) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="ordinary-"))
+        self.home.chmod(0o755)
+        command = [sys.executable, str(Path(__file__).with_name("ordinary.py")), str(self.home), *suites]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as started:  # which goes on as another process
+            assert started.stdin
+            self.lifeline = os.dup(started.stdin.fileno())
+            os.set_inheritable(self.lifeline, False)
+
+    def pid(self) -> str:
+        return (self.home / "pid").read_text() if (self.home / "pid").exists() else "self"
+
+    def close(self) -> None:
+        os.close(self.lifeline)
+
+
+BESIDE_US = pytest.StashKey[BesideUs]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the ordinary user's run came to is looked at last."""
+    items.sort(key=lambda item: item.path.name == "test_ordinary_user.py")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if IS_ROOT and not session.config.option.collectonly:
+        suites = [item.callspec.params["suite"] for item in session.items if item.path.name == "test_ordinary_user.py"]  # type: ignore[attr-defined]
+        if suites:
+            session.config.stash[BESIDE_US] = BesideUs(suites)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if beside_us := session.config.stash.get(BESIDE_US, None):
+        beside_us.close()
+
+
+@pytest.fixture
+def beside_us(request: pytest.FixtureRequest) -> BesideUs:
+    return request.config.stash[BESIDE_US]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def escaped(path: str) -> str:
 
 def directory(parent: Path, pid: int, start: str, namespace: int | None = None) -> Path:
     """A claim's directory, as the process `pid` would have named it."""
-    path = parent / f"nsjail_py.{pid}.{start}.{namespace or cgroups._pid_namespace()}.0123abcd"
+    path = parent / f"nsjail_py.{pid}.{start}.{namespace or cgroups._view()}.0123abcd"
     path.mkdir()
     return path
 
@@ -186,6 +186,19 @@ def test_only_what_a_dead_process_of_ours_left_is_stale(tmp_path: Path) -> None:
     assert all(path.is_dir() for path in kept)
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="only root can shift clocks")
+def test_a_claim_under_shifted_clocks_takes_nobodys_group() -> None:
+    """There /proc shows another time of start for every process, as if each number had been given away anew."""
+    claim = cgroups.claim()
+    try:
+        code = "from nsjail_py import cgroups; cgroups.release(cgroups.claim())"
+        shifted = ["unshare", "--time", "--fork", "--boottime", "864000", sys.executable, "-c", code]
+        subprocess.run(shifted, cwd=ROOT, check=True)
+        assert all(path.is_dir() for path in claim.directories.values())
+    finally:
+        cgroups.release(claim)
+
+
 def test_a_stale_directory_with_anything_but_cells_in_it_stays(tmp_path: Path) -> None:
     stale = directory(tmp_path, DEAD, "1")
     (stale / "cell-1").mkdir()
@@ -215,7 +228,7 @@ def test_a_daemon_beside_us_is_a_stranger_although_we_have_one_ancestor(tmp_path
         os.kill(int(daemon), signal.SIGKILL)
 
 
-def test_a_unit_of_a_users_manager_is_the_managers_without_its_mark(tmp_path: Path) -> None:
+def test_a_unit_of_a_users_manager_is_the_managers_unless_it_says_otherwise(tmp_path: Path) -> None:
     manager = tmp_path / "user@1000.service"
     for name in ("app.slice/x.service", "app.slice/x.service/mine"):
         (manager / name).mkdir(parents=True, exist_ok=True)

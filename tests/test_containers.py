@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import IS_ROOT, ROOT
-from test_ordinary_user import python_for_all
+from ordinary import python_for_all
 
 import nsjail_py
 from nsjail_py import Mount

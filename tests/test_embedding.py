@@ -25,7 +25,7 @@ signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 heap = bytearray(512 << 20)
 for i in range(0, len(heap), 4096): heap[i] = 1
 stop = threading.Event()
-idle = [threading.Thread(target=stop.wait) for _ in range(20)]
+idle = [threading.Thread(target=stop.wait, daemon=True) for _ in range(20)]
 for thread in idle: thread.start()
 
 jail = nsjail_py.Jail("untrusted")

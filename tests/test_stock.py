@@ -171,7 +171,7 @@ def test_a_burst_larger_than_the_stock_is_served_whole(stocked: Stocked) -> None
 
 def test_the_clock_of_a_run_from_stock_starts_with_the_run() -> None:
     stocked = Stocked(1, wall_time=0.5 * PATIENCE)
-    time.sleep(PATIENCE)
+    time.sleep(0.6 * PATIENCE)  # longer than its limit, shorter than a stock is kept
     process = stocked.jail.start(["/bin/cat"], stdin=nsjail_py.PIPE)
     time.sleep(0.1)
     result = process.communicate(b"")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE
+from msgspec.structs import replace
 
 import nsjail_py
 from nsjail_py import Jail, JailError, Mount, PolicyError, Result, launcher
@@ -143,7 +144,9 @@ def test_a_killed_template_is_replaced() -> None:
         assert jail.run_python("print(1)").ok
         [init] = [int(c) for c in Path(f"/proc/{launcher.current().pid}/task/{launcher.current().pid}/children").read_text().split()][-1:]
         os.kill(init, signal.SIGKILL)
-        time.sleep(0.2)
+        assert jail._templates and jail._templates._current
+        while jail._templates._current.alive:
+            time.sleep(0.01)
         assert jail.run_python("print(2)").stdout == b"2\n"
 
 
@@ -207,3 +210,13 @@ def test_a_policy_that_shows_files_of_the_host_has_no_warm_interpreter(tmp_path:
         Jail("untrusted", preload=[], mounts=[Mount(source=str(tmp_path), target="/x")]) as jail,
     ):
         jail.run_python("print(1)")
+
+
+@pytest.mark.parametrize(("aslr", "layouts"), [("shared", 1), ("fresh", 3)])
+def test_jobs_have_the_address_layout_that_the_policy_says(aslr: str, layouts: int) -> None:
+    """Where the C library lies. `fresh` is an exec for each run, which has what was to be preloaded all the same."""
+    policy = nsjail_py.policy("untrusted")
+    source = "import json, sys; print(next(l for l in open('/proc/self/maps') if 'libc' in l).split('-')[0])"
+    with Jail(replace(policy, python=replace(policy.python, aslr=aslr)), preload=["numpy"]) as jail:
+        assert len({jail.run_python(source).check().stdout for _ in range(3)}) == layouts
+        assert jail.run_python("import numpy; print(numpy.arange(4).sum())").check().stdout == b"6\n"

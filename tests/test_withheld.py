@@ -64,8 +64,11 @@ def test_a_withheld_call_is_the_step_that_failed_with_the_setting_that_withholds
     assert setting in first
 
 
-def test_landlock_that_is_answered_by_death_counts_as_missing() -> None:
-    assert "this kernel has no Landlock" in told("kill", "landlock_create_ruleset")
+@pytest.mark.parametrize("action", ["kill", errno.EPERM])
+def test_landlock_that_a_filter_refuses_is_missing_by_its_doing(action: str | int) -> None:
+    said = told(action, "landlock_create_ruleset")
+    assert said.startswith("landlock (a system call filter refuses it); ")
+    assert "lack landlock a system call filter refuses it" in said.lower()
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root has ids of its own to give")

@@ -98,7 +98,7 @@ def outcome(jail: Jail, args: list[str] | None, source: str = "", poke: bool = F
 
 def _poke(process: nsjail_py.Process, read: int) -> None:
     """Asks for the program's number, and sends it a signal when it is ready for one."""
-    deadline = time.monotonic() + 0.5
+    deadline = time.monotonic() + 3  # as slow as the machine may be: the processor clock ends it before
     pid = process.pid
     assert pid is None or pid > 0
     before = b""
@@ -274,7 +274,10 @@ def judge(taken: Take, base: Take, scenario: str) -> str:
         )
         # A launcher that is gone before it has taken anything is replaced without a word. A kernel may lack keyrings altogether.
         allowed |= (point.role, point.cell) == ("launcher", 0) or (point.name, taken.error) == ("keyctl", errno.ENOSYS)
-        allowed |= (scenario, point.role, point.name) == ("own", "program", "read")  # not the program: the child that brings an id map
+        # In "own" there is a child that brings an id map, too: what reads is not the program, and nobody misses its end.
+        allowed |= (scenario, point.role, point.name) in (("own", "program", "read"), ("own", "init", "waitpid"))
+        # A hard limit that is there already may be as low as the policy's.
+        allowed |= (point.name, taken.error) == ("prlimit64", errno.EPERM)
         return "harmless" if allowed else "WRONG: nothing came of it"
     if len(wrong) > 1:
         return f"WRONG: more than one run failed: {[got.end for got, _ in wrong]!r}"

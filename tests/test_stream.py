@@ -1,0 +1,106 @@
+"""Output as it comes, and where a run's time went."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+import nsjail_py
+from nsjail_py import PIPE, Jail, PolicyError, Verdict, aio
+
+SLOW = "import sys, time\nfor n in range(3):\n  print(n, flush=True); time.sleep(0.3)\nprint('end', file=sys.stderr)"
+
+
+def test_output_comes_while_the_program_runs() -> None:
+    with Jail("untrusted").start_python(SLOW, stdout=PIPE, stderr=PIPE) as process:
+        pieces = [(name, data, time.monotonic()) for name, data in process.stream()]
+        result = process.wait().check()
+    assert [(name, data) for name, data, _ in pieces] == [("stdout", b"0\n"), ("stdout", b"1\n"), ("stdout", b"2\n"), ("stderr", b"end\n")]
+    assert pieces[2][2] - pieces[0][2] > 0.5
+    assert result.stdout == b"", "what was given is not kept"
+
+
+def test_asyncio_has_it_too_while_other_tasks_go_on() -> None:
+    async def main() -> tuple[list[tuple[str, bytes]], int]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.02)
+                ticks += 1
+
+        task = asyncio.create_task(tick())
+        with await asyncio.to_thread(Jail("untrusted").start_python, SLOW, stdout=PIPE, stderr=PIPE) as process:
+            pieces = [piece async for piece in aio.stream(process)]
+            process.wait().check()
+        task.cancel()
+        return pieces, ticks
+
+    pieces, ticks = asyncio.run(main())
+    assert b"".join(data for name, data in pieces if name == "stdout") == b"0\n1\n2\n" and ticks > 5
+
+
+def test_a_flood_is_bounded_and_ends_the_run() -> None:
+    with Jail("untrusted", output="1M").start(["/usr/bin/yes"], stdout=PIPE) as process:
+        size = sum(len(data) for _, data in process.stream())
+        assert process.wait().verdict is Verdict.output and size == 1 << 20
+
+
+def test_input_is_fed_while_output_is_taken() -> None:
+    data = bytes(range(256)) * 20_000
+    with Jail("untrusted").start(["/bin/cat"], stdin=PIPE, stdout=PIPE) as process:
+        assert b"".join(piece for _, piece in process.stream(data)) == data
+
+
+def test_leaving_the_iterator_early_kills_the_run(leaves_nothing: None) -> None:
+    with Jail("untrusted").start(["/usr/bin/yes"], stdout=PIPE) as process:
+        next(process.stream())
+    assert process.wait().verdict is Verdict.killed
+
+
+def test_cancelling_a_stream_kills_the_run() -> None:
+    async def main() -> Verdict:
+        process = await asyncio.to_thread(Jail("untrusted").start, ["/bin/sleep", "20"], stdout=PIPE)
+
+        async def read() -> None:
+            with process:
+                async for _ in aio.stream(process):
+                    pass
+
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(read(), 0.2)
+        return process.wait().verdict
+
+    assert asyncio.run(main()) is Verdict.killed
+
+
+def test_asyncio_runs_in_a_jail_that_is_there_already() -> None:
+    async def main(jail: Jail) -> list[bytes]:
+        results = await asyncio.gather(*(aio.run_python(f"print({n})", policy=jail) for n in range(20)))
+        with pytest.raises(PolicyError, match="memory"):
+            await aio.run(["/bin/true"], policy=jail, memory="1G")
+        return [result.check().stdout for result in results]
+
+    with Jail("untrusted", preload=[]) as jail:
+        assert asyncio.run(main(jail)) == [b"%d\n" % n for n in range(20)]
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_timeline_has_every_step_and_adds_up(warm: bool) -> None:
+    with Jail("untrusted", preload=[] if warm else None) as jail:
+        jail.run_python("pass").check()
+        begin = time.monotonic()
+        result = jail.run_python("import time; time.sleep(0.2)").check()
+        whole = time.monotonic() - begin
+    assert list(result.timeline) == ["request", "cell", "run", "clear", "report"]
+    assert all(spent >= 0 for spent in result.timeline.values()), result.timeline
+    assert sum(result.timeline.values()) / 1e6 <= whole and abs(result.timeline["run"] / 1e6 - result.wall_time) < 0.001
+    assert abs(result.timeline["cell"] / 1e6 - result.setup_time) < 0.001
+
+
+def test_a_run_that_is_killed_has_a_timeline_too() -> None:
+    result = nsjail_py.run(["/bin/sleep", "9"], wall_time=0.2)
+    assert result.timeline["run"] > 150_000 and all(spent >= 0 for spent in result.timeline.values())
