@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from collections.abc import Iterator
 from itertools import pairwise, product
 from pathlib import Path
 
-from nsjail_py import cli, policyfile, syscalls, toolcommands
-from nsjail_py.layers import commands
+from nsjail_py import cli, oci_bundle, policyfile, syscalls, toolcommands, why
+from nsjail_py.layers import audit, commands
 from nsjail_py.policy import Policy
 
 HERE = Path(__file__).resolve().parent
@@ -203,9 +204,52 @@ def _indented(text: str) -> list[str]:
     return [*(f"    {line}".rstrip() for line in text.strip().splitlines()), ""]
 
 
+# ---------------------------------------------------------------- tables within pages
+
+
+def risks() -> Iterator[str]:
+    yield from ("| to allow | gives | risk |", "|---|---|---|")
+    about = syscalls.sets()
+    for name, risk in why.SET_RISKS.items():
+        yield f"| `@{name}` | {about[name]} | {risk} |"
+    yield f"| `exec = true` | execute further programs | {why.EXEC_RISK} |"
+    for pattern, risk in why.NEVER_RISKS:
+        calls = [name for name in syscalls.never() if re.fullmatch(pattern, name)]
+        yield f"| {', '.join(f'`{name}`' for name in calls)} | in no shipped policy | {risk} |"
+
+
+def events() -> Iterator[str]:
+    yield from ("| event | noted as |", "|---|---|")
+    kinds = {
+        f"AUDIT_{kind}": name for kind, name in zip(("IMPORT", "FILE", "SOCKET", "PROCESS", "NATIVE"), audit.KINDS.values(), strict=True)
+    }
+    source = (HERE.parent / "native" / "audit.c").read_text()
+    table = source[source.index("events[] = {") : source.index("static const struct event *event_of")]
+    for name, kind in re.findall(r'\{"([\w.]+)", (AUDIT_\w+),', table):
+        yield f"| `{name}` | {kinds[kind]} |"
+
+
+def beyond() -> Iterator[str]:
+    yield from ("| protection | why not |", "|---|---|")
+    yield from (f"| {name} | {reason} |" for name, reason in oci_bundle.BEYOND.items())
+
+
+BLOCKS = {"learn.md": ("risks", risks), "audit.md": ("events", events), "oci.md": ("beyond", beyond)}
+"""Pages that are written by hand but for one table."""
+
+
+def filled(page: str) -> str:
+    """A page with its table as it is now."""
+    name, table = BLOCKS[page]
+    head, _, rest = (HERE / page).read_text().partition(f"<!-- generated: {name} -->\n")
+    return "\n".join([f"{head}<!-- generated: {name} -->", *table(), f"<!-- end -->{rest.partition('<!-- end -->')[2]}"])
+
+
 PAGES = {"policy-reference.md": reference, "reference/syscalls.md": syscall_page, "reference/commands.md": commands_page}
 
 if __name__ == "__main__":
     for page, text in PAGES.items():
         (HERE / page).parent.mkdir(exist_ok=True)
         (HERE / page).write_text(text())
+    for page in BLOCKS:
+        (HERE / page).write_text(filled(page))

@@ -274,7 +274,8 @@ def _limits(seen: Observation) -> Iterator[str]:
     memory = unit * max(4, math.ceil(2 * seen.memory / unit))
     yield f'wall_time = "{format_time(wall)}" # it took {seen.wall_time:.2f} s under observation'
     yield f'cpu_time = "{format_time(cpu)}" # it used {seen.cpu_time:.2f} s'
-    yield f'memory = "{format_size(memory)}" # it used {format_size(seen.memory)}'
+    if seen.memory:
+        yield f'memory = "{format_size(memory)}" # it used {format_size(seen.memory)}'
     yield f"processes = {max(8, 2 * seen.processes)} # it had {seen.processes or 'an unknown number'} at one time, threads counted"
 
 

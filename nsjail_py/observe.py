@@ -108,6 +108,7 @@ class Observation(Struct):
     outcome: list[str] = []
     """How each run ended."""
     memory: int = 0
+    """Bytes; 0 where no control group counted them: what limits memory there counts otherwise."""
     cpu_time: float = 0.0
     wall_time: float = 0.0
     processes: int = 0
@@ -150,7 +151,8 @@ def observe(
     seen.samples, seen.python, seen.project = [name], python or sys.executable, jail.policy.python.project
     seen.mounts = [mount for mount in jail.policy.mounts if not mount.target.startswith(PACKAGES.format(""))]
     seen.outcome = [result.summary]
-    seen.memory, seen.cpu_time, seen.wall_time = result.peak_memory, result.cpu_time, result.wall_time
+    seen.memory = result.peak_memory if result.memory_source.startswith("cgroup") else 0
+    seen.cpu_time, seen.wall_time = result.cpu_time, result.wall_time
     seen.processes = result.peak_processes or 0
     return seen, result
 

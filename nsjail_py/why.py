@@ -112,6 +112,8 @@ def why(result: Result | Mapping[str, Any], policy: Policy | None = None) -> lis
         evidence, said = dict(report["evidence"]), str(report.get("stderr") or "")
     except (KeyError, ValueError, TypeError, AttributeError):
         raise PolicyError("this is no result of nsjail-py: write one with --report FILE, or --json") from None
+    if policy is None and isinstance(result, Result):
+        policy = result.settled
     if policy is None and report.get("policy") in names():
         policy = load(str(report["policy"]))
     found = [_call(name, count, policy) for name, count in denied.items()]
@@ -242,6 +244,11 @@ def _mount(path: str, writable: bool = False) -> tuple[str, ...]:
 
 def _last_words(said: str, policy: Policy | None) -> Iterator[Denial]:
     """What a Python program's last exception tells, in its own words."""
+    if (
+        re.search(r"^MemoryError", said, re.M) and policy and policy.limits.memory
+    ):  # where each process has its own limit, nobody else knows
+        more = f"memory = {json.dumps(format_size(2 * policy.limits.memory))}"
+        yield Denial("memory", "the program says that it got no more", (Way(("[limits]", more), LIMIT_RISKS["memory"]),))
     imports = list(policy.python.imports) if policy else []
     for module in dict.fromkeys(re.findall(r"^ModuleNotFoundError: No module named '([\w.]{1,80})'", said, re.M)):
         top = module.partition(".")[0]

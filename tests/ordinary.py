@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NOBODY = 65534
-OURS = ("nsjail_py", "native", "policies", "tests", "examples", "README.md", "docs")
+OURS = ("nsjail_py", "native", "policies", "tests", "examples", "benchmarks", "README.md", "docs")
 
 
 def usable_by_all(path: str) -> bool:

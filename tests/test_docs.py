@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import subprocess
@@ -102,3 +103,22 @@ def test_the_threat_model_maps_every_rule_to_tests_that_exist() -> None:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
     attacks = {promise.attack for promise in selftest_promises.promises("/nowhere", "NAME")}
     assert set(re.findall(r"`selftest:([\w-]+)`", text)) <= attacks
+
+
+@pytest.mark.parametrize("page", ["learn.md", "audit.md", "oci.md"])
+def test_the_tables_within_pages_are_those_of_this_code(page: str) -> None:
+    filled = runpy.run_path(str(ROOT / "docs" / "generate.py"))["filled"]
+    text = (ROOT / "docs" / page).read_text()
+    assert text == filled(page) and text.count("\n| ") > 5
+
+
+@pytest.mark.parametrize("page", ["learn.md", "oci.md"])
+def test_the_shell_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+    assert blocks
+    for block in blocks if os.geteuid() == 0 else [block for block in blocks if "bundle" not in block]:
+        done = subprocess.run(
+            ["bash", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, (block, done.stderr)

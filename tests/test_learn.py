@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,8 @@ def test_nothing_else_of_the_host_is_shown_by_a_learned_policy(learned: dict[str
 
 
 def test_a_file_of_the_host_that_was_read_is_shown_and_no_other(tmp_path: Path) -> None:
-    folder = Path("/var/tmp") / f"nsjail-learn-{tmp_path.name}"
-    folder.mkdir(mode=0o755)
+    folder = Path(tempfile.mkdtemp(prefix="nsjail-learn-", dir="/var/tmp"))
+    folder.chmod(0o755)
     try:
         (folder / "data").write_text("data")
         (folder / "other").write_text("other")
@@ -164,7 +165,7 @@ def test_what_no_shipped_policy_has_is_refused_to_a_sample_too(tmp_path: Path) -
 
 
 def test_a_sample_changes_nothing_of_the_host(tmp_path: Path) -> None:
-    target = Path("/var/tmp") / f"nsjail-{tmp_path.name}"
+    target = Path("/var/tmp") / f"nsjail-{os.getpid()}-{tmp_path.name}"
     one = learn(f"open('{target}', 'w')".encode())
     assert not target.exists() and not one.result.ok
     assert f"# - changed {target}" in one.text

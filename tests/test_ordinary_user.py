@@ -25,6 +25,9 @@ SUITES = [
     "test_faults.py",
     "test_chaos.py",
     "test_exhaustion.py",
+    "test_learn.py",
+    "test_layers_audit.py",
+    "test_oci.py",
 ]
 
 
