@@ -43,7 +43,7 @@ ROWS: dict[tuple[str, int], str] = {
     (
         "mount proc",
         E.EPERM,
-    ): 'parts of the host\'s /proc are covered (a container; ProtectKernelLogs= with User=): run with an uncovered /proc, or set proc = "none"',
+    ): 'parts of the host\'s /proc are covered (container; ProtectKernelLogs= with User=): uncover it, or set proc = "none"',
     ("hostname", E.EPERM): "a filter refuses sethostname (systemd unit: ProtectHostname=no); or leave uts out of the policy's namespaces",
     ("nested userns", ANY): 'add "nested_userns" to best_effort, or make /proc/sys writable',
     ("landlock", E.ENOSYS): "Landlock is missing: Linux 5.13 or later",
