@@ -40,10 +40,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("mount bind", E.ENOTDIR): "source and target must both be files or both be directories",
     ("mount idmap", E.EPERM): "a writable directory must not belong to root: chown it to the user who is to own the files",
     ("mount idmap", E.EINVAL): "this file system cannot be mounted with other ids: use ext4, xfs, btrfs, or tmpfs on Linux 6.3 or later",
-    (
-        "mount proc",
-        E.EPERM,
-    ): 'parts of the host\'s /proc are covered (container; ProtectKernelLogs= with User=): uncover it, or set proc = "none"',
+    ("mount proc", E.EPERM): 'parts of the host\'s /proc are covered (container; ProtectKernelLogs=): uncover it, or set proc = "none"',
     ("hostname", E.EPERM): "a filter refuses sethostname (systemd unit: ProtectHostname=no); or leave uts out of the policy's namespaces",
     ("nested userns", ANY): 'add "nested_userns" to best_effort, or make /proc/sys writable',
     ("landlock", E.ENOSYS): "Landlock is missing: Linux 5.13 or later",

@@ -235,7 +235,7 @@ def in_unit(*settings: str) -> str:
         (["ProtectControlGroups=yes"], "ProtectControlGroups=no"),
         pytest.param(
             [f"User={USER}", "InaccessiblePaths=/proc/kmsg"],
-            "ProtectKernelLogs= with User=",
+            "ProtectKernelLogs=",
             marks=pytest.mark.skipif(not USER, reason="no user"),
         ),
         pytest.param([f"User={USER}", "ProtectHome=yes"], "CacheDirectory=nsjail_py", marks=pytest.mark.skipif(not USER, reason="no user")),
