@@ -69,7 +69,7 @@ def problems(policy: Policy) -> list[str]:
     return type_problems(table) or value_problems(policy)
 
 
-def override(policy: Policy, **changes: Any) -> Policy:
+def override(policy: Policy, /, **changes: Any) -> Policy:
     """A changed copy, checked. Takes the fields of Policy, and directly those of Limits and Python; sizes and times as numbers
     or text (`memory="256M"`, `wall_time=None` for none). env is merged, mounts are appended, all else is replaced. Raises PolicyError."""
     if not changes:

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nsjail_py import Jail, JailError, PolicyError, compiled, plan, policyfile, reports
@@ -128,6 +128,7 @@ FIELDS = st.sampled_from(
 
 @settings(max_examples=200 * max(1, SECONDS // 12), deadline=None)
 @given(st.dictionaries(FIELDS | st.text(max_size=8), VALUES, max_size=4))
+@example({"policy": None})
 def test_no_override_breaks_the_policy(changes: dict[str, object]) -> None:
     with contextlib.suppress(PolicyError):
         policyfile.override(JAIL.policy, **changes)
