@@ -31,7 +31,10 @@ ROWS: dict[tuple[str, int], str] = {
     ("id map", E.EPERM): f"root needs CAP_SETUID and CAP_SETGID; from a user AppArmor may withhold every right (Ubuntu: {APPARMOR})",
     ("mount private", E.EINVAL): "the root directory is no mount point, as in a chroot: enter it with pivot_root, as containers do",
     ("mount private", E.ENOSYS): "mount_setattr is missing: Linux 5.12 or later",
-    ("mount private", E.EPERM): "no right to mount in the new namespace: AppArmor or a container's filter refuses it",
+    (
+        "mount private",
+        E.EPERM,
+    ): "no right to mount: AppArmor or a filter refuses it (systemd unit: SystemCallFilter= as `nsjail-py systemd unit` has it)",
     ("mount source", E.ENOENT): "the source does not exist on the host",
     ("mount target", E.ENOSYS): OPENAT2,
     ("mount bind", E.ENOSYS): OPENAT2,

@@ -229,7 +229,7 @@ def in_unit(*settings: str) -> str:
             "systemd unit CacheDirectory=nsjail_py (nsjail_py-USER with User=)",
         ),
         (["SystemCallFilter=@system-service"], "`nsjail-py systemd unit`"),
-        (["SystemCallFilter=@system-service", "SystemCallErrorNumber=EPERM"], "a filter "),
+        (["SystemCallFilter=@system-service", "SystemCallErrorNumber=EPERM"], "`nsjail-py systemd unit`"),
         (["ProtectHostname=yes"], "ProtectHostname=no"),
         (["RestrictNamespaces=yes"], "RestrictNamespaces=no"),
         (["ProtectControlGroups=yes"], "ProtectControlGroups=no"),
