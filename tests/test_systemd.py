@@ -233,11 +233,6 @@ def in_unit(*settings: str) -> str:
         (["ProtectHostname=yes"], "ProtectHostname=no"),
         (["RestrictNamespaces=yes"], "RestrictNamespaces=no"),
         (["ProtectControlGroups=yes"], "ProtectControlGroups=no"),
-        pytest.param(
-            [f"User={USER}", "InaccessiblePaths=/proc/kmsg"],
-            "ProtectKernelLogs=",
-            marks=pytest.mark.skipif(not USER, reason="no user"),
-        ),
         pytest.param([f"User={USER}", "ProtectHome=yes"], "CacheDirectory=nsjail_py", marks=pytest.mark.skipif(not USER, reason="no user")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
