@@ -1,16 +1,21 @@
 """A caller's own file, carried through a pipe.
 
 Where the program runs as the caller's user, a descriptor of his file is more than its bytes: its mode can be changed, and through
-/proc/self/fd it can be opened again, for writing or without O_APPEND. So such a file stays outside.
+/proc/self/fd it can be opened again, for writing or without O_APPEND. So such a file stays outside. And an OCI runtime gives what it is
+passed to the container's user, be it /dev/null: it is passed pipes only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import select
 import signal
 import stat
 import threading
+
+from .errors import SetupError
 
 CHUNK = 1 << 18
 
@@ -22,48 +27,69 @@ def would_own(descriptor: int) -> bool:
 
 
 class Carrier:
-    """One stream of one run. `inside` is the program's end until `start`, from when on a thread copies to the end of either side."""
+    """One stream of one run. `inside` is the program's end; from `start` on a thread copies to the end of either side.
+
+    Raises SetupError where no thread can be had, and OSError where no descriptor can.
+    """
 
     def __init__(self, file: int, *, to_program: bool) -> None:
         self.to_program = to_program
         self.error: OSError | None = None
+        self._decided = threading.Event()
+        self._wanted = False
         read, write = os.pipe2(os.O_CLOEXEC)
         self.inside, pipe = (read, write) if to_program else (write, read)
+        opened = [read, write]
         try:
             # The caller may close his as soon as the run has started.
-            own = os.dup(file)
-        except OSError:
-            os.close(read)
-            os.close(write)
+            opened.append(own := os.dup(file))
+            self._source, self._target = (own, pipe) if to_program else (pipe, own)
+            self._thread = threading.Thread(target=self._carry, name="nsjail-carrier", daemon=True)
+            self._thread.start()
+        except BaseException as error:
+            for descriptor in opened:
+                os.close(descriptor)
+            if isinstance(error, RuntimeError):
+                raise SetupError("streams", errno.EAGAIN, str(error), "raise the limit of threads (ulimit -u), or end some") from None
             raise
-        self._source, self._target = (own, pipe) if to_program else (pipe, own)
-        self._thread = threading.Thread(target=self._carry, name="nsjail-carrier", daemon=True)
 
     def start(self) -> None:
         """When the run has its end of the pipe."""
-        self._thread.start()
+        self._wanted = True
+        self._decided.set()
+
+    def close(self) -> None:
+        """Instead of `start`."""
+        self._decided.set()
 
     def finish(self) -> None:
         """All that the program wrote is in the file now. Raises the OSError that kept it out, a full disk say."""
-        if not self.to_program and self._thread.ident is not None:
+        if not self.to_program:
             self._thread.join()
         if self.error is not None:
             raise self.error
 
-    def close(self) -> None:
-        """Instead of `start`."""
-        os.close(self._source)
-        os.close(self._target)
-
     def _carry(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPIPE])
+        self._decided.wait()
         try:
-            with contextlib.suppress(BrokenPipeError):  # the program does not want the rest
-                while data := os.read(self._source, CHUNK):
-                    view = memoryview(data)
-                    while view:
-                        view = view[os.write(self._target, view) :]
+            while self._wanted and self._has_more() and (data := os.read(self._source, CHUNK)):
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(self._target, view) :]
+        except BrokenPipeError:
+            pass  # the program does not want the rest
         except OSError as error:
             self.error = error
         finally:
-            self.close()
+            with contextlib.suppress(OSError):
+                os.close(self._source)
+            os.close(self._target)
+
+    def _has_more(self) -> bool:
+        """Waits for something to read; false when the program has closed its end, and the rest is the next reader's."""
+        poll = select.poll()
+        poll.register(self._source, select.POLLIN)
+        if self.to_program:
+            poll.register(self._target, 0)
+        return all(descriptor != self._target for descriptor, _ in poll.poll())

@@ -411,7 +411,7 @@ class Jail:
         if compiled.policy.backend != "native":
             from .oci_backend import OciProcess
 
-            return OciProcess(compiled, argv, files, Ends(*streams), numbers)
+            return OciProcess(compiled, argv, files, Ends(*streams, only_pipes=True), numbers)
         inside = [0, 1, 2, *numbers, *(number for number, _ in extra)]
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, inside)
         passed = [*numbers, *(descriptor for _, descriptor in extra)]

@@ -56,9 +56,10 @@ def no_directory(descriptor: int) -> None:
 
 
 class Ends:
-    """The descriptors that go in, and our ends of the pipes among them."""
+    """The descriptors that go in, and our ends of the pipes among them. only_pipes: no descriptor of anything else goes in."""
 
-    def __init__(self, stdin: Stream, stdout: Stream, stderr: Stream) -> None:
+    def __init__(self, stdin: Stream, stdout: Stream, stderr: Stream, *, only_pipes: bool = False) -> None:
+        self.only_pipes = only_pipes
         self.inside: list[int] = []
         self.ours: list[int | None] = [None, None, None]
         self.opened: list[int] = []
@@ -73,7 +74,13 @@ class Ends:
 
     def _one(self, number: int, stream: Stream) -> int:
         if stream is None or stream == DEVNULL:
-            return self._keep(os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY))
+            null = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            if not self.only_pipes:
+                return self._keep(null)
+            try:
+                return self._carried(number, null)
+            finally:
+                os.close(null)
         if stream == STDOUT:
             if number != 2:
                 raise ValueError("STDOUT is for stderr only")
@@ -84,8 +91,9 @@ class Ends:
             return self._keep(theirs)
         descriptor = stream if isinstance(stream, int) else stream.fileno()
         no_directory(descriptor)
-        if not would_own(descriptor):
-            return descriptor
+        return self._carried(number, descriptor) if self.only_pipes or would_own(descriptor) else descriptor
+
+    def _carried(self, number: int, descriptor: int) -> int:
         self.carriers.append(Carrier(descriptor, to_program=number == 0))
         return self._keep(self.carriers[-1].inside)
 

@@ -106,7 +106,7 @@ def in_container(place: Path, user: int = 0, changes: Callable[[dict[str, object
     script = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
     name = f"nsjail-test-{os.getpid()}"
     command = ["unshare", "--mount", "sh", "-c", script, "sh", CRUN, "--cgroup-manager=disabled", "run", "--bundle", place, name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=False, timeout=300)
     assert "What this host offers" in done.stdout, done.stdout + done.stderr
     return " ".join(done.stdout.split())
 

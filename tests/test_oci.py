@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tarfile
 import tempfile
@@ -21,6 +22,7 @@ from msgspec.structs import replace
 import nsjail_py
 from nsjail_py import cachedir, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
 from nsjail_py.policy import Policy, Syscalls
+from nsjail_py.streams import Ends
 
 PROFILE = ROOT / "tests" / "container_seccomp.json"
 RUNTIMES = ("crun", "runc", "runsc")
@@ -336,7 +338,7 @@ def under(runtime: str, bundle: Path, state: Path) -> subprocess.CompletedProces
             "sh",
             *command[1:],
         ]
-    return subprocess.run(command, capture_output=True, timeout=120, check=False)
+    return subprocess.run(command, input=b"", capture_output=True, timeout=120, check=False)
 
 
 @needs_root
@@ -403,6 +405,27 @@ def test_limits_and_kills_hold_under_a_runtime(runtime: str) -> None:
         assert process.pid
         process.kill()
         assert process.wait(30).verdict == "killed"
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_a_runtime_gives_away_nothing_that_the_caller_passes(runtime: str, tmp_path: Path) -> None:
+    """Some make the container's user the owner of its standard streams, whatever they are."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_bytes(b"text" * 100_000)
+    with source.open("rb") as given, target.open("wb") as out:
+        nsjail_py.run(["/bin/cat"], policy=backend(runtime), stdin=given, stdout=out, stderr=nsjail_py.STDOUT).check()
+        nsjail_py.run(["/bin/true"], policy=backend(runtime), stdin=nsjail_py.DEVNULL, stdout=nsjail_py.DEVNULL).check()
+    assert target.read_bytes() == source.read_bytes()
+    assert {os.stat(path).st_uid for path in (source, target, os.devnull)} == {0}
+
+
+def test_nothing_but_pipes_goes_to_a_runtime() -> None:
+    with open(os.devnull, "r+b") as null:
+        for streams in ((None, None, None), (null, null, nsjail_py.STDOUT), (nsjail_py.PIPE, nsjail_py.DEVNULL, null)):
+            ends = Ends(*streams, only_pipes=True)
+            assert all(stat.S_ISFIFO(os.fstat(descriptor).st_mode) for descriptor in ends.inside)
+            ends.close()
 
 
 @needs_root
