@@ -140,6 +140,10 @@ def _compile(
     if policy.syscalls is not None:
         from .syscalls import compile_filter
 
+        if lib.probe_notify() == -lib.PROBE_KILLED:  # libseccomp asks the kernel, too
+            refusal = "a system call filter kills whoever asks for one of his own"
+            raise Unavailable("seccomp", detail=refusal, advice="a systemd unit as `nsjail-py systemd unit` writes it")
+
         compiled = compile_filter(policy.syscalls)
         bpf, late, unknown_from = compiled.bpf, compiled.late, compiled.unknown_from
     if policy.landlock and not host.landlock_abi:

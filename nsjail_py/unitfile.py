@@ -56,7 +56,6 @@ WALLS = (
     Line("ProtectSystem=strict", "nsjail-py itself can write to its own directories only"),
     Line("PrivateDevices=yes", "no hardware"),
     Line("ProtectKernelModules=yes", "no modules"),
-    Line("ProtectKernelLogs=yes", "no kernel log"),
     Line("ProtectClock=yes", "the clock stays"),
     Line("LockPersonality=yes", "no other execution domain"),
     Line("RestrictRealtime=yes", "no realtime scheduling"),
@@ -111,6 +110,7 @@ def _identity(user: str) -> list[Line]:
     return [
         Line(f"CapabilityBoundingSet={CAPABILITIES}", "root, with just what making a jail takes; each run has a host user id of its own"),
         Line("CacheDirectory=nsjail_py", "roots and filters, kept between runs"),
+        Line("ProtectKernelLogs=yes", "no kernel log (it covers a part of /proc: an ordinary user could not mount a jail's own then)"),
         Line("RuntimeDirectory=nsjail_py", "/run/nsjail_py: which host user ids are in use"),
         Line("RuntimeDirectoryPreserve=yes", "other services of nsjail_py have their locks there, too"),
     ]

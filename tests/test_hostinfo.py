@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 from nsjail_py import advice, hostinfo, userns
 from nsjail_py._native import lib
@@ -57,7 +58,7 @@ def test_the_probe_is_cheap() -> None:
         start = time.perf_counter()
         hostinfo.probe()
         times.append(time.perf_counter() - start)
-    assert min(times) < 0.01
+    assert min(times) < 0.01 * PATIENCE
 
 
 def test_the_probe_leaves_no_descriptor_and_no_child() -> None:
@@ -150,7 +151,7 @@ def test_a_refusal_that_nobody_knows_still_has_something_to_read() -> None:
 
 
 def test_advice_is_given_only_for_steps_that_the_launcher_knows() -> None:
-    assert {step for step, _ in advice.ROWS} <= set(STEPS)
+    assert {step for step, _ in advice.ROWS} <= {*STEPS, "launcher"}, "the launcher's own start is a step of the caller"
 
 
 def test_advice_names_no_errno_that_is_unknown() -> None:

@@ -64,6 +64,11 @@ def test_a_withheld_call_is_the_step_that_failed_with_the_setting_that_withholds
     assert setting in first
 
 
+def test_a_filter_that_kills_whoever_asks_for_one_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSJAIL_PY_CACHE", str(tmp_path / "cache"))  # a filter that was compiled before would not be asked for
+    assert told("kill", "seccomp").startswith("seccomp (a system call filter kills whoever asks for one of his own); ")
+
+
 @pytest.mark.parametrize("action", ["kill", errno.EPERM])
 def test_landlock_that_a_filter_refuses_is_missing_by_its_doing(action: str | int) -> None:
     said = told(action, "landlock_create_ruleset")
