@@ -10,11 +10,15 @@
 #include <sys/timerfd.h>
 #include <time.h>
 
-enum { SETUP_LIMIT_S = 30, NEAREST_NS = 1000000, MEMORY_NEAREST_NS = 10000000, FILL_RATE = 4 };
+enum { SETUP_LIMIT_S = 30, NEAREST_NS = 1000000, MEMORY_NEAREST_NS = 10000000, LOOK_AGAIN_NS = 10000000, FILL_RATE = 4 };
 
-uint64_t run_cpu(const struct launcher *launcher, const struct run *run) {
-	uint64_t used = run->has_groups ? cgroup_cpu(launcher, run) : tree_cpu(run->pid);
-	return used > run->cpu_base ? used - run->cpu_base : 0;
+int run_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used) {
+	if (run->has_groups)
+		*used = cgroup_cpu(launcher, run);
+	else if (tree_cpu(run->pid, used) < 0)
+		return -1;
+	*used = *used > run->cpu_base ? *used - run->cpu_base : 0;
+	return 0;
 }
 
 static void set(struct run *run, uint64_t in_ns) {
@@ -30,6 +34,16 @@ static uint64_t earlier(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static void memory_due(const struct launcher *launcher, struct run *run, uint64_t now, uint64_t used) {
 	uint64_t in_ns = (run->plan->memory - used) / (uint64_t)(FILL_RATE * launcher->cpus);
 	run->memory_due_ns = now + (in_ns > MEMORY_NEAREST_NS ? in_ns : MEMORY_NEAREST_NS);
+}
+
+static int passes(void) { return errno == EMFILE || errno == ENFILE || errno == ENOMEM; }
+
+/* What it has used could not be seen. Where that passes it is looked at again, and the wall clock holds meanwhile. */
+static void unseen(struct run *run, uint64_t next) {
+	if (passes())
+		set(run, earlier(next, LOOK_AGAIN_NS));
+	else
+		run_spoil(run, STEP_RESOURCE_LIMITS, errno);
 }
 
 void clocks_check(struct launcher *launcher, struct run *run) {
@@ -53,7 +67,9 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 		next = plan->wall_ns - wall;
 	}
 	if (plan->cpu_ns || plan->idle_ns) {
-		uint64_t cpu = run_cpu(launcher, run);
+		uint64_t cpu;
+		if (run_cpu(launcher, run, &cpu) < 0)
+			return unseen(run, next);
 		if (plan->cpu_ns) {
 			if (cpu >= plan->cpu_ns) {
 				run->report.observed = cpu;
@@ -76,7 +92,9 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 	}
 	if (plan->memory && !run->has_groups) {
 		if (now >= run->memory_due_ns) {
-			uint64_t used = tree_memory(run->pid, plan->memory);
+			uint64_t used;
+			if (tree_memory(run->pid, plan->memory, &used) < 0)
+				return unseen(run, next);
 			if (used > plan->memory) {
 				run->report.observed = used;
 				return run_kill(run, CAUSE_MEMORY);
@@ -92,7 +110,10 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 /* The program runs from now on: what was used before was ours. */
 void clocks_start(struct launcher *launcher, struct run *run) {
 	run->cpu_base = 0;
-	run->cpu_base = run_cpu(launcher, run);
+	uint64_t base = 0;
+	if (run_cpu(launcher, run, &base) < 0 && !passes())
+		return run_spoil(run, STEP_RESOURCE_LIMITS, errno);
+	run->cpu_base = base;
 	run->cpu_seen_ns = run->exec_ns;
 	memory_due(launcher, run, run->exec_ns, 0);
 	clocks_check(launcher, run);

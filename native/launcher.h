@@ -113,14 +113,14 @@ uint64_t cgroup_cpu(const struct launcher *launcher, const struct run *run);
 void cgroup_report(const struct launcher *launcher, struct run *run);
 
 /* clocks.c */
-uint64_t run_cpu(const struct launcher *launcher, const struct run *run);
+int run_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used);
 void clocks_start(struct launcher *launcher, struct run *run);
 void clocks_check(struct launcher *launcher, struct run *run);
 void clocks_final(struct run *run);
 
 /* tree.c */
-uint64_t tree_cpu(pid_t init);
-uint64_t tree_memory(pid_t init, uint64_t limit);
+int tree_cpu(pid_t init, uint64_t *sum);
+int tree_memory(pid_t init, uint64_t limit, uint64_t *sum);
 
 /* labelled.c */
 int label_given(const struct run *run);

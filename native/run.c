@@ -221,7 +221,7 @@ void run_count(struct launcher *launcher, struct run *run) {
 	}
 	if (run->has_groups) {
 		cgroup_report(launcher, run);
-		report->cpu_ns = run_cpu(launcher, run);
+		run_cpu(launcher, run, &report->cpu_ns);
 	} else {
 		report->cpu_ns = report->user_ns + report->system_ns;
 		if (report->cause == CAUSE_CPU)

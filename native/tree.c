@@ -1,9 +1,11 @@
 /* What the processes of a cell use together, where no control group knows: each of them is looked at. proc(5)
  *
- * They come and go meanwhile, so it is an estimate; what a process is said to have used is never more than it has. */
+ * They come and go meanwhile, so it is an estimate; what a process is said to have used is never more than it has. A look that fails
+ * for another reason than that the process is gone is an error: nobody would keep the limit. */
 #include "launcher.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,109 +18,154 @@ struct pids {
 	size_t count, room;
 };
 
-static void pids_add(struct pids *pids, pid_t pid) {
+static int gone(void) { return errno == ENOENT || errno == ESRCH; }
+
+static int pids_add(struct pids *pids, pid_t pid) {
 	if (pids->count == pids->room) {
 		size_t room = pids->room ? 2 * pids->room : 64;
 		pid_t *list = realloc(pids->list, room * sizeof *list);
 		if (!list)
-			return;
+			return -1;
 		pids->list = list;
 		pids->room = room;
 	}
 	pids->list[pids->count++] = pid;
+	return 0;
+}
+
+/* Numbers with a space behind each. */
+static int numbers_add(struct pids *pids, int children) {
+	char text[4096];
+	pid_t pid = 0;
+	ssize_t size;
+	while ((size = read(children, text, sizeof text)) > 0)
+		for (ssize_t i = 0; i < size; i++)
+			if (text[i] != ' ')
+				pid = 10 * pid + (text[i] - '0');
+			else if (pids_add(pids, pid) < 0)
+				return -1;
+			else
+				pid = 0;
+	return size < 0 && !gone() ? -1 : 0;
+}
+
+static int thread_children_add(struct pids *pids, int threads, const char *thread) {
+	char name[64];
+	snprintf(name, sizeof name, "%.20s/children", thread);
+	int children = openat(threads, name, O_RDONLY | O_CLOEXEC);
+	if (children < 0)
+		return gone() ? 0 : -1;
+	int result = numbers_add(pids, children), error = errno;
+	close(children);
+	errno = error;
+	return result;
 }
 
 /* Each thread has children of its own. proc_tid_children(5) */
-static void children_add(struct pids *pids, pid_t pid) {
+static int children_add(struct pids *pids, pid_t pid) {
 	char path[64];
 	struct dirent *thread;
 	snprintf(path, sizeof path, "/proc/%d/task", pid);
 	DIR *threads = opendir(path);
-	while (threads && (thread = readdir(threads))) {
-		char name[64];
-		snprintf(name, sizeof name, "%.20s/children", thread->d_name);
-		int fd = openat(dirfd(threads), name, O_RDONLY | O_CLOEXEC);
-		FILE *file = fd < 0 ? NULL : fdopen(fd, "r");
-		for (int child; file && fscanf(file, "%d", &child) == 1;)
-			pids_add(pids, child);
-		if (file)
-			fclose(file);
-		else if (fd >= 0)
-			close(fd);
-	}
-	if (threads)
-		closedir(threads);
+	if (!threads)
+		return gone() ? 0 : -1;
+	errno = 0;
+	while ((thread = readdir(threads)) &&
+	       (thread->d_name[0] == '.' || thread_children_add(pids, dirfd(threads), thread->d_name) == 0))
+		errno = 0;
+	int error = errno;
+	closedir(threads);
+	errno = error;
+	return error && !gone() ? -1 : 0;
 }
 
 /* Init first. */
-static struct pids below(pid_t init) {
-	struct pids pids = {0};
-	pids_add(&pids, init);
-	for (size_t i = 0; i < pids.count; i++)
-		children_add(&pids, pids.list[i]);
-	return pids;
+static int below(struct pids *pids, pid_t init) {
+	if (pids_add(pids, init) < 0)
+		return -1;
+	for (size_t i = 0; i < pids->count; i++)
+		if (children_add(pids, pids->list[i]) < 0)
+			return -1;
+	return 0;
+}
+
+/* A file of a process as text, empty when it is gone. */
+static int file_read(pid_t pid, const char *name, char *text, size_t room) {
+	char path[64];
+	snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
+	text[0] = 0;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return gone() ? 0 : -1;
+	ssize_t size = read(fd, text, room - 1);
+	int error = errno;
+	close(fd);
+	errno = error;
+	text[size > 0 ? size : 0] = 0;
+	return size < 0 && !gone() ? -1 : 0;
 }
 
 /* What it had from children that it waited for, in ticks: fields 16 and 17, behind a name that may hold anything. proc_pid_stat(5) */
-static uint64_t waited_cpu(pid_t pid) {
-	char path[64], text[1024];
+static int waited_cpu(pid_t pid, uint64_t *sum) {
+	char text[1024];
 	unsigned long user = 0, system = 0;
-	snprintf(path, sizeof path, "/proc/%d/stat", pid);
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
-	if (fd >= 0)
-		close(fd);
-	text[length > 0 ? length : 0] = 0;
+	if (file_read(pid, "stat", text, sizeof text) < 0)
+		return -1;
 	const char *rest = strrchr(text, ')');
 	if (rest)
 		sscanf(rest + 1, " %*c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %lu %lu", &user, &system);
-	return (user + system) * (1000000000u / (uint64_t)sysconf(_SC_CLK_TCK));
+	*sum += (user + system) * (1000000000u / (uint64_t)sysconf(_SC_CLK_TCK));
+	return 0;
+}
+
+static int pids_cpu(const struct pids *pids, uint64_t *sum) {
+	for (size_t i = 0; i < pids->count; i++) {
+		struct timespec used;
+		if (i > 0 && clock_gettime((clockid_t)((~(unsigned)pids->list[i] << 3) | 2), &used) == 0)
+			*sum += (uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec;
+		if (waited_cpu(pids->list[i], sum) < 0)
+			return -1;
+	}
+	return 0;
 }
 
 /* Processor time of every process below init, and what each had from children that are gone. */
-uint64_t tree_cpu(pid_t init) {
-	struct pids pids = below(init);
-	uint64_t sum = waited_cpu(init);
-	for (size_t i = 1; i < pids.count; i++) {
-		struct timespec used;
-		if (clock_gettime((clockid_t)((~(unsigned)pids.list[i] << 3) | 2), &used) == 0)
-			sum += (uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec;
-		sum += waited_cpu(pids.list[i]);
-	}
+int tree_cpu(pid_t init, uint64_t *sum) {
+	struct pids pids = {0};
+	*sum = 0;
+	int result = below(&pids, init) < 0 ? -1 : pids_cpu(&pids, sum), error = errno;
 	free(pids.list);
-	return sum;
+	errno = error;
+	return result;
 }
 
 /* Bytes that stand in the lines of these two names, as kB. */
-static uint64_t lines_sum(pid_t pid, const char *file, const char *one, const char *two) {
-	char path[64], line[256];
-	unsigned long long value;
-	uint64_t sum = 0;
-	snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
-	FILE *lines = fopen(path, "re");
-	while (lines && fgets(line, sizeof line, lines))
-		if ((strncmp(line, one, strlen(one)) == 0 || strncmp(line, two, strlen(two)) == 0) &&
-		    sscanf(strchr(line, ':') + 1, "%llu", &value) == 1)
-			sum += value * 1024;
-	if (lines)
-		fclose(lines);
-	return sum;
-}
-
-static uint64_t pids_memory(const struct pids *pids, const char *file, const char *one, const char *two) {
-	uint64_t sum = 0;
-	for (size_t i = 1; i < pids->count; i++)
-		sum += lines_sum(pids->list[i], file, one, two);
-	return sum;
+static int pids_memory(const struct pids *pids, const char *file, const char *const names[2], uint64_t *sum) {
+	char text[4096];
+	*sum = 0;
+	for (size_t i = 1; i < pids->count; i++) {
+		if (file_read(pids->list[i], file, text, sizeof text) < 0)
+			return -1;
+		for (int n = 0; n < 2; n++) {
+			const char *line = strstr(text, names[n]);
+			if (line)
+				*sum += strtoull(line + strlen(names[n]), NULL, 10) * 1024;
+		}
+	}
+	return 0;
 }
 
 /* Private and shared memory of every process below init. What several have in common, a job with its template for one, is first counted for
- * each of them, and only where that is too much by their shares: that look is the dear one. */
-uint64_t tree_memory(pid_t init, uint64_t limit) {
-	struct pids pids = below(init);
-	uint64_t sum = pids_memory(&pids, "status", "RssAnon:", "RssShmem:");
-	if (sum > limit)
-		sum = pids_memory(&pids, "smaps_rollup", "Pss_Anon:", "Pss_Shmem:");
+ * each of them, and only where that is too much by their shares: that look is the dear one, and where it is refused the first stands. */
+int tree_memory(pid_t init, uint64_t limit, uint64_t *sum) {
+	static const char *const whole[2] = {"\nRssAnon:", "\nRssShmem:"}, *const shares[2] = {"\nPss_Anon:", "\nPss_Shmem:"};
+	struct pids pids = {0};
+	uint64_t shared;
+	*sum = 0;
+	int result = below(&pids, init) < 0 ? -1 : pids_memory(&pids, "status", whole, sum), error = errno;
+	if (result == 0 && *sum > limit && pids_memory(&pids, "smaps_rollup", shares, &shared) == 0)
+		*sum = shared;
 	free(pids.list);
-	return sum;
+	errno = error;
+	return result;
 }

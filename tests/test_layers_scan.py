@@ -46,7 +46,7 @@ SEEN = {
     "a type parameter's default": (b"x = lambda y=eval: y", "code", 1, 14),
     "NUL": (b"x = 1\n#\0\n", "unreadable", 2, 1),
     "NUL by an escape": (b"# coding: unicode_escape\n# \\0\n", "unreadable", 1, 1),
-    "a deep nest": (b"x = " + b"-" * 5000 + b"1", "unreadable", 1, 1),
+    "a deep nest": (b"x = " + b"-" * 100_000 + b"1", "unreadable", 1, 1),
     "a carriage return that was encoded": (b"# coding: utf-7\n#+AA0-import ctypes", "memory", 3, 1),
     "a carriage return that was escaped": (b"# coding: unicode_escape\n#\\rimport ctypes", "memory", 3, 1),
     "direction of writing": ("x = 'a\u202eb'".encode(), "direction", 1, 7),

@@ -218,6 +218,8 @@ AFTER_EXEC = {
     "open": "figures of use",
     "openat": "figures of use",
     "read": "figures of use; a timer that cannot be read is asked again",
+    "opendir": "where there are no descriptors or no memory, it is looked again at once",
+    "realloc": "as opendir",
     "clock_gettime": "figures of use",
     "fstatfs": "whether the disk was full",
     "getrusage": "figures of use",
