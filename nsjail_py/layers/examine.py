@@ -275,6 +275,8 @@ def _syntax_error(error: SyntaxError) -> dict[str, Any]:
         "line": error.lineno,
         "column": error.offset,
         "text": (error.text or "")[:1000],
+        "end_line": error.end_lineno,
+        "end_column": error.end_offset,
     }
 
 

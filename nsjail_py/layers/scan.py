@@ -60,6 +60,8 @@ class _Fault(msgspec.Struct):
     line: int | None
     column: int | None
     text: str
+    end_line: int | None
+    end_column: int | None
 
 
 class _Answer(msgspec.Struct):
@@ -121,7 +123,7 @@ def _rules(ignore: Iterable[str]) -> tuple[list[dict[str, object]], list[str]]:
 def _findings(answer: _Answer) -> tuple[Finding, ...]:
     if answer.syntax_error:
         fault = answer.syntax_error
-        raise KINDS[fault.kind](fault.message, (None, fault.line, fault.column, fault.text))
+        raise KINDS[fault.kind](fault.message, (None, fault.line, fault.column, fault.text, fault.end_line, fault.end_column))
     rules: dict[str, Rule] = {rule.name: rule for rule in RULES}
     named = [(place, rules[place.rule]) for place in answer.findings]
     return tuple(Finding(p.line, p.column, rule.name, rule.severity, p.what, rule.sentence, rule.advice) for p, rule in named)
