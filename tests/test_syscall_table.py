@@ -194,6 +194,7 @@ def test_every_call_of_the_kernel_headers_is_in_the_page_under_its_number() -> N
     header = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+) (\d+)", HEADER.read_text())}
     listed = {row.name: row.number for row in ROWS}
     last = max(listed.values())
+    header.pop("uretprobe", None)  # passes every filter, by the kernel's own choice (docs/threat-model.md)
     assert {name: number for name, number in header.items() if number <= last and listed.get(name) != number} == {}
 
 
