@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from conftest import PATIENCE
 
 import nsjail_py
 from nsjail_py import Jail, JobError, Session, SessionError, Verdict
@@ -27,7 +28,7 @@ def test_a_session_and_its_checkpoints_leave_nothing(leaves_nothing: None) -> No
 @pytest.fixture(scope="module", params=["cold", "warm"])
 def jail(request: pytest.FixtureRequest) -> Iterator[Jail]:
     preload = ["numpy", "matplotlib"] if request.param == "warm" else None
-    with Jail("untrusted", preload=preload, imports=["numpy", "matplotlib"], wall_time=10.0) as jail:
+    with Jail("untrusted", preload=preload, imports=["numpy", "matplotlib"], wall_time=10.0 * PATIENCE) as jail:
         yield jail
 
 
