@@ -16,7 +16,6 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -164,7 +163,7 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         with during("call"):
             payload = Sealed("call", pickled)
         descriptors = {RESULT_FD: result, CALL_FD: payload.fd}
-        with jail.start_own("call.py", source(), descriptors, (DEVNULL, DEVNULL, PIPE)) as process:
+        with jail.start_own("executor", descriptors, (DEVNULL, DEVNULL, PIPE)) as process:
             outcome = process.communicate()
         if not outcome.ok:
             raise RunFailed(outcome)
@@ -172,11 +171,6 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         if not 0 < size <= RESULT_SIZE - LENGTH:
             raise JailError("the job ended without a result")
         return decode(os.pread(result, size, LENGTH))
-
-
-@functools.cache
-def source() -> bytes:
-    return Path(__file__).with_name("executor_inside.py").read_bytes()
 
 
 def decode(data: bytes) -> Any:

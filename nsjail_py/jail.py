@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -335,14 +337,14 @@ class Jail:
         argv = [template.compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
-    def start_own(self, filename: str, data: bytes, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
-        """For JailExecutor and Session: a script of ours. descriptors: by the numbers that it knows them by, rising from 3 on."""
+    def start_own(self, name: str, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
+        """For JailExecutor and Session: NAME_inside.py. descriptors: by the numbers that it knows them by, rising from 3 on."""
         template = None
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)
         compiled = for_python(self.policy, self._host()) if template is None else template.compiled
-        argv = [compiled.program, "-s", f"/app/{filename}"]
-        files = (OrderFile(filename, data),)
+        argv = [compiled.program, "-s", f"/app/{name}.py"]
+        files = (OrderFile(f"{name}.py", own_script(name)),)
         order = compile_order(compiled.program, argv, environment(self.policy), files, [0, 1, 2, *descriptors])
         return Process(compiled, order, argv, Ends(*streams), list(descriptors.values()), self.stock, template)
 
@@ -416,6 +418,11 @@ class Jail:
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, inside)
         passed = [*numbers, *(descriptor for _, descriptor in extra)]
         return Process(compiled, order, argv, Ends(*streams), passed, self.stock, template, page)
+
+
+@functools.cache
+def own_script(name: str) -> bytes:
+    return Path(__file__).with_name(f"{name}_inside.py").read_bytes()
 
 
 def environment(policy: Policy) -> dict[str, str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import select
 import signal
@@ -23,7 +22,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,7 +42,6 @@ PRELOAD = ("json", "select", "socket", "stat", "traceback", "linecache", "contex
 MOST_HEAD, MOST_DATA = 8 << 20, 64 << 20
 GRACE = 1.0
 """Seconds after a wall time limit for the keeper inside to end the cell. Then the whole session ends."""
-DEAD = {"wall_time": Verdict.wall_time, "cpu_time": Verdict.cpu_time, "output": Verdict.output}
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,11 +90,6 @@ def inner_jail(jail: Jail, lifetime: float | None) -> Jail:
     return Jail(policy_for(jail.policy, lifetime), stock=jail.stock, preload=preload)
 
 
-@functools.cache
-def source() -> bytes:
-    return Path(__file__).with_name("session_inside.py").read_bytes()
-
-
 class Session:
     """Made by Jail.session. From any thread; one cell at a time.
 
@@ -115,7 +107,7 @@ class Session:
         self._socket, theirs = socket.socketpair()
         with theirs:
             try:
-                self._process = jail.start_own("session.py", source(), {CALLER: theirs.fileno()}, (DEVNULL, PIPE, PIPE))
+                self._process = jail.start_own("session", {CALLER: theirs.fileno()}, (DEVNULL, PIPE, PIPE))
             except BaseException:
                 self._socket.close()
                 raise
@@ -346,7 +338,7 @@ class Session:
         if why == "output":
             return Verdict.output, {"limit": self._limits.output}
         if why in limits:
-            return DEAD[why], {"limit": limits[why], "observed": float(answer["observed"])}
+            return Verdict(why), {"limit": limits[why], "observed": float(answer["observed"])}
         if os.WIFSIGNALED(status):
             return Verdict.signal, {"signal": os.WTERMSIG(status)}
         return Verdict.exit, {"exit_code": os.waitstatus_to_exitcode(status)}
