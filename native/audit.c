@@ -168,7 +168,7 @@ static PyObject *install(PyObject *module, PyObject *arguments) {
 	audit->magic = AUDIT_MAGIC;
 	if (PySys_AddAuditHook(hook, NULL) < 0)
 		return NULL;
-	Py_RETURN_NONE;
+	return Py_NewRef(Py_None);
 }
 
 static PyMethodDef methods[] = {
