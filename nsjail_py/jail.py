@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from . import launcher
 from ._native import ffi, lib
-from .compiled import PATH, Compiled, Host, for_program, for_python, landlock_abi
+from .compiled import PATH, Compiled, Host, for_program, for_python
 from .errors import JailError, LauncherDied, PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
@@ -390,7 +390,7 @@ class Jail:
 
     def _host(self) -> Host:
         claim = launcher.current().claim
-        return Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi())
+        return Host.of(claim)
 
     def _start(
         self,
