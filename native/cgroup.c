@@ -43,6 +43,17 @@ static int counters_open(uint32_t kind, struct run *run) {
 	return 0;
 }
 
+/* Memory, processes and processor time are counted for every cell. The others only limit: none is made where they have nothing to. */
+static int is_used(const struct plan *plan, uint32_t group) {
+	const struct cgroup_write *writes = at(plan, plan->cgroup.offset);
+	if (group != GROUP_QUOTA && group != GROUP_CPUSET)
+		return 1;
+	for (uint32_t i = 0; i < plan->cgroup.count; i++)
+		if (writes[i].group == group)
+			return 1;
+	return 0;
+}
+
 int cgroup_make(struct launcher *launcher, struct run *run) {
 	char name[32];
 	run->has_groups = 0;
@@ -59,7 +70,7 @@ int cgroup_make(struct launcher *launcher, struct run *run) {
 	name_of(run->generation, name, sizeof name);
 	run->has_groups = 1;
 	for (int group = 0; group < GROUPS; group++) {
-		if (launcher->groups[group] < 0)
+		if (launcher->groups[group] < 0 || !is_used(run->plan, (uint32_t)group))
 			continue;
 		if (mkdirat(launcher->groups[group], name, 0755) < 0)
 			return -1;

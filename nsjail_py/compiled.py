@@ -10,12 +10,13 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import cachedir, hostinfo, label, landlock, plan, rootfs
+from . import cachedir, cpuset, hostinfo, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
 
 if TYPE_CHECKING:
+    from .cgroups import Claim
     from .policy import Policy
     from .tree import Tree
 
@@ -44,6 +45,18 @@ class Host(NamedTuple):
     swap: bool
     root: bool
     landlock_abi: int
+    quota: str = ""
+    """The group that limits the share of the processors, by its name in plan.GROUPS; empty: none does."""
+    cpuset: str = ""
+    """The one that says which processors they are."""
+    processors: str = ""
+    """Those that are ours."""
+
+    @classmethod
+    def of(cls, claim: Claim) -> Host:
+        """This one, with these control groups."""
+        groups = (claim.quota, claim.cpuset, claim.processors)
+        return cls(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi(), *groups)
 
 
 def for_python(policy: Policy, host: Host) -> Compiled:
@@ -190,7 +203,33 @@ def _cgroup(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
         if host.swap and limits.memory is not None:
             writes.append((lib.GROUP_UNIFIED, "memory.swap.max", 0))
         writes.append((lib.GROUP_UNIFIED, "memory.oom.group", 1))
-    return [plan.CgroupWrite(group, file, str(value)) for group, file, value in writes if value is not None]
+    return [*(plan.CgroupWrite(group, file, str(value)) for group, file, value in writes if value is not None), *_processors(policy, host)]
+
+
+def _processors(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
+    """How many processors, and which: what the host has no control group for, `protections` has refused, or the policy can do without."""
+    limits, lacks, writes = policy.limits, _processor_lacks(policy, host), list[plan.CgroupWrite]()
+    if limits.cpus is not None and "cpus" not in lacks:
+        quota, period = str(round(limits.cpus * plan.PERIOD)), str(plan.PERIOD)
+        v1, v2 = {"cpu.cfs_period_us": period, "cpu.cfs_quota_us": quota}, {"cpu.max": f"{quota} {period}"}
+        values = v2 if host.cgroup == "v2" else v1
+        writes += [plan.CgroupWrite(plan.GROUPS[host.quota], file, value) for file, value in values.items()]
+    if limits.cpuset is not None and "cpuset" not in lacks:
+        writes.append(plan.CgroupWrite(plan.GROUPS[host.cpuset], "cpuset.cpus", limits.cpuset))
+    return writes
+
+
+def _processor_lacks(policy: Policy, host: Host) -> dict[str, str]:
+    """A processor that is not ours is not refused by version 2: it would then say nothing, and let the cell run on all of them."""
+    lacks = {}
+    for name, group, controller in (("cpus", host.quota, "cpu"), ("cpuset", host.cpuset, "cpuset")):
+        if not group:
+            lacks[name] = host.cgroup_reason if host.cgroup == "none" else f"our control group has no {controller} controller"
+    if policy.limits.cpuset is not None and host.cpuset:
+        strange = cpuset.parse(policy.limits.cpuset) - cpuset.parse(host.processors)
+        if strange:
+            lacks["cpuset"] = f"processors {cpuset.write(strange)} are not ours, which are {host.processors}"
+    return lacks
 
 
 NAMESPACES = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time")
@@ -218,8 +257,9 @@ def protections(policy: Policy, host: Host, *, judged: bool = False) -> tuple[Pr
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
     wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)
     wanted |= {"cgroup": True, "swap": policy.limits.memory is not None}
+    wanted |= {"cpus": policy.limits.cpus is not None, "cpuset": policy.limits.cpuset is not None}
     wanted |= {"apparmor": policy.apparmor is not None, "selinux": policy.selinux is not None}
-    lacks = {name: why for name, why in label.lacks().items() if why}
+    lacks = {name: why for name, why in label.lacks().items() if why} | _processor_lacks(policy, host)
     if not host.root:
         lacks["own_uid"] = "only root can give a run a user of its own; it runs as the caller's"
         lacks["groups"] = "only root can leave the caller's supplementary groups"

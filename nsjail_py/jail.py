@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from . import launcher
 from ._native import ffi, lib
-from .compiled import PATH, Compiled, Host, for_program, for_python, landlock_abi
+from .compiled import PATH, Compiled, Host, for_program, for_python
 from .errors import JailError, LauncherDied, PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
@@ -395,7 +395,7 @@ class Jail:
     def _host(self) -> Host:
         claim = launcher.current().claim
         if self._known_host is None or self._known_host[0] is not claim:
-            self._known_host = claim, Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi())
+            self._known_host = claim, Host.of(claim)
         return self._known_host[1]
 
     def _start(

@@ -30,6 +30,17 @@ CLONE = {
     "pid": 0x20000000,
     "net": 0x40000000,
 }
+GROUPS = {
+    "memory": lib.GROUP_MEMORY,
+    "pids": lib.GROUP_PIDS,
+    "cpu": lib.GROUP_CPU,
+    "quota": lib.GROUP_QUOTA,
+    "cpuset": lib.GROUP_CPUSET,
+    "unified": lib.GROUP_UNIFIED,
+}
+"""The launcher's control groups by their names in cgroups.py."""
+PERIOD = 100_000
+"""Microseconds over which a share of the processors is kept: the kernel's default."""
 INSIDE_ID = 1000
 MAX_DENIED = 100_000
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
