@@ -32,8 +32,6 @@ HERE = Path(__file__).parent
 NEEDED = ("recvmsg", "sendmsg", "fstat", "fcntl", "dup3")
 """What a job that waits calls under its own filter."""
 MOST_JOBS = 1000
-MOST_AT_ONCE = 64
-"""Jobs that may run side by side before one of them is refused a thread for the others' sake, where no control group counts."""
 OLDEST_S = 600.0
 START_S = 60.0
 PROBE = """
@@ -64,7 +62,7 @@ class Template:
     """One warm interpreter. Raises JailError with what it said when it cannot be had."""
 
     def __init__(self, policy: Policy, preload: tuple[str, ...], host: Host, environment: dict[str, str]) -> None:
-        self.compiled = _checked(_of_jobs(policy, host))
+        self.compiled = _checked(for_python(policy, host))
         self.number = next(launcher.numbers)
         self.jobs, self.started = 0, time.monotonic()
         own = for_python(_own(policy), host)
@@ -133,15 +131,6 @@ def _own(policy: Policy) -> Policy:
     """The template's own jail: no filter and no Landlock, which its jobs would inherit, no clock, and room for their processes."""
     limits = replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None, open_files=1024, processes=None)
     return replace(policy, syscalls=None, landlock=False, limits=limits)
-
-
-def _of_jobs(policy: Policy, host: Host) -> Compiled:
-    """Without a control group the kernel counts a user's processes: those of all jobs together, two or more for each."""
-    limit = policy.limits.processes
-    if host.cgroup != "none" or limit is None:
-        return for_python(policy, host)
-    raised = replace(policy, limits=replace(policy.limits, processes=limit + 2 * MOST_AT_ONCE))
-    return for_python(raised, host)._replace(policy=policy)
 
 
 def _checked(compiled: Compiled) -> Compiled:
