@@ -39,6 +39,8 @@ OPTIONS = {"runsc": ("--network=none", "--oci-seccomp")}
 """Global options of a runtime, beside where it keeps its state."""
 PACKAGES = {"crun": "crun", "runc": "runc", "runsc": "runsc"}
 """Debian's."""
+REMEDIES = {"hybrid mode": 'backend = "oci:runc" or "oci:runsc", or boot with systemd.unified_cgroup_hierarchy=1'}
+"""For what a runtime says of its host."""
 SHARES_IDS = frozenset({"runsc"})
 """Without a user namespace: its root cannot read through our cache's directory, and the host sees its processes, not the program's."""
 CLEAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -123,7 +125,8 @@ class OciProcess(Process):
             self._finalizer()
             self._run.thread.join()
             if self._run.failed:
-                raise SetupError("oci runtime", detail=f"{os.path.basename(self.runtime)}: {self._run.failed}", advice="docs/oci.md")
+                advice = next((remedy for words, remedy in REMEDIES.items() if words in self._run.failed), "docs/oci.md")
+                raise SetupError("oci runtime", detail=f"{os.path.basename(self.runtime)}: {self._run.failed}", advice=advice)
             own_ids = os.path.basename(self.runtime) not in SHARES_IDS
             protections = tuple(_told(one, own_ids) for one in self.compiled.protections)
             self._result = replace(

@@ -141,10 +141,13 @@ class Result:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON. Output that is not UTF-8 is base64, and `stdout_encoding` says which it is."""
+        """Everything, ready for JSON. Output that is not UTF-8 is base64, and `stdout_encoding` says which it is. Of the posture there is
+        the level and what it belongs to; `nsjail-py posture` has the rows."""
         record = asdict(replace(self, settled=None))
         del record["settled"]
         record["verdict"] = str(self.verdict)
+        found = self.posture
+        record["posture"] = found and {"policy": found.policy, "level": found.level, "exposure": found.exposure}
         for name in ("stdout", "stderr"):
             record[name], record[f"{name}_encoding"] = as_text(getattr(self, name))
         return record

@@ -443,6 +443,13 @@ def test_what_a_runtime_cannot_give_is_an_error_that_names_the_lines() -> None:
         nsjail_py.Jail(backend("runc"), preload=[])
 
 
+@needs_root
+@pytest.mark.skipif(not HYBRID or shutil.which("crun") is None, reason="needs crun, and control groups of both kinds")
+def test_a_host_that_crun_refuses_is_an_error_with_its_remedy() -> None:
+    with pytest.raises(nsjail_py.SetupError, match=r'hybrid mode.*"oci:runc".*unified_cgroup_hierarchy=1'):
+        nsjail_py.run(["/bin/true"], policy=backend("crun"))
+
+
 def test_a_missing_runtime_is_an_error_with_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from nsjail_py import oci_backend
 
