@@ -66,10 +66,10 @@ int unshared(const struct cell *cell, uint64_t others) { return unshare((int)(ce
 /* Init, process 1: makes the cell, starts the program's process, and keeps no right at all. */
 _Noreturn void cell_main(struct cell *cell) {
 	const struct plan *plan = cell->plan;
-	int kept[] = {cell->launcher,  cell->orders,    cell->template,  cell->proc,
-	              cell->groups[0], cell->groups[1], cell->groups[2], cell->groups[3]};
+	int kept[4 + GROUPS] = {cell->launcher, cell->orders, cell->template, cell->proc};
+	memcpy(kept + 4, cell->groups, sizeof cell->groups);
 	cell->failures = cell->launcher;
-	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 8)); /* of the launcher's: other cells', other callers' */
+	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 4 + GROUPS)); /* of the launcher's: other cells', other callers' */
 	step(cell, STEP_SESSION, session_new());
 	step(cell, STEP_KEYRING, keyring_new());
 	if (cell->rootless)

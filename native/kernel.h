@@ -1,6 +1,7 @@
 /* System calls that libc has no function for, as the kernel's documents define them. */
 #ifndef NSJAIL_KERNEL_H
 #define NSJAIL_KERNEL_H
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/mount.h>
 #include <linux/openat2.h>
@@ -44,4 +45,13 @@ static inline int sys_signal_default(int number) {
 	return (int)syscall(SYS_rt_sigaction, number, kernel_sigaction, NULL, sizeof(uint64_t));
 }
 static inline pid_t sys_clone3(struct clone_args *args) { return (pid_t)syscall(SYS_clone3, args, sizeof *args); }
+
+/* For ways out on which errno says what failed. Returns -1. */
+static inline int keep_errno_close(int fd) {
+	int error = errno;
+	if (fd >= 0)
+		close(fd);
+	errno = error;
+	return -1;
+}
 #endif

@@ -77,6 +77,9 @@ int capabilities_drop(void);
 int no_new_privs(void);
 int rights_keep(const struct plan *plan);
 
+/* beneath.c */
+int open_beneath(int root, const char *path, int flags);
+
 /* mounts.c. These return STEP_NONE, or the step that failed, with errno. */
 enum step root_build(struct cell *cell);
 enum step root_furnish(struct cell *cell);

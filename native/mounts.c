@@ -1,5 +1,5 @@
 /* The file system inside: a new root of tmpfs, the plan's mounts on it in order, then the old root is gone.
- * mount_setattr(2), openat2(2), pivot_root(2), kernel document filesystems/mount_api
+ * mount_setattr(2), pivot_root(2), kernel document filesystems/mount_api
  *
  * Trees are cloned and given their flags while they are attached nowhere, so no mount is ever visible without them. A target is
  * looked up beneath the new root, whatever links a mounted tree holds, and is made before anything untrusted is mounted. */
@@ -12,22 +12,6 @@
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-
-static int keep_errno_close(int fd) {
-	int error = errno;
-	if (fd >= 0)
-		close(fd);
-	errno = error;
-	return -1;
-}
-
-static int target_open(const struct cell *cell, const char *path, unsigned flags) {
-	struct open_how how = {
-	    .flags = O_PATH | O_CLOEXEC | flags,
-	    .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS,
-	};
-	return sys_openat2(cell->root, path, &how);
-}
 
 /* The directory that holds target, and the target's own name. */
 static int parent_open(const struct cell *cell, const char *target, const char **name) {
@@ -43,11 +27,11 @@ static int parent_open(const struct cell *cell, const char *target, const char *
 		parent[length] = 0;
 	}
 	*name = slash + 1;
-	return target_open(cell, parent, O_DIRECTORY);
+	return open_beneath(cell->root, parent, O_DIRECTORY);
 }
 
 static int place(const struct cell *cell, int tree, const char *target) {
-	int at = target_open(cell, target, 0);
+	int at = open_beneath(cell->root, target, 0);
 	if (at < 0)
 		return -1;
 	int result = sys_move_mount(tree, at, "", MOVE_MOUNT_T_EMPTY_PATH);
@@ -248,7 +232,7 @@ static int devpts(const struct cell *cell, const struct mount_step *step) {
 static int mask(const struct cell *cell, const struct mount_step *step) {
 	struct stat status;
 	struct option empty[] = {{"size", "4096"}, {"nr_inodes", "2"}, {"mode", "0555"}, {NULL, NULL}};
-	int target = target_open(cell, at(cell->plan, step->target), 0);
+	int target = open_beneath(cell->root, at(cell->plan, step->target), 0);
 	if (target < 0)
 		return errno == ENOENT ? 0 : -1;
 	int tree = -1;
@@ -260,7 +244,7 @@ static int mask(const struct cell *cell, const struct mount_step *step) {
 }
 
 static int read_only(const struct cell *cell, const struct mount_step *step) {
-	int target = target_open(cell, at(cell->plan, step->target), 0);
+	int target = open_beneath(cell->root, at(cell->plan, step->target), 0);
 	if (target < 0)
 		return errno == ENOENT ? 0 : -1;
 	int tree = sys_open_tree(target, "", OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE);

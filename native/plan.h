@@ -190,7 +190,7 @@ struct order {
 	struct span descriptors; /* uint32_t: the number inside of each descriptor sent along */
 };
 
-enum control_group { GROUP_MEMORY, GROUP_PIDS, GROUP_CPU, GROUP_UNIFIED, GROUPS };
+enum control_group { GROUP_MEMORY, GROUP_PIDS, GROUP_CPU, GROUP_QUOTA, GROUP_CPUSET, GROUP_UNIFIED, GROUPS };
 enum cgroup_kind { CGROUP_NONE, CGROUP_V1, CGROUP_V2 };
 
 struct hello { /* with one directory descriptor for each bit of groups, in order of enum control_group */

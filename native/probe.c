@@ -13,13 +13,8 @@
 
 static int call_errno(int call) {
 	static const long numbers[PROBE_CALLS] = {
-	    [PROBE_CLONE3] = SYS_clone3,
-	    [PROBE_OPENAT2] = SYS_openat2,
-	    [PROBE_CLOSE_RANGE] = SYS_close_range,
-	    [PROBE_PIDFD_OPEN] = SYS_pidfd_open,
-	    [PROBE_OPEN_TREE] = SYS_open_tree,
-	    [PROBE_FSOPEN] = SYS_fsopen,
-	    [PROBE_MOUNT_SETATTR] = SYS_mount_setattr,
+	    [PROBE_CLONE3] = SYS_clone3,       [PROBE_CLOSE_RANGE] = SYS_close_range, [PROBE_PIDFD_OPEN] = SYS_pidfd_open,
+	    [PROBE_OPEN_TREE] = SYS_open_tree, [PROBE_FSOPEN] = SYS_fsopen,           [PROBE_MOUNT_SETATTR] = SYS_mount_setattr,
 	};
 	if (call < 0 || call >= PROBE_CALLS)
 		return EINVAL;

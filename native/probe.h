@@ -3,7 +3,6 @@
 /* System calls that a jail uses, each asked with arguments that it must refuse: the errno tells whether it is there. */
 enum probe_call {
 	PROBE_CLONE3,
-	PROBE_OPENAT2,
 	PROBE_CLOSE_RANGE,
 	PROBE_PIDFD_OPEN,
 	PROBE_OPEN_TREE,

@@ -8,10 +8,6 @@ E = errno
 ANY = 0
 APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 
-OPENAT2 = (
-    "openat2 is missing: Linux 5.6 or later, and a filter that lets it pass (systemd unit: RestrictSUIDSGID=no, which DynamicUser= forbids)"
-)
-
 ROWS: dict[tuple[str, int], str] = {
     ("request", ANY): "the launcher could not take it: raise the limit of open files (ulimit -Hn), or run fewer jails at a time",
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
@@ -36,8 +32,6 @@ ROWS: dict[tuple[str, int], str] = {
         E.EPERM,
     ): "no right to mount: AppArmor or a filter refuses it (systemd unit: SystemCallFilter= as `nsjail-py systemd unit` has it)",
     ("mount source", E.ENOENT): "the source does not exist on the host",
-    ("mount target", E.ENOSYS): OPENAT2,
-    ("mount bind", E.ENOSYS): OPENAT2,
     ("mount target", E.EROFS): "the target lies in a read-only tree and is not there: choose one outside of it",
     ("mount bind", E.ENOENT): "the target does not exist inside: it lies below a directory that is shown read-only",
     ("mount bind", E.ENOTDIR): "source and target must both be files or both be directories",

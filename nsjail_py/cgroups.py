@@ -27,10 +27,12 @@ Mode = Literal["root", "delegated", "rootless"]
 
 PREFIX = "nsjail_py"
 LEAF = "main"
-V1_CONTROLLERS = {"memory": "memory", "pids": "pids", "cpu": "cpuacct"}
+V1_CONTROLLERS = {"memory": "memory", "pids": "pids", "cpu": "cpuacct", "quota": "cpu", "cpuset": "cpuset"}
 """The launcher's name of a group, and the controller that it needs there."""
 REQUIRED = ("memory", "pids")
-WANTED = ("memory", "pids", "cpu")
+COUNTED = (*REQUIRED, "cpu")
+"""The launcher's groups that count what a run uses; the others only limit it."""
+WANTED = ("cpu", "cpuset")
 DELEGATE = "systemd-run --user --scope -p Delegate=yes COMMAND"
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """These say nothing about the host's control groups."""
@@ -45,13 +47,19 @@ class Claim:
     kind: Literal["v1", "v2", "none"]
     mode: Mode
     directories: dict[str, Path] = field(default_factory=dict)
-    """For v1 a directory for each of `memory`, `pids`, and where there is one `cpu`; for v2 `unified`."""
+    """For v1 a directory for each of `memory`, `pids`, and where there are some `cpu`, `quota` and `cpuset`; for v2 `unified`."""
     why: str = ""
     """Why there is none, or what is missing from what there is."""
     remedy: str = ""
     """What to do about it."""
     swap: bool = False
     """Whether the use of swap can be limited."""
+    quota: str = ""
+    """The directory that limits the share of the processors; empty: none does."""
+    cpuset: str = ""
+    """The directory that says which processors they are."""
+    processors: str = ""
+    """Those that are ours, as the kernel lists them."""
 
     @property
     def reason(self) -> str:
@@ -134,21 +142,27 @@ def release(claim: Claim) -> None:
 
 def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: bool) -> Claim:
     name, lacks, made = _name(), [], dict[str, Path]()
-    parents = dict[str, Path]()
+    parents, holder = dict[str, Path](), dict[str, str]()
     for key, controller in V1_CONTROLLERS.items():
         path = next((group.path for group in groups if controller in group.controllers), None)
         hierarchy = [mount for mount in mounts if mount.kind == "cgroup" and controller in mount.super_options]
         parent = visible(path, hierarchy) if path is not None else None
         if parent is not None and parent not in parents.values():
             parents[key] = parent
+            holder[key] = key
         elif key in REQUIRED:
             raise _NoneError(f"the {controller} controller (v1) is not mounted, or not by itself", "mount it below /sys/fs/cgroup")
-        else:
+        elif parent is not None and key not in COUNTED:  # mounted together with another, as cpu mostly is with cpuacct
+            holder[key] = next(other for other, place in parents.items() if place == parent)
+        elif key in COUNTED:
             lacks.append(controller)
     for parent in parents.values():
         _remove_stale(parent)
     try:
         for key, parent in parents.items():
+            if key not in COUNTED and not os.access(parent, os.W_OK):
+                holder = {held: by for held, by in holder.items() if by != key}
+                continue
             made[key] = _make(parent / name)
             _inherit_cpuset(made[key])
     except OSError as error:
@@ -158,7 +172,12 @@ def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         remedy = "run as root, or boot with cgroup v2: v1 cannot be delegated safely"
         raise _NoneError(f"{Path(error.filename).parent}: {error.strerror}", remedy) from None
     why = f"no {', '.join(lacks)} controller: processor time of unwaited processes is not counted" if lacks else ""
-    return Claim("v1", "root" if root else "delegated", made, why, "", (made["memory"] / "memory.memsw.limit_in_bytes").exists())
+    swap = (made["memory"] / "memory.memsw.limit_in_bytes").exists()
+    quota, cpuset = holder.get("quota", ""), holder.get("cpuset", "")
+    processors = _read_line(made[cpuset] / "cpuset.cpus") if cpuset else ""
+    if quota and not (made[quota] / "cpu.cfs_quota_us").exists():  # CONFIG_CFS_BANDWIDTH
+        quota = ""
+    return Claim("v1", "root" if root else "delegated", made, why, "", swap, quota, cpuset if processors else "", processors)
 
 
 def _inherit_cpuset(directory: Path) -> None:
@@ -195,7 +214,14 @@ def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         unified.rmdir()
         raise
     swap = (unified / "memory.swap.max").exists()
-    return Claim("v2", "root" if root else "delegated", {"unified": unified}, why, remedy, swap)
+    quota = "unified" if (unified / "cpu.max").exists() else ""
+    processors = _read_line(unified / "cpuset.cpus.effective")
+    cpuset = "unified" if processors else ""
+    return Claim("v2", "root" if root else "delegated", {"unified": unified}, why, remedy, swap, quota, cpuset, processors)
+
+
+def _read_line(file: Path) -> str:
+    return file.read_text().strip() if file.exists() else ""
 
 
 def _own(groups: list[Membership], mounts: list[mountinfo.Entry]) -> Path | None:
@@ -313,13 +339,16 @@ def _hand_on(group: Path) -> None:
             f"/etc/systemd/system/user@.service.d/delegate.conf, run systemctl daemon-reload, log in again, then {DELEGATE}",
         )
     control = group / "cgroup.subtree_control"
-    missing = [name for name in WANTED if name in have and name not in control.read_text().split()]
-    if not missing:
-        return
+    given = control.read_text().split()
     try:
-        control.write_text(" ".join(f"+{name}" for name in missing))
+        if missing := [name for name in REQUIRED if name not in given]:
+            control.write_text(" ".join(f"+{name}" for name in missing))
     except OSError as error:
         raise _NoneError(f"{control}: {error.strerror}", "run in a group of its own, with Delegate=yes") from None
+    for name in WANTED:
+        if name in have and name not in given:
+            with contextlib.suppress(OSError):  # then the claim has no file of it
+                control.write_text(f"+{name}")
 
 
 # ---------------------------------------------------------------- directories

@@ -28,6 +28,8 @@ COUNTS = ("processes", "open_files")
 LIMITS = {
     "--wall-time": "seconds from start to end (1.5, 500ms, 2m)",
     "--cpu-time": "seconds of processor time of all its processes",
+    "--cpus": "processors that it may keep busy (1.5)",
+    "--cpuset": "processors that it may run on (0-1,4)",
     "--memory": "bytes of memory of all its processes (64M, 1GiB)",
     "--disk": "bytes in /work, /tmp and /dev/shm",
     "--output": "bytes written to standard output and error",
@@ -157,6 +159,8 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
     for name in COUNTS:
         if re.fullmatch("-?[0-9]{1,30}", made.get(name, "")):
             made[name] = int(made[name])
+    if re.fullmatch(r"-?[0-9]{1,30}(\.[0-9]{1,30})?", made.get("cpus", "")):
+        made["cpus"] = float(made["cpus"])
     for name in ("workdir", "project"):
         if name in made:
             made[name] = str(Path(made[name]).resolve())

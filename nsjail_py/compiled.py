@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import stat
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import cachedir, hostinfo, label, landlock, plan, rootfs
+from . import cachedir, cpuset, hostinfo, label, landlock, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable
 from .result import Protection
 
 if TYPE_CHECKING:
+    from .cgroups import Claim
     from .interpreter import Stamp
     from .policy import Policy
     from .tree import Tree
@@ -46,6 +48,18 @@ class Host(NamedTuple):
     swap: bool
     root: bool
     landlock_abi: int
+    quota: str = ""
+    """The group that limits the share of the processors, by its name in plan.GROUPS; empty: none does."""
+    cpuset: str = ""
+    """The one that says which processors they are."""
+    processors: str = ""
+    """Those that are ours."""
+
+    @classmethod
+    def of(cls, claim: Claim) -> Host:
+        """This one, with these control groups."""
+        groups = (claim.quota, claim.cpuset, claim.processors)
+        return cls(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi(), *groups)
 
 
 def for_python(policy: Policy, host: Host) -> Compiled:
@@ -70,8 +84,7 @@ def for_program(policy: Policy, host: Host, name: str) -> Compiled:
     """For any program: looked up as a shell would, in the host's PATH. An outside program is shown at /app."""
     if policy.root.startswith("oci:"):
         return _of_image(policy, host, name, with_files=False)
-    path = find(name)
-    status = os.stat(path)
+    path, status = find(name)
     return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 
@@ -121,16 +134,18 @@ def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> C
     return make(*key)
 
 
-def find(name: str) -> str:
-    """The program's path on the host. Raises FileNotFoundError or PermissionError, as the shell's 127 and 126."""
+def find(name: str) -> tuple[str, os.stat_result]:
+    """The program's path on the host, and what it is. Raises FileNotFoundError or PermissionError, as the shell's 127 and 126."""
     if "\0" in name:
         raise PolicyError(f"{name!r} has a NUL character in it")
     path = os.path.abspath(name) if "/" in name else shutil.which(name, path=PATH)
-    if path is None or not os.path.exists(path):
-        raise FileNotFoundError(2, "no such program", name)
-    if os.path.isdir(path) or not os.access(path, os.X_OK):
+    try:
+        status = os.stat(path or "")
+    except OSError:
+        raise FileNotFoundError(2, "no such program", name) from None
+    if path is None or stat.S_ISDIR(status.st_mode) or not os.access(path, os.X_OK):
         raise PermissionError(13, "not a program that can be executed", name)
-    return path
+    return path, status
 
 
 def _below_private(path: str) -> bool:
@@ -202,7 +217,33 @@ def _cgroup(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
         if host.swap and limits.memory is not None:
             writes.append((lib.GROUP_UNIFIED, "memory.swap.max", 0))
         writes.append((lib.GROUP_UNIFIED, "memory.oom.group", 1))
-    return [plan.CgroupWrite(group, file, str(value)) for group, file, value in writes if value is not None]
+    return [*(plan.CgroupWrite(group, file, str(value)) for group, file, value in writes if value is not None), *_processors(policy, host)]
+
+
+def _processors(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
+    """How many processors, and which: what the host has no control group for, `protections` has refused, or the policy can do without."""
+    limits, lacks, writes = policy.limits, _processor_lacks(policy, host), list[plan.CgroupWrite]()
+    if limits.cpus is not None and "cpus" not in lacks:
+        quota, period = str(round(limits.cpus * plan.PERIOD)), str(plan.PERIOD)
+        v1, v2 = {"cpu.cfs_period_us": period, "cpu.cfs_quota_us": quota}, {"cpu.max": f"{quota} {period}"}
+        values = v2 if host.cgroup == "v2" else v1
+        writes += [plan.CgroupWrite(plan.GROUPS[host.quota], file, value) for file, value in values.items()]
+    if limits.cpuset is not None and "cpuset" not in lacks:
+        writes.append(plan.CgroupWrite(plan.GROUPS[host.cpuset], "cpuset.cpus", limits.cpuset))
+    return writes
+
+
+def _processor_lacks(policy: Policy, host: Host) -> dict[str, str]:
+    """A processor that is not ours is not refused by version 2: it would then say nothing, and let the cell run on all of them."""
+    lacks = {}
+    for name, group, controller in (("cpus", host.quota, "cpu"), ("cpuset", host.cpuset, "cpuset")):
+        if not group:
+            lacks[name] = host.cgroup_reason if host.cgroup == "none" else f"our control group has no {controller} controller"
+    if policy.limits.cpuset is not None and host.cpuset:
+        strange = cpuset.parse(policy.limits.cpuset) - cpuset.parse(host.processors)
+        if strange:
+            lacks["cpuset"] = f"processors {cpuset.write(strange)} are not ours, which are {host.processors}"
+    return lacks
 
 
 NAMESPACES = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time")
@@ -230,8 +271,9 @@ def protections(policy: Policy, host: Host, *, judged: bool = False) -> tuple[Pr
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
     wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)
     wanted |= {"cgroup": True, "swap": policy.limits.memory is not None}
+    wanted |= {"cpus": policy.limits.cpus is not None, "cpuset": policy.limits.cpuset is not None}
     wanted |= {"apparmor": policy.apparmor is not None, "selinux": policy.selinux is not None}
-    lacks = {name: why for name, why in label.lacks().items() if why}
+    lacks = {name: why for name, why in label.lacks().items() if why} | _processor_lacks(policy, host)
     if not host.root:
         lacks["own_uid"] = "only root can give a run a user of its own; it runs as the caller's"
         lacks["groups"] = "only root can leave the caller's supplementary groups"

@@ -19,6 +19,8 @@ LIMITS: dict[str, tuple[str, Callable[..., str]]] = {
     "wall_time": ("It is ended {} after it began.", format_time),
     "cpu_time": ("It may use {} of processor time, all its processes together.", format_time),
     "idle_time": ("It may go on for {} without using the processor.", format_time),
+    "cpus": ("Its processes together may keep {} processors busy; beyond that they wait.", "{:g}".format),
+    "cpuset": ("It runs on the processors {} only.", str),
     "memory": ("It may use {} of memory; files that it writes count.", format_size),
     "processes": ("It may have {} processes and threads at one time.", str),
     "open_files": ("Each process may have {} files open.", str),
@@ -50,6 +52,8 @@ BEST_EFFORT = {
     "nested_userns": "forbidding user namespaces within",
     "apparmor": "the AppArmor profile",
     "selinux": "the SELinux context",
+    "cpus": "the share of the processors",
+    "cpuset": "the choice of processors",
 }
 
 

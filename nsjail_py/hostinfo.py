@@ -15,7 +15,6 @@ from ._native import lib
 
 CALLS = {
     "clone3": lib.PROBE_CLONE3,
-    "openat2": lib.PROBE_OPENAT2,
     "close_range": lib.PROBE_CLOSE_RANGE,
     "pidfd_open": lib.PROBE_PIDFD_OPEN,
     "open_tree": lib.PROBE_OPEN_TREE,
@@ -25,14 +24,13 @@ CALLS = {
 """System calls without which there is no jail, and how probe.c calls them."""
 SINCE = {
     "clone3": "5.3",
-    "openat2": "5.6",
     "close_range": "5.11",
     "pidfd_open": "5.3",
     "open_tree": "5.2",
     "fsopen": "5.2",
     "mount_setattr": "5.12",
 }
-UNIT_SETTINGS = {"openat2": "RestrictSUIDSGID=no", "clone3": "RestrictNamespaces=no"} | dict.fromkeys(
+UNIT_SETTINGS = {"clone3": "RestrictNamespaces=no"} | dict.fromkeys(
     ("open_tree", "fsopen", "mount_setattr"), "SystemCallFilter= as `nsjail-py systemd unit` has it"
 )
 """What lets each pass that a systemd unit's filter may refuse. systemd.exec(5)"""
@@ -130,6 +128,11 @@ def probe() -> Host:
         notify_size=lib.probe_notify(),
         calls=tuple((name, lib.probe_call(number)) for name, number in CALLS.items()),
     )
+
+
+def systemd_lack() -> str:
+    """Why there are no units here; empty where there are. sd_booted(3)"""
+    return "" if Path("/run/systemd/system").is_dir() else "systemd does not run this machine"
 
 
 def read(path: Path) -> str:

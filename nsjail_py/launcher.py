@@ -25,7 +25,7 @@ from . import idmap
 from ._native import ffi, lib
 from .advice import advice
 from .errors import LauncherDied, SetupError, during
-from .plan import Sealed
+from .plan import GROUPS, Sealed
 
 if TYPE_CHECKING:
     from .cgroups import Claim
@@ -50,7 +50,6 @@ DYING_MS = 200
 numbers = itertools.count(1)
 """Names for plans and templates."""
 
-GROUPS = {"memory": lib.GROUP_MEMORY, "pids": lib.GROUP_PIDS, "cpu": lib.GROUP_CPU, "unified": lib.GROUP_UNIFIED}
 KINDS = {"none": lib.CGROUP_NONE, "v1": lib.CGROUP_V1, "v2": lib.CGROUP_V2}
 
 

@@ -137,6 +137,13 @@ def _resources(policy: Policy, threads: int) -> dict[str, Any]:
     found: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
     if policy.limits.memory is not None:
         found["memory"] = {"limit": policy.limits.memory, "swap": policy.limits.memory}
+    cpu: dict[str, Any] = {}
+    if policy.limits.cpus is not None:
+        cpu |= {"quota": round(policy.limits.cpus * plan.PERIOD), "period": plan.PERIOD}
+    if policy.limits.cpuset is not None:
+        cpu["cpus"] = policy.limits.cpuset
+    if cpu:
+        found["cpu"] = cpu
     if policy.limits.processes is not None:
         found["pids"] = {"limit": policy.limits.processes + threads}
     return found

@@ -11,7 +11,9 @@ from typing import Literal
 import msgspec
 
 Namespace = Literal["user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time"]
-BestEffort = Literal["own_uid", "groups", "cgroup", "swap", "landlock_net", "landlock_scope", "nested_userns", "apparmor", "selinux"]
+BestEffort = Literal[
+    "own_uid", "groups", "cgroup", "swap", "landlock_net", "landlock_scope", "nested_userns", "apparmor", "selinux", "cpus", "cpuset"
+]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -19,7 +21,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """How much of each resource one run may use. Reaching one ends the run, and the verdict names it."""
+    """How much of each resource one run may use. Reaching one ends the run, and the verdict names it; `cpus` and `cpuset` slow it down."""
 
     wall_time: float | None = 60.0
     """Seconds from the start of the program to its end, whatever it does meanwhile."""
@@ -27,6 +29,12 @@ class Limits(Struct, frozen=True, kw_only=True):
     """Seconds of processor time, user and system, of all its processes and threads together."""
     idle_time: float | None = None
     """Seconds that the run may go on without using the processor at all."""
+    cpus: float | None = None
+    """Processors that all its processes and threads together may keep busy: with 1.5 they get 150 ms of processor time in each 100 ms, then
+    they wait (cpu.max, or cfs_quota_us of version 1). Only where there is a control group with the cpu controller."""
+    cpuset: str | None = None
+    """Processors that it may run on, by their numbers: `"0-1,4"` (cpuset.cpus; cpuset(7)). It cannot leave them by sched_setaffinity. Only
+    where there is a control group with the cpuset controller, and all of them are ours."""
     memory: int | None = 512 * 1024**2
     """Bytes of memory of all processes together, files in /work, /tmp and /dev/shm included; swap counts as memory.
     Where the host gives no cgroup, and the result says so: bytes of private memory of each process (RLIMIT_DATA), and of mapped memory of

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from . import cpuset
 from .suggest import did_you_mean
 from .units import MAX_SIZE, MAX_TIME
 
@@ -24,8 +25,10 @@ OWN_TREES = ("/proc", "/dev")
 OWN_PLACES = ("/", "/work", "/tmp", "/app")
 HOST_NAME_MAX = 64
 """_SC_HOST_NAME_MAX on Linux; sethostname(2)"""
-MOST = {"processes": 4 * 1024**2, "open_files": 1024**2}
-"""PID_MAX_LIMIT, and what fs.nr_open begins with: the kernel refuses more."""
+MOST = {"processes": 4 * 1024**2, "open_files": 1024**2, "cpus": cpuset.MOST}
+"""PID_MAX_LIMIT, what fs.nr_open begins with, and CONFIG_NR_CPUS: the kernel refuses more."""
+LEAST_CPUS = 0.01
+"""A thousandth of a second in each tenth: the kernel refuses less."""
 TYPE_NAMES: dict[type, str] = {
     msgspec.inspect.IntType: "a whole number",
     msgspec.inspect.FloatType: "a number",
@@ -186,9 +189,18 @@ def _namespaces(policy: Policy) -> Iterator[str]:
 def _limits(policy: Policy) -> Iterator[str]:
     for name in policy.limits.__struct_fields__:
         value = getattr(policy.limits, name)
+        if isinstance(value, str):
+            continue
         most = MAX_TIME if name.endswith("_time") else MOST.get(name, MAX_SIZE)
         if value is not None and not (0 < value <= most and math.isfinite(value)):
             yield f'$.limits.{name}: must be more than 0 and at most {int(most)}, not {value}; no limit is "unlimited"'
+    if policy.limits.cpus is not None and 0 < policy.limits.cpus < LEAST_CPUS:
+        yield f"$.limits.cpus: must be at least {LEAST_CPUS}, not {policy.limits.cpus}"
+    if policy.limits.cpuset is not None:
+        try:
+            cpuset.parse(policy.limits.cpuset)
+        except ValueError as error:
+            yield f"$.limits.cpuset: {_shown(policy.limits.cpuset)} {error}"
 
 
 def _environment(policy: Policy) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ._native import ffi, lib
 from .compiled import PATH, SYSTEM, Compiled, Host, find, for_any, for_program, for_python, landlock_abi
 from .errors import PolicyError, SetupError
 from .interpreter import inspect, stamp
-from .plan import Block, with_slot
+from .plan import GROUPS, Block, with_slot
 from .policyfile import load
 from .reports import STEP_NAMES
 from .rootfs import PRIVATE
@@ -27,6 +27,8 @@ from .rootfs import PRIVATE
 if TYPE_CHECKING:
     from .policy import Policy
 
+KINDS = ("memory", "pids", "cpu", "unified")
+"""Groups that the launcher alone makes."""
 ANY = "/app/program"
 """Where a program is inside that the plan was not made for."""
 WORD = 8
@@ -49,7 +51,7 @@ def save(policy: Policy | str | os.PathLike[str], path: str | os.PathLike[str], 
     if loaded.backend != "native" or loaded.root.startswith("oci:"):
         raise PolicyError(f"policy {loaded.name!r}: the launcher alone has neither another backend nor images")
     groups, host = _host()
-    named = None if program is None else find(program)
+    named = None if program is None else find(program)[0]
     compiled = for_any(loaded, host, ANY) if named is None else _for(loaded, host, named)
     _write(Path(path), _block(loaded, host, groups, compiled, named))
 
@@ -73,14 +75,16 @@ def _host() -> tuple[list[Group], Host]:
 def _groups(claim: cgroups.Claim) -> list[Group]:
     mounts = sorted((mount for mount in mountinfo.entries() if mount.kind in ("cgroup", "cgroup2")), key=lambda mount: len(mount.target))
     found = []
-    for name, directory in sorted(claim.directories.items(), key=lambda item: launcher.GROUPS[item[0]]):
+    for name, directory in sorted(claim.directories.items(), key=lambda item: GROUPS[item[0]]):
         mount = next(mount for mount in reversed(mounts) if directory.is_relative_to(mount.target))
         if claim.kind == "v2" and (os.geteuid() or directory.parent != Path(mount.target, cgroups.PREFIX)):
             return []
-        if (directory / "cpuset.cpus").exists():  # a new group there takes no process before it is given processors
+        if name not in KINDS:
+            continue  # nothing is limited there, so a policy that asks for it is refused
+        if claim.kind == "v1" and (directory / "cpuset.cpus").exists():  # a new group takes no process before it is given processors
             return []
         controller = "" if claim.kind == "v2" else cgroups.V1_CONTROLLERS[name]
-        found.append(Group(launcher.GROUPS[name], controller, mount.target, mount.root))
+        found.append(Group(GROUPS[name], controller, mount.target, mount.root))
     return found
 
 

@@ -59,6 +59,7 @@ WALLS = (
     Line("ProtectClock=yes", "the clock stays"),
     Line("LockPersonality=yes", "no other execution domain"),
     Line("RestrictRealtime=yes", "no realtime scheduling"),
+    Line("RestrictSUIDSGID=yes", "no set-user-id files"),
     Line("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK", "sockets of these kinds only"),
     Line("SystemCallArchitectures=native", "no system calls of a foreign architecture"),
     Line(f"SystemCallFilter=@system-service {CALLS}", "systemd's set for services, and what makes a jail"),
@@ -101,9 +102,7 @@ def _start(named: str, command: Sequence[str], listen: str) -> list[Line]:
 def _identity(user: str) -> list[Line]:
     if user:
         return [
-            Line(
-                f"User={user}", "not root: runs have this user's id on the host. DynamicUser=yes would forbid openat2, which a jail needs"
-            ),
+            Line(f"User={user}", "not root: runs have this user's id on the host"),
             Line(f"CacheDirectory=nsjail_py-{user}", "roots and filters, kept between runs; root's is another"),
             Line("CapabilityBoundingSet=", "no right at all on the host: those in the jail's own user namespace are enough"),
         ]

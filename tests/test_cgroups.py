@@ -96,7 +96,7 @@ def test_a_writable_mount_is_preferred(tmp_path: Path) -> None:
 
 def test_a_claim_names_its_directories_or_says_why_there_are_none(claim: cgroups.Claim) -> None:
     keys = {"v1": {"memory", "pids"}, "v2": {"unified"}, "none": set[str]()}[claim.kind]
-    assert keys <= set(claim.directories) <= keys | ({"cpu"} if claim.kind == "v1" else set())
+    assert keys <= set(claim.directories) <= keys | ({"cpu", "quota", "cpuset"} if claim.kind == "v1" else set())
     assert all(path.is_dir() for path in claim.directories.values())
     assert claim.kind != "none" or claim.why
     assert (claim.mode == "root") == IS_ROOT
@@ -110,7 +110,14 @@ def test_every_directory_lies_below_a_group_of_its_hierarchy_and_bears_our_numbe
 
 
 def test_the_directories_have_the_files_that_limits_are_written_to(claim: cgroups.Claim) -> None:
-    files = {"memory": "memory.limit_in_bytes", "pids": "pids.max", "cpu": "cpuacct.usage", "unified": "memory.max"}
+    files = {
+        "memory": "memory.limit_in_bytes",
+        "pids": "pids.max",
+        "cpu": "cpuacct.usage",
+        "quota": "cpu.cfs_quota_us",
+        "cpuset": "cpuset.cpus",
+        "unified": "memory.max",
+    }
     for key, path in claim.directories.items():
         assert (path / files[key]).exists()
 
@@ -251,4 +258,5 @@ def test_controllers_that_are_there_are_handed_on(tmp_path: Path) -> None:
     (tmp_path / "cgroup.controllers").write_text("cpuset cpu memory pids\n")
     (tmp_path / "cgroup.subtree_control").write_text("pids\n")
     cgroups._hand_on(tmp_path)
-    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +cpu"
+    # A file of the kernel's takes them all; this one shows the last.
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpuset"

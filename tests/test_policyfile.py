@@ -72,7 +72,7 @@ def test_a_file_extends_a_file_beside_it(write):
         ('extends = "untrustd"', 'did you mean "untrusted"?'),
         ("extends = 3", "$.extends: must be the name"),
         ("memry = 3", "$.memry: there is no such field"),
-        ("[limits]\nmemry = 3", '$.limits.memry: there is no such field (allowed: cpu_time, disk'),
+        ("[limits]\nmemry = 3", '$.limits.memry: there is no such field (did you mean \"memory\"?)'),
         ("[limits]\nmemory = '64MB'", "$.limits.memory: size '64MB' is ambiguous"),
         ("[limits]\nprocesses = 0", "$.limits.processes: must be more than 0"),
         ("[limits]\nprocesses = true", "$.limits.processes: must be a whole number, not True"),

@@ -52,7 +52,6 @@ def test_a_filter_that_kills_whoever_mounts_is_named_and_kills_nobody_but_the_ja
 @pytest.mark.parametrize(
     ("name", "error", "step", "setting"),
     [
-        ("openat2", errno.ENOSYS, "mount target", "RestrictSUIDSGID=no"),
         ("clone3", errno.ENOSYS, "clone", "RestrictNamespaces=no"),
         ("sethostname", errno.EPERM, "hostname", "ProtectHostname=no"),
         ("unshare", errno.EPERM, "namespaces", "RestrictNamespaces=no"),

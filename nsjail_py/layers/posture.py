@@ -92,7 +92,7 @@ def of_policy(policy: Policy) -> Posture:
 def _facts(policy: Policy) -> tuple[Facts, str, tuple[str, ...]]:
     """What the host gives, without failing where it gives too little."""
     claim = launcher.current().claim
-    host = compiled.Host(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, compiled.landlock_abi())
+    host = compiled.Host.of(claim)
     found = compiled.protections(policy, host, judged=True)
     states: dict[str, str] = {one.name: one.state for one in found}
     reasons = {one.name: one.reason for one in found if one.reason}
