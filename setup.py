@@ -32,6 +32,10 @@ LAUNCHER_ONLY = {
     "tree.c",
     "labelled.c",
     "probe.c",
+    "alone.c",
+    "claim.c",
+    "relay.c",
+    "saved.c",
 }
 FLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"]
 TEMPLATE = Extension(

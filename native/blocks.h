@@ -12,4 +12,5 @@ static inline const void *at(const void *block, uint32_t offset) { return (const
 
 int plan_check(const void *block, size_t size);  /* 1 if every reference in it is good */
 int order_check(const void *block, size_t size);
+int saved_check(const void *block, size_t size); /* the plan in it, too */
 #endif

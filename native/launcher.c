@@ -7,6 +7,7 @@
  * the caller. When init is dead the kernel has killed everything in the cell; we count, clear away and report. When there is nothing
  * to hear we put new cells in stock. When the caller is gone so are we, and with us every cell. */
 #include "launcher.h"
+#include "alone.h"
 #include "kernel.h"
 
 #include <errno.h>
@@ -132,8 +133,10 @@ static void settle(struct launcher *launcher) {
 int main(int count, char **arguments) {
 	static struct launcher launcher;
 	struct epoll_event events[EVENTS];
-	if (count > 1)
+	if (count == 5 && !strcmp(arguments[0], "nsjail-init"))
 		reaper_main(arguments + 1);
+	if (count > 1)
+		alone(count, arguments); /* its child is the launcher */
 	settle(&launcher);
 	if (!hello(&launcher))
 		return 1;

@@ -109,3 +109,46 @@ int order_check(const void *block, size_t size) {
 			return 0;
 	return 1;
 }
+
+static int saved_strings_ok(const struct saved *saved) {
+	const uint32_t needed[] = {saved->release, saved->search, saved->inside};
+	const uint32_t optional[] = {saved->tree, saved->program, saved->controllers, saved->locks};
+	for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
+		if (!string_ok(saved, saved->size, needed[i]))
+			return 0;
+	for (size_t i = 0; i < sizeof optional / sizeof *optional; i++)
+		if (optional[i] && !string_ok(saved, saved->size, optional[i]))
+			return 0;
+	return strings_ok(saved, saved->size, saved->visible, 4096) && strings_ok(saved, saved->size, saved->environment, 65536) &&
+	       strings_ok(saved, saved->size, saved->passed, 65536) && strings_ok(saved, saved->size, saved->steps, 256);
+}
+
+static int saved_tables_ok(const struct saved *saved) {
+	if (!span_ok(saved->size, saved->plan, 1, MAX_BLOCK) ||
+	    !span_ok(saved->size, saved->sources, sizeof(struct saved_file), 65536) ||
+	    !span_ok(saved->size, saved->groups, sizeof(struct saved_group), GROUPS))
+		return 0;
+	const struct saved_file *sources = at(saved, saved->sources.offset);
+	for (uint32_t i = 0; i < saved->sources.count; i++)
+		if (!string_ok(saved, saved->size, sources[i].path))
+			return 0;
+	const struct saved_group *groups = at(saved, saved->groups.offset);
+	for (uint32_t i = 0; i < saved->groups.count; i++)
+		if (groups[i].group >= GROUPS || (i && groups[i].group <= groups[i - 1].group) ||
+		    (groups[i].controller && !string_ok(saved, saved->size, groups[i].controller)) ||
+		    !string_ok(saved, saved->size, groups[i].mount) || !string_ok(saved, saved->size, groups[i].root))
+			return 0;
+	return 1;
+}
+
+int saved_check(const void *block, size_t size) {
+	const struct saved *saved = block;
+	if (size < sizeof *saved || size > MAX_BLOCK || saved->magic != SAVED_MAGIC || saved->version != FORMAT_VERSION ||
+	    saved->size != size)
+		return 0;
+	if (!saved_strings_ok(saved) || !saved_tables_ok(saved))
+		return 0;
+	if (!saved->program && (saved->slot < sizeof(struct plan) || !inside(saved->plan.count, saved->slot, SAVED_SLOT)))
+		return 0;
+	return plan_check(at(saved, saved->plan.offset), saved->plan.count);
+}

@@ -6,6 +6,7 @@
  * Request  start this order under that plan.
  * Report   what happened: launcher to caller, on the channel of that run.
  * Command  kill or signal: caller to launcher, on the same channel. Its end of file is the order to kill.
+ * Saved    a plan in a file, with what its caller must know: for the launcher alone (alone.c). Written by saved.py.
  *
  * Inside a block a reference is an offset from its start; 0 means absent. Strings end in NUL. plan.c checks every one of them
  * before anything else looks. cffi parses this file as it stands (lines that begin with # left out), so a field that differs is
@@ -19,12 +20,14 @@ enum block {
 	ORDER_MAGIC = 0x4452524f, /* "ORRD" */
 	REQUEST_MAGIC = 0x55514552, /* "REQU" */
 	HELLO_MAGIC = 0x4c4c4548,   /* "HELL" */
+	SAVED_MAGIC = 0x45564153,   /* "SAVE" */
 	FORMAT_VERSION = 1,
 	MAX_BLOCK = 67108864,
 	MAX_INLINE = 65536,   /* an order of up to so many bytes travels with its request */
 	MAX_FDS = 64,         /* descriptors that one run may be given, the three standard ones included */
 	MAX_FD_NUMBER = 1000, /* a cell's own descriptors live above */
 	MAX_LATE = 24,
+	SAVED_SLOT = 4096,    /* bytes that a saved plan keeps free for the path of any program */
 	TEMPLATE_FD = 999, /* where a template has its socket to the launcher */
 	MAX_DENIED = 48,   /* distinct system calls that one report names */
 };
@@ -197,6 +200,41 @@ struct hello { /* with one directory descriptor for each bit of groups, in order
 	uint32_t uid_base, uid_count; /* host ids for cells; 0: the launcher's own */
 	uint32_t caller;              /* its pid; the launcher ends with it */
 	uint32_t reserved;
+};
+
+struct saved_file { /* what a plan was made from, as it was; both -1: it was not there */
+	int64_t size, mtime_ns;
+	uint32_t path; /* string */
+	uint32_t reserved;
+};
+
+struct saved_group {
+	uint32_t group;           /* enum control_group */
+	uint32_t controller;      /* string: version 1, where our own group is looked for; 0: version 2 */
+	uint32_t mount, root;     /* strings: where the hierarchy is mounted, and from which of its directories on */
+};
+
+struct saved {
+	uint32_t magic, version, size;
+	uint32_t uid;              /* who may use it */
+	uint64_t checksum;         /* of all that stands behind it */
+	uint64_t output;           /* bytes that both outputs may have together; 0: no limit */
+	uint32_t release;          /* string: the kernel's */
+	uint32_t tree;             /* string: the cached root; 0: there is none */
+	uint32_t program, inside;  /* strings: the program on the host (0: any) and in the jail */
+	uint32_t slot;             /* offset within the plan of 4096 bytes for the path of any program */
+	uint32_t search;           /* string: where programs are looked for, as in PATH */
+	uint32_t cgroup_kind;
+	uint32_t controllers;      /* string: version 2, what the groups hand on; 0: none */
+	uint32_t locks;            /* string: the directory of the blocks' locks; 0: no ids but our own */
+	uint32_t uid_base, uid_block, uid_blocks;
+	struct span plan;          /* bytes */
+	struct span sources;       /* struct saved_file */
+	struct span groups;        /* struct saved_group */
+	struct span visible;       /* uint64_t: directories whose programs have the same path inside */
+	struct span environment;   /* the same, NAME=value */
+	struct span passed;        /* the same, names of the caller's own variables */
+	struct span steps;         /* the same, names of enum step */
 };
 
 struct request { /* with channel, plan, the program's descriptors, and the order if it is large */

@@ -50,6 +50,7 @@ TOOLS = {
     "learn": "run a trusted script under observation, and write the smallest policy for it",
     "bundle": "a policy and a program as an OCI runtime bundle, for crun, runc and runsc",
     "seccomp": "an OCI seccomp profile as [syscalls] of a policy",
+    "compile": "a policy, compiled for this host, in a file: the launcher alone runs programs under it, without Python",
     "why": "what a result says was denied, and the lines of a policy that would allow it",
 }
 """Commands of toolcommands.py, in the same way."""

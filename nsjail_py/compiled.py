@@ -17,6 +17,7 @@ from .result import Protection
 
 if TYPE_CHECKING:
     from .cgroups import Claim
+    from .interpreter import Stamp
     from .policy import Policy
     from .tree import Tree
 
@@ -34,6 +35,8 @@ class Compiled(NamedTuple):
     protections: tuple[Protection, ...]
     tree: Path | None
     """The cached tree that its root is made of."""
+    sources: tuple[Stamp, ...] = ()
+    """What that was made from."""
 
 
 class Host(NamedTuple):
@@ -112,6 +115,16 @@ def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int
     return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
 
 
+def for_any(policy: Policy, host: Host, inside: str) -> Compiled:
+    """For whatever program is shown at `inside` later (saved.py); what stands there now only says which loader programs have here."""
+    root = None
+    if policy.root == "minimal":
+        from . import tree
+
+        root = tree.library_tree(_mountpoints(policy, SYSTEM))
+    return _compile(policy, host, root, inside, ("/bin/sh", inside), with_files=False)
+
+
 def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> Compiled:
     """What is known for this key, unless its tree was removed from the cache meanwhile: then it is made anew."""
     known = make(*key)
@@ -178,7 +191,8 @@ def _compile(
         rlimits=plan.rlimits(policy.limits, host.cgroup != "none"),
         label=label.decide(policy),
     )
-    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, protections(policy, host), root.path if root else None)
+    tree, sources = (root.path, root.stamps) if root else (None, ())
+    return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, protections(policy, host), tree, sources)
 
 
 def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:

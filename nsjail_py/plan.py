@@ -176,6 +176,18 @@ def as_observed(block: bytes) -> bytes:
     return bytes(changed)
 
 
+def with_slot(block: bytes, inside: str) -> tuple[bytes, int]:
+    """The same plan, with room for the path of what is shown at `inside` instead; and where that is. The launcher alone writes it there."""
+    changed = bytearray(block) + bytes(lib.SAVED_SLOT)
+    head = ffi.from_buffer("struct plan *", changed)
+    head.size = len(changed)
+    wanted, first = os.fsencode(inside) + b"\0", ffi.cast("char *", head) + head.mounts.offset
+    for step in ffi.cast("struct mount_step *", first)[0 : head.mounts.count]:
+        if step.kind == lib.MOUNT_BIND and changed.startswith(wanted, step.target):
+            step.source = len(block)
+    return bytes(changed), len(block)
+
+
 OWN = frozenset((lib.MOUNT_SCRATCH, lib.MOUNT_PART, lib.MOUNT_PROC, lib.MOUNT_DEVPTS, lib.MOUNT_MASK, lib.MOUNT_READONLY))
 
 

@@ -21,6 +21,9 @@ loopback), and writes the smallest policy that runs it, with the reason beside e
 BUNDLE = """Writes DIR/config.json and DIR/rootfs: the policy's view, limits and filter in the words of the OCI runtime specification.
 What it has no words for is told on standard error."""
 SECCOMP = """Prints [syscalls] for a policy that allows what an OCI seccomp profile allows, or less, and as comments where it is less."""
+COMPILE = """Writes a policy, compiled for this host and this user, to FILE, and prints where the launcher is, which runs programs under it
+without Python: nsjail-launcher FILE -- CMD [ARGS...]. With --for the plan is for that program and has what it needs; the policy's
+interpreter has its library, and the policy's imports. Else it is for any that needs no more than the C and C++ libraries."""
 WHY = """Says what a result, written by --report or --json, tells was denied, with the lines of a policy that would allow it and the risk of
 each. 0: nothing was denied; 1: something was."""
 
@@ -53,6 +56,11 @@ def parser() -> Parser:
     seccomp = commands.add_parser("seccomp", description=SECCOMP)
     seccomp.add_argument("profile", metavar="FILE")
     seccomp.set_defaults(act=command_seccomp)
+    save = commands.add_parser("compile", description=COMPILE)
+    save.add_argument("policy", metavar="POLICY", help="the name of a shipped policy, or a file")
+    save.add_argument("-o", dest="output", metavar="FILE", required=True, help="where the plan goes; only you can write it")
+    save.add_argument("--for", dest="program", metavar="PROGRAM", help="the program that it is for")
+    save.set_defaults(act=command_compile)
     return top
 
 
@@ -115,6 +123,15 @@ def command_seccomp(options: argparse.Namespace) -> int:
     from .oci_seccomp import load
 
     _print(str(load(options.profile)), end="")
+    return 0
+
+
+def command_compile(options: argparse.Namespace) -> int:
+    from .launcher import PROGRAM
+    from .saved import save
+
+    save(options.policy, options.output, options.program)
+    _print(str(PROGRAM))
     return 0
 
 

@@ -40,6 +40,8 @@ PRIVATE = frozenset({"proc", "dev", "tmp", "work", "app", "project", "sys", "run
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 BY_NAME = ("libgcc_s.so.1", "libnss_files.so.2")
 """Libraries that the C library opens by itself when a thread is cancelled, or a user is looked up (before glibc 2.34)."""
+COMMON = ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libresolv.so.2", "libstdc++.so.6", *BY_NAME)
+"""What comes with a C and a C++ compiler, and most programs need no more."""
 STALE = 60.0
 """Seconds after which an unfinished tree that nobody holds locked is rubbish."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -67,6 +69,8 @@ class Tree(NamedTuple):
 
     path: Path
     entries: tuple[Entry, ...]
+    stamps: tuple[Stamp, ...] = ()
+    """What it was made from, and how that was."""
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -136,7 +140,18 @@ def program_tree(program: str, mountpoints: tuple[str, ...] = ()) -> Tree:
         builder.libraries(named)
 
     tree = _tree("program", stamps, mountpoints, fill)
-    return _remember(question, stamps, tree) if own else tree
+    return _remember(question, stamps, tree) if own else tree._replace(stamps=stamps)
+
+
+def library_tree(mountpoints: tuple[str, ...] = ()) -> Tree:
+    """The C and C++ libraries and their loader, for any program that needs no others; and no program."""
+    needs = sorted({*_closure(["/bin/sh"], _common()), *_common()})
+    stamps = tuple(stamp(path) for path in (*needs, elf.CACHE_FILE))
+    return _tree("program", stamps, mountpoints, lambda builder: builder.libraries({path: path for path in needs}))._replace(stamps=stamps)
+
+
+def _common() -> list[str]:
+    return [path for name in COMMON if (path := elf.locate(name, ()))]
 
 
 def is_system(path: str) -> bool:
@@ -212,12 +227,12 @@ def _recall(question: tuple[object, ...]) -> Tree | None:
     if any(stamp(known[0]) != known for known in note.stamps) or not cachedir.mark(store / note.name):
         return None
     cachedir.mark(kept)
-    return _describe(store / note.name)
+    return _describe(store / note.name)._replace(stamps=note.stamps)
 
 
 def _remember(question: tuple[object, ...], stamps: tuple[Stamp, ...], tree: Tree) -> Tree:
     cachedir.write(tree.path.parent / f"{_digest(question)}.json", msgspec.json.encode(Note(tree.path.name, stamps)))
-    return tree
+    return tree._replace(stamps=stamps)
 
 
 def _describe(path: Path) -> Tree:

@@ -112,7 +112,7 @@ def test_the_tables_within_pages_are_those_of_this_code(page: str) -> None:
     assert text == filled(page) and text.count("\n| ") > 5
 
 
-@pytest.mark.parametrize("page", ["learn.md", "oci.md"])
+@pytest.mark.parametrize("page", ["learn.md", "oci.md", "alone.md"])
 def test_the_shell_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)

@@ -13,6 +13,7 @@ SUITES = [
     "test_run.py",
     "test_holes.py",
     "test_cli.py",
+    "test_alone.py",
     "test_bad_input.py",
     "test_stock.py",
     "test_warm.py",

@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +24,11 @@ from test_stock import cells, parked, until
 
 import nsjail_py
 from nsjail_py import Jail, Policy, Result, Verdict
+from nsjail_py.cli import LIMIT as ENDED_BY_LIMIT
+from nsjail_py.cli import SETUP
+from nsjail_py.launcher import PROGRAM
 from nsjail_py.policyfile import override
+from nsjail_py.saved import save
 
 Target = Mapping[str, Any]
 
@@ -91,6 +96,8 @@ LIMIT = 20.0
 
 STARTS = {"untrusted": ("stock", "warm"), "moderate": ("warm",)}
 """How else than by an exec in a new cell a program starts: in a cell from stock, or forked from a warm interpreter."""
+ALONE = ("untrusted",)
+"""Walls behind which attacks are also started by the launcher alone, which says less of how they ended."""
 
 
 def with_starts(walls: Iterable[str]) -> list[str]:
@@ -103,7 +110,7 @@ def cases(attacks: Iterable[Attack]) -> Any:
     rows = [
         pytest.param(attack, wall, id=f"{attack.promise.replace(' ', '_')}-{wall}")
         for attack in attacks
-        for wall in with_starts(attack.walls)
+        for wall in (*with_starts(attack.walls), *(f"{wall}/alone" for wall in attack.walls if wall in ALONE))
     ]
     return pytest.mark.parametrize(("attack", "wall"), rows)
 
@@ -159,7 +166,24 @@ def run_python(source: str, wall: str | Policy, **options: Any) -> Result:
         return nsjail_py.run_python(source, policy=policy, **options)
     streams = {name: options.pop(name) for name in ("args", "timeout", "stdin", "stdout", "stderr", "pass_fds") if name in options}
     policy = override(policy, **options)
+    if start == "alone":
+        return _alone(policy, source, **streams)
     return warm(policy).run_python(source, **streams) if start == "warm" else _from_stock(policy, source, streams)
+
+
+def _alone(policy: Policy, source: str, args: Iterable[str] = (), timeout: float = LIMIT) -> Result:
+    """What an attack came to under a saved plan, in the words of a result: as far as the launcher alone says it."""
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    with tempfile.TemporaryDirectory() as top:
+        save(policy, f"{top}/plan", python)
+        command = [PROGRAM, f"{top}/plan", "--", python, "-s", "-c", source, *args]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False)
+    assert done.returncode != SETUP, done.stderr
+    reason = done.stderr.decode(errors="replace").rpartition("nsjail-launcher: ")[2].partition(":")[0]
+    verdict = Verdict(reason) if done.returncode == ENDED_BY_LIMIT else Verdict.exit if done.returncode else Verdict.ok
+    known: dict[str, Any] = {"verdict": verdict, "stdout": done.stdout, "stderr": done.stderr, "exit_code": done.returncode}
+    blank: dict[str, Any] = dict.fromkeys(Result.__dataclass_fields__) | {"evidence": {"exit_code": done.returncode}, "denied": {}}
+    return Result(**(blank | known))
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,370 @@
+"""The launcher alone: a saved plan, a program, and no Python. Whatever holds for `nsjail-py exec` holds here."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import IS_ROOT
+from msgspec.structs import replace
+
+import nsjail_py
+from nsjail_py import cgroups, launcher
+from nsjail_py.cli import CANNOT_EXECUTE, LIMIT, NOT_FOUND, SETUP
+from nsjail_py.launcher import PROGRAM
+from nsjail_py.policyfile import override
+from nsjail_py.saved import save
+
+PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+UNTRUSTED = nsjail_py.policy("untrusted")
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for any program, one for the interpreter, one where programs may start others."""
+    top = tmp_path_factory.mktemp("plans")
+    save(UNTRUSTED, top / "any")
+    save(UNTRUSTED, top / "python", PYTHON)
+    save("moderate", top / "moderate", PYTHON)
+    return top
+
+
+def groups() -> set[Path]:
+    """Control groups of launchers alone and of ours."""
+    tops = {directory.parent for directory in launcher.current().claim.directories.values()}
+    return {path for top in tops for path in top.glob(f"{cgroups.PREFIX}.*")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(plans: Path) -> Iterator[None]:
+    before = groups()
+    yield
+    alone(plans / "any", "true")  # what a killed caller has left goes with the next
+    left = [path for path in groups() - before if not os.path.exists(f"/proc/{path.name.split('.')[1]}")]
+    assert left == []
+
+
+def alone(plan: Path, *command: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([PROGRAM, plan, "--", *command], **{"capture_output": True, "timeout": 60, "check": False} | options)
+
+
+def python(plans: Path, source: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return alone(plans / "python", PYTHON, "-s", "-c", source, *arguments, **options)
+
+
+def said(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The one line that says why."""
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("nsjail-launcher: ")
+    return line.removeprefix("nsjail-launcher: ")
+
+
+# ---------------------------------------------------------------- streams and status
+
+
+def test_streams_and_arguments_pass_through(plans: Path) -> None:
+    done = python(plans, "import sys; sys.stderr.write('err'); print(sys.argv[1:], sys.stdin.read())", "a b", "", "é", input=b"in")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['a b', '', 'é'] in\n".encode(), b"err")
+
+
+def test_a_large_stream_passes_both_ways_unchanged(plans: Path) -> None:
+    data = os.urandom(1 << 20) * 3
+    assert alone(plans / "any", "cat", input=data).stdout == data
+
+
+def test_the_exit_status_is_the_programs_own(plans: Path) -> None:
+    assert [python(plans, f"raise SystemExit({n})").returncode for n in (0, 1, 77)] == [0, 1, 77]
+
+
+def test_a_signal_of_its_own_is_128_and_its_number(plans: Path) -> None:
+    assert python(plans, "import os; os.kill(os.getpid(), 15)").returncode == 128 + 15
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "named"),
+    [
+        ({"wall_time": 0.2}, "import time; time.sleep(60)", "wall_time"),
+        ({"cpu_time": 0.2}, "while True: pass", "cpu_time"),
+        ({"idle_time": 0.2}, "import time; time.sleep(60)", "idle"),
+        ({"memory": "64M"}, "x = bytearray(b'1' * (256 << 20))", "memory"),
+        ({"output": 1000}, "print('x' * 100000)", "output"),
+        ({"disk": "1M"}, "open('/work/f', 'wb').write(bytes(4 << 20))", "disk"),
+    ],
+)
+def test_a_reached_limit_is_124_and_named(changes: dict[str, Any], source: str, named: str, tmp_path: Path) -> None:
+    save(override(UNTRUSTED, **changes), tmp_path / "python", PYTHON)
+    done = python(tmp_path, source, stdin=subprocess.DEVNULL)
+    if named == "memory" and not IS_ROOT:  # each process has its own limit then, and meets it as an error of its own
+        assert b"MemoryError" in done.stderr
+        return
+    assert done.returncode == LIMIT and done.stderr.decode().splitlines()[-1].startswith(f"nsjail-launcher: {named}: "), done.stderr
+
+
+def test_no_more_than_the_limit_of_output_passes(tmp_path: Path) -> None:
+    save(override(UNTRUSTED, output=1000), tmp_path / "python", PYTHON)
+    assert len(python(tmp_path, "print('x' * 100000)").stdout) == 1000
+
+
+def test_a_limit_holds_while_the_caller_is_stopped(tmp_path: Path) -> None:
+    save(override(UNTRUSTED, wall_time=0.5), tmp_path / "python", PYTHON)
+    process = subprocess.Popen(
+        [PROGRAM, tmp_path / "python", "--", PYTHON, "-c", "print(1, flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"1\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    assert [pid for pid in descendants(process.pid) if state(pid) not in "Z"] in ([], descendants(process.pid)[:1])
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(10) == LIMIT
+
+
+def test_a_program_that_is_not_there_is_127_and_one_that_cannot_be_executed_126(plans: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no program")
+    assert (found := alone(plans / "any", "no-such-program")).returncode == NOT_FOUND and "no such program" in said(found)
+    assert (found := alone(plans / "any", "/no/such")).returncode == NOT_FOUND and "No such file" in said(found)
+    assert (found := alone(plans / "any", str(tmp_path / "text"))).returncode == CANNOT_EXECUTE and "Permission denied" in said(found)
+    (tmp_path / "text").chmod(0o755)
+    assert (found := alone(plans / "any", str(tmp_path / "text"))).returncode == CANNOT_EXECUTE and "Exec format error" in said(found)
+
+
+def test_a_plan_for_one_program_runs_no_other(plans: Path) -> None:
+    done = alone(plans / "python", "/bin/true")
+    assert done.returncode == CANNOT_EXECUTE and "compile one for it" in said(done)
+
+
+def test_any_program_of_the_callers_own_runs(plans: Path, tmp_path: Path) -> None:
+    shutil.copy("/bin/echo", tmp_path / "own")
+    assert alone(plans / "any", "./own", "hi", cwd=tmp_path).stdout == b"hi\n"
+
+
+def test_closed_standard_streams_are_no_streams_of_somebody_else(plans: Path) -> None:
+    command = f"'{PROGRAM}' '{plans / 'python'}' -- '{PYTHON}' -c 'import os; print(sorted(os.listdir(\"/proc/self/fd\"))[:4])'"
+    assert subprocess.run(["/bin/sh", "-c", f"{command} <&- 2>&-"], capture_output=True, check=False, timeout=60).stdout
+    assert subprocess.run(["/bin/sh", "-c", f"{command} <&- >&- 2>&-"], check=False, timeout=60).returncode == 0
+
+
+def test_a_reader_that_leaves_ends_a_writer_as_without_a_jail(plans: Path) -> None:
+    command = f"'{PROGRAM}' '{plans / 'any'}' -- yes | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, check=False, timeout=60)
+    assert done.stdout.split() == [b"y", b"141"], done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_are_passed_on_to_the_program(number: signal.Signals, plans: Path) -> None:
+    source = "import signal, sys, time\nfor n in (1, 2, 10, 15): signal.signal(n, lambda s, f: sys.exit(s))\nprint(1, flush=True)\ntime.sleep(60)"
+    process = subprocess.Popen([PROGRAM, plans / "python", "--", PYTHON, "-c", source], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"1\n"
+    process.send_signal(number)
+    assert process.wait(10) == number
+
+
+def test_a_signal_that_the_program_does_not_handle_ends_it(plans: Path) -> None:
+    process = subprocess.Popen([PROGRAM, plans / "any", "--", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"x")
+    process.stdin.flush()
+    assert process.stdout.read(1) == b"x"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGINT
+
+
+def test_a_terminal_is_carried_and_never_given(plans: Path) -> None:
+    ours, its = pty.openpty()
+    with os.fdopen(its) as terminal:
+        source = "import os; print([os.isatty(n) for n in range(3)])"
+        process = subprocess.Popen(
+            [PROGRAM, plans / "python", "--", PYTHON, "-c", source], stdin=terminal, stdout=terminal, stderr=terminal
+        )
+        assert process.wait(20) == 0
+    assert b"[False, False, False]" in os.read(ours, 1000)
+    os.close(ours)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_the_file_is_its_owners_alone(plans: Path) -> None:
+    assert (plans / "any").stat().st_mode & 0o777 == 0o600
+
+
+def refused(plan: Path, reason: str) -> None:
+    done = alone(plan, "/bin/true")
+    assert done.returncode == SETUP and done.stdout == b"" and reason in said(done), done.stderr
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_file_that_others_can_write_is_refused(mode: int, plans: Path, tmp_path: Path) -> None:
+    shutil.copy(plans / "any", tmp_path / "plan")
+    (tmp_path / "plan").chmod(mode)
+    refused(tmp_path / "plan", "nobody else can write")
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can give a file away")
+def test_a_file_of_somebody_else_is_refused(plans: Path, tmp_path: Path) -> None:
+    shutil.copy(plans / "any", tmp_path / "plan")
+    os.chown(tmp_path / "plan", 65534, 65534)
+    refused(tmp_path / "plan", "must be a file that belongs to uid 0")
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    for path in (tmp_path, tmp_path / "fifo"):
+        refused(path, "must be a file")
+    refused(tmp_path / "none", "No such file")
+
+
+def test_every_changed_byte_is_found(plans: Path, tmp_path: Path) -> None:
+    data, plan = (plans / "any").read_bytes(), tmp_path / "plan"
+    plan.touch(0o600)
+    for place in [*range(0, 200, 7), *range(200, len(data), len(data) // 40)]:
+        changed = bytearray(data)
+        changed[place] ^= 0x10
+        plan.write_bytes(changed)
+        assert alone(plan, "/bin/true").returncode == SETUP, place
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 1000, -8, -1])
+def test_a_file_that_is_cut_or_longer_is_refused(size: int, plans: Path, tmp_path: Path) -> None:
+    data = (plans / "any").read_bytes()
+    (tmp_path / "plan").touch(0o600)
+    (tmp_path / "plan").write_bytes(data[:size])
+    assert alone(tmp_path / "plan", "/bin/true").returncode == SETUP
+    (tmp_path / "plan").write_bytes(data + bytes(8))
+    refused(tmp_path / "plan", "damaged")
+
+
+def test_a_root_that_is_gone_asks_for_a_new_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSJAIL_PY_CACHE", str(tmp_path / "cache"))
+    save(UNTRUSTED, tmp_path / "plan")
+    assert alone(tmp_path / "plan", "/bin/true").returncode == 0
+    shutil.rmtree(tmp_path / "cache" / "roots")
+    refused(tmp_path / "plan", "compile it again")
+
+
+def test_a_program_that_has_changed_asks_for_a_new_compilation(tmp_path: Path) -> None:
+    program = tmp_path / "own"
+    shutil.copy("/bin/true", program)
+    save(UNTRUSTED, tmp_path / "plan", str(program))
+    assert alone(tmp_path / "plan", str(program)).returncode == 0
+    os.utime(program, (1, 1))
+    done = alone(tmp_path / "plan", str(program))
+    assert done.returncode == SETUP and "has changed since; compile it again" in said(done)
+
+
+def test_a_protection_that_this_host_lacks_is_refused_when_the_plan_is_made(tmp_path: Path) -> None:
+    if IS_ROOT and launcher.current().claim.kind != "none":
+        pytest.skip("this host lacks nothing")
+    with pytest.raises(nsjail_py.Unavailable, match=r"cgroup|own_uid"):
+        save(replace(UNTRUSTED, best_effort=()), tmp_path / "plan")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_fails_is_named_with_its_errno(tmp_path: Path) -> None:
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    save(override(UNTRUSTED, mounts=[nsjail_py.Mount(source=str(shown), target="/shown")]), tmp_path / "plan")
+    shown.rmdir()
+    refused(tmp_path / "plan", "mount source: No such file or directory")
+
+
+# ---------------------------------------------------------------- what it is made of
+
+
+def test_only_what_the_policy_names_is_in_the_environment(tmp_path: Path) -> None:
+    policy = override(UNTRUSTED, env={"OWN": "1", "BOTH": "policy"}, env_pass=("PASSED", "BOTH", "ABSENT", "LANG"))
+    save(policy, tmp_path / "python", PYTHON)
+    environment = {"PASSED": "x=y", "BOTH": "caller", "SECRET": "s3cret", "LANG": "de"}
+    done = python(tmp_path, "import os; print(sorted(os.environ.items()))", env=environment)
+    wanted = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "LANG": "de", "USER": "jail", "TMPDIR": "/tmp"}
+    assert done.stdout.decode().strip() == str(sorted((wanted | {"OWN": "1", "BOTH": "policy", "PASSED": "x=y"}).items()))
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return children + [below for child in children for below in descendants(child)]
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+@pytest.fixture
+def running(plans: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """A run that has begun, and the processes behind it: launcher, init, program."""
+    command = [PROGRAM, plans / "python", "--", PYTHON, "-c", "import time; print(1, flush=True); time.sleep(60)", "s3cret-argument"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={"SECRET": "s3cret-variable"})
+    assert process.stdout is not None and process.stdout.readline() == b"1\n"
+    yield process, descendants(process.pid)
+    process.kill()
+    process.wait()
+
+
+def test_launcher_and_init_know_nothing_of_the_callers_environment(running: tuple[subprocess.Popen[bytes], list[int]]) -> None:
+    ours, init, program = running[1]
+    for pid in (ours, init):
+        if IS_ROOT:
+            assert Path(f"/proc/{pid}/environ").read_bytes().strip(b"\0") == b""
+        assert Path(f"/proc/{pid}/cmdline").read_bytes().strip(b"\0") == b"nsjail-launcher"
+    assert os.getsid(ours) not in (os.getsid(0), os.getsid(program))
+
+
+@pytest.mark.parametrize("victim", ["caller", "launcher", "init"])
+def test_whoever_is_killed_leaves_no_process(victim: str, running: tuple[subprocess.Popen[bytes], list[int]]) -> None:
+    process, processes = running
+    os.kill({"caller": process.pid, "launcher": processes[0], "init": processes[1]}[victim], signal.SIGKILL)
+    status = process.wait(10)
+    deadline = time.monotonic() + 5
+    while any(state(pid) != "Z" for pid in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(state(pid) == "Z" for pid in processes)
+    assert status == (-signal.SIGKILL if victim == "caller" else SETUP)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user's has none")
+def test_control_groups_of_a_killed_caller_go_with_the_next(running: tuple[subprocess.Popen[bytes], list[int]], plans: Path) -> None:
+    process, processes = running
+    process.kill()
+    process.wait()
+    while any(state(pid) != "Z" for pid in processes):
+        time.sleep(0.01)
+    alone(plans / "any", "/bin/true")
+    assert [path for path in groups() if path.name.split(".")[1] == str(process.pid)] == []
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user has one id")
+def test_runs_at_one_time_have_users_of_their_own(plans: Path) -> None:
+    command = [PROGRAM, plans / "any", "--", "cat"]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    users = set()
+    for process in processes:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"x")
+        process.stdin.flush()
+        process.stdout.read(1)
+        users.add(os.stat(f"/proc/{descendants(process.pid)[-1]}").st_uid)
+    for process in processes:
+        process.communicate()
+    assert len(users) == 3 and all(user >= launcher.UID_BASE for user in users)
+
+
+@pytest.mark.skipif(not IS_ROOT or launcher.current().claim.kind == "none", reason="an ordinary user's has none")
+def test_processes_and_memory_are_counted_together(tmp_path: Path) -> None:
+    save(override(nsjail_py.policy("moderate"), memory="64M"), tmp_path / "python", PYTHON)
+    source = "import os\nfor _ in range(3):\n  if os.fork() == 0: x = bytearray(b'1' * (30 << 20)); os.read(0, 1)\nos.wait()"
+    process = subprocess.run([PROGRAM, tmp_path / "python", "--", PYTHON, "-c", source], capture_output=True, check=False, timeout=60)
+    assert process.returncode == LIMIT and b"memory" in process.stderr
