@@ -162,15 +162,16 @@ void cgroup_sweep(struct launcher *launcher) {
 	}
 }
 
-static size_t get(int counter, char *text, size_t size) {
-	ssize_t length = counter < 0 ? 0 : pread(counter, text, size - 1, 0);
+static int get(int counter, char *text, size_t size) {
+	ssize_t length = pread(counter, text, size - 1, 0);
 	text[length > 0 ? length : 0] = 0;
-	return length > 0 ? (size_t)length : 0;
+	return length > 0 ? 0 : -1;
 }
 
+/* 0 where nobody counts, or it cannot be read: a figure for the result, on which no limit rests. */
 static uint64_t number(int counter) {
 	char text[64];
-	return get(counter, text, sizeof text) ? strtoull(text, NULL, 10) : 0;
+	return counter >= 0 && get(counter, text, sizeof text) == 0 ? strtoull(text, NULL, 10) : 0;
 }
 
 /* The number behind key in a file of `key number` lines. */
@@ -184,33 +185,41 @@ static uint64_t keyed(const char *text, const char *key) {
 
 static uint64_t event(int counter, const char *key) {
 	char text[1024];
-	return get(counter, text, sizeof text) ? keyed(text, key) : 0;
+	return counter >= 0 && get(counter, text, sizeof text) == 0 ? keyed(text, key) : 0;
 }
 
-uint64_t cgroup_cpu(const struct launcher *launcher, const struct run *run) {
-	if (launcher->hello.cgroup_kind == CGROUP_V1)
-		return number(run->counters[COUNTER_CPU]);
-	return event(run->counters[COUNTER_CPU], "usage_usec") * 1000;
+int cgroup_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used) {
+	char text[1024];
+	if (get(run->counters[COUNTER_CPU], text, sizeof text) < 0)
+		return -1;
+	*used = launcher->hello.cgroup_kind == CGROUP_V1 ? strtoull(text, NULL, 10) : keyed(text, "usage_usec") * 1000;
+	return 0;
+}
+
+/* Who has waited for them has counted processor times, too: they stand where the group has none. */
+static void report_cpu(const struct launcher *launcher, struct run *run) {
+	struct report *report = &run->report;
+	char text[1024];
+	report->cpu_ns = report->user_ns + report->system_ns;
+	if (run->counters[COUNTER_CPU] < 0 || run_cpu(launcher, run, &report->cpu_ns) < 0)
+		return;
+	if (launcher->hello.cgroup_kind == CGROUP_V1) {
+		report->user_ns = number(run->counters[COUNTER_USER]);
+		report->system_ns = number(run->counters[COUNTER_SYSTEM]);
+		report->cpu_source = SOURCE_CGROUP1;
+	} else if (get(run->counters[COUNTER_CPU], text, sizeof text) == 0) {
+		report->user_ns = keyed(text, "user_usec") * 1000;
+		report->system_ns = keyed(text, "system_usec") * 1000;
+		report->cpu_source = SOURCE_CGROUP2;
+	}
 }
 
 void cgroup_report(const struct launcher *launcher, struct run *run) {
 	struct report *report = &run->report;
-	int version1 = launcher->hello.cgroup_kind == CGROUP_V1;
-	if (version1) {
-		report->user_ns = number(run->counters[COUNTER_USER]);
-		report->system_ns = number(run->counters[COUNTER_SYSTEM]);
-		report->cpu_ns = number(run->counters[COUNTER_CPU]);
-	} else {
-		char text[1024];
-		get(run->counters[COUNTER_CPU], text, sizeof text);
-		report->user_ns = keyed(text, "user_usec") * 1000;
-		report->system_ns = keyed(text, "system_usec") * 1000;
-		report->cpu_ns = keyed(text, "usage_usec") * 1000;
-	}
-	report->cpu_ns = report->cpu_ns > run->cpu_base ? report->cpu_ns - run->cpu_base : 0;
+	report_cpu(launcher, run);
 	report->peak_memory = number(run->counters[COUNTER_MEMORY]);
+	report->memory_source = launcher->hello.cgroup_kind == CGROUP_V1 ? SOURCE_CGROUP1 : SOURCE_CGROUP2;
 	report->oom_kills = event(run->counters[COUNTER_OOM], "oom_kill");
 	report->peak_processes = number(run->counters[COUNTER_PROCESSES]);
 	report->process_denials = event(run->counters[COUNTER_FORKS], "max");
-	report->cpu_source = report->memory_source = version1 ? SOURCE_CGROUP1 : SOURCE_CGROUP2;
 }

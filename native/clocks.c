@@ -13,9 +13,7 @@
 enum { SETUP_LIMIT_S = 30, NEAREST_NS = 1000000, MEMORY_NEAREST_NS = 10000000, LOOK_AGAIN_NS = 10000000, FILL_RATE = 4 };
 
 int run_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used) {
-	if (run->has_groups)
-		*used = cgroup_cpu(launcher, run);
-	else if (tree_cpu(run->pid, used) < 0)
+	if ((run->counters[COUNTER_CPU] >= 0 ? cgroup_cpu(launcher, run, used) : tree_cpu(run->pid, used)) < 0)
 		return -1;
 	*used = *used > run->cpu_base ? *used - run->cpu_base : 0;
 	return 0;

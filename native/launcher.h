@@ -123,7 +123,7 @@ int cgroup_make(struct launcher *launcher, struct run *run);
 int cgroup_open(const struct launcher *launcher, const struct run *run, int *descriptors);
 void cgroup_remove(struct launcher *launcher, struct run *run);
 void cgroup_sweep(struct launcher *launcher); /* the undead, once more */
-uint64_t cgroup_cpu(const struct launcher *launcher, const struct run *run);
+int cgroup_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used);
 void cgroup_report(const struct launcher *launcher, struct run *run);
 
 /* clocks.c */

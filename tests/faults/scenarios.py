@@ -217,6 +217,7 @@ ALWAYS = {
 AFTER_EXEC = {
     "open": "figures of use",
     "openat": "figures of use",
+    "pread": "figures of use, of which those that limits rest on are looked at again",
     "read": "figures of use; a timer that cannot be read is asked again",
     "opendir": "where there are no descriptors or no memory, it is looked again at once",
     "realloc": "as opendir",
