@@ -21,8 +21,6 @@ struct run *cell_slot(struct launcher *launcher, struct shelf *shelf) {
 		run->index = i;
 		run->generation = launcher->sequence++;
 		run->channel = run->cell = run->program = run->init = run->listener = run->timer = -1;
-		for (int group = 0; group < GROUPS; group++)
-			run->groups[group] = -1;
 		run->report.exit_code = run->report.signal = -1;
 		run->start_ns = now_ns();
 		run->shelf = shelf;
@@ -260,7 +258,8 @@ static void program_drain(struct launcher *launcher, struct run *run) {
 		program_gone(launcher, run);
 }
 
-/* Nothing but init is left in the cell. Where nothing of the host's was shown inside, the caller need not wait for its end. */
+/* Nothing but init is left in the cell. Where nothing of the host's was shown inside, the caller need not wait for its end: that is
+ * dear, and begins when init's socket is closed. */
 static void ended(struct launcher *launcher, struct run *run, const struct cell_message *message) {
 	struct report *report = &run->report;
 	run->ended = 1;
@@ -273,10 +272,11 @@ static void ended(struct launcher *launcher, struct run *run, const struct cell_
 	report->peak_memory = message->peak_memory;
 	report->cpu_source = report->memory_source = SOURCE_RUSAGE;
 	program_drain(launcher, run);
-	if (!run->ordered || !run->plan->shared)
-		return;
-	run_count(launcher, run);
-	run_answer(launcher, run);
+	if (run->ordered && run->plan->shared) {
+		run_count(launcher, run);
+		run_answer(launcher, run);
+	}
+	unwatch(launcher, &run->cell);
 }
 
 /* One message of init's; 0 when there is none. */

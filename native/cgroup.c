@@ -10,7 +10,38 @@
 #include <string.h>
 #include <sys/stat.h>
 
+/* What is read of a group, from files that are opened while the cell is made: then its end need not wait for that. */
+static const struct {
+	int group;
+	const char *file;
+} counters[][COUNTERS] = {
+    [CGROUP_V1] = {[COUNTER_CPU] = {GROUP_CPU, "cpuacct.usage"},
+	               [COUNTER_USER] = {GROUP_CPU, "cpuacct.usage_user"},
+	               [COUNTER_SYSTEM] = {GROUP_CPU, "cpuacct.usage_sys"},
+	               [COUNTER_MEMORY] = {GROUP_MEMORY, "memory.max_usage_in_bytes"},
+	               [COUNTER_OOM] = {GROUP_MEMORY, "memory.oom_control"},
+	               [COUNTER_PROCESSES] = {GROUP_PIDS, "pids.peak"},
+	               [COUNTER_FORKS] = {GROUP_PIDS, "pids.events"}},
+    [CGROUP_V2] = {[COUNTER_CPU] = {GROUP_UNIFIED, "cpu.stat"},
+	               [COUNTER_MEMORY] = {GROUP_UNIFIED, "memory.peak"},
+	               [COUNTER_OOM] = {GROUP_UNIFIED, "memory.events"},
+	               [COUNTER_PROCESSES] = {GROUP_UNIFIED, "pids.peak"},
+	               [COUNTER_FORKS] = {GROUP_UNIFIED, "pids.events"}},
+};
+
 static void name_of(uint32_t number, char *name, size_t size) { snprintf(name, size, "cell-%u", number); }
+
+/* A kernel that does not count one of them has no file for it. */
+static int counters_open(uint32_t kind, struct run *run) {
+	for (int i = 0; i < COUNTERS; i++) {
+		if (!counters[kind][i].file || run->groups[counters[kind][i].group] < 0)
+			continue;
+		run->counters[i] = openat(run->groups[counters[kind][i].group], counters[kind][i].file, O_RDONLY | O_CLOEXEC);
+		if (run->counters[i] < 0 && errno != ENOENT)
+			return -1;
+	}
+	return 0;
+}
 
 /* Memory, processes and processor time are counted for every cell. The others only limit: none is made where they have nothing to. */
 static int is_used(const struct plan *plan, uint32_t group) {
@@ -28,6 +59,8 @@ int cgroup_make(struct launcher *launcher, struct run *run) {
 	run->has_groups = 0;
 	for (int group = 0; group < GROUPS; group++)
 		run->groups[group] = -1;
+	for (int i = 0; i < COUNTERS; i++)
+		run->counters[i] = -1;
 	if (!(run->plan->flags & PLAN_CGROUP))
 		return 0;
 	if (launcher->hello.cgroup_kind == CGROUP_NONE) {
@@ -54,7 +87,7 @@ int cgroup_make(struct launcher *launcher, struct run *run) {
 		if (directory < 0 || put(directory, at(run->plan, writes[i].file), at(run->plan, writes[i].value)) < 0)
 			return -1;
 	}
-	return 0;
+	return counters_open(launcher->hello.cgroup_kind, run);
 }
 
 /* What the cell's program joins by: opened with our right, which is what counts when it writes. Where one fails the others are open. */
@@ -88,6 +121,9 @@ void cgroup_remove(struct launcher *launcher, struct run *run) {
 	for (int group = 0; group < GROUPS; group++)
 		if (run->groups[group] >= 0)
 			close(run->groups[group]);
+	for (int i = 0; i < COUNTERS; i++)
+		if (run->counters[i] >= 0)
+			close(run->counters[i]);
 	name_of(run->generation, name, sizeof name);
 	if (!removed(launcher, name))
 		launcher->undead++;
@@ -126,56 +162,55 @@ void cgroup_sweep(struct launcher *launcher) {
 	}
 }
 
-static size_t get(int directory, const char *file, char *text, size_t size) {
-	int fd = directory < 0 ? -1 : openat(directory, file, O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? 0 : read(fd, text, size - 1);
-	if (fd >= 0)
-		close(fd);
+static size_t get(int counter, char *text, size_t size) {
+	ssize_t length = counter < 0 ? 0 : pread(counter, text, size - 1, 0);
 	text[length > 0 ? length : 0] = 0;
 	return length > 0 ? (size_t)length : 0;
 }
 
-static uint64_t number(int directory, const char *file) {
+static uint64_t number(int counter) {
 	char text[64];
-	return get(directory, file, text, sizeof text) ? strtoull(text, NULL, 10) : 0;
+	return get(counter, text, sizeof text) ? strtoull(text, NULL, 10) : 0;
 }
 
 /* The number behind key in a file of `key number` lines. */
-static uint64_t keyed(int directory, const char *file, const char *key) {
-	char text[4096];
+static uint64_t keyed(const char *text, const char *key) {
 	size_t length = strlen(key);
-	if (!get(directory, file, text, sizeof text))
-		return 0;
-	for (char *line = text; line; line = strchr(line, '\n') ? strchr(line, '\n') + 1 : NULL)
+	for (const char *line = text; line; line = strchr(line, '\n') ? strchr(line, '\n') + 1 : NULL)
 		if (!strncmp(line, key, length) && line[length] == ' ')
 			return strtoull(line + length + 1, NULL, 10);
 	return 0;
 }
 
+static uint64_t event(int counter, const char *key) {
+	char text[1024];
+	return get(counter, text, sizeof text) ? keyed(text, key) : 0;
+}
+
 uint64_t cgroup_cpu(const struct launcher *launcher, const struct run *run) {
 	if (launcher->hello.cgroup_kind == CGROUP_V1)
-		return number(run->groups[GROUP_CPU], "cpuacct.usage");
-	return keyed(run->groups[GROUP_UNIFIED], "cpu.stat", "usage_usec") * 1000;
+		return number(run->counters[COUNTER_CPU]);
+	return event(run->counters[COUNTER_CPU], "usage_usec") * 1000;
 }
 
 void cgroup_report(const struct launcher *launcher, struct run *run) {
 	struct report *report = &run->report;
-	int unified = run->groups[GROUP_UNIFIED];
-	if (launcher->hello.cgroup_kind == CGROUP_V1) {
-		report->user_ns = number(run->groups[GROUP_CPU], "cpuacct.usage_user");
-		report->system_ns = number(run->groups[GROUP_CPU], "cpuacct.usage_sys");
-		report->peak_memory = number(run->groups[GROUP_MEMORY], "memory.max_usage_in_bytes");
-		report->oom_kills = keyed(run->groups[GROUP_MEMORY], "memory.oom_control", "oom_kill");
-		report->peak_processes = number(run->groups[GROUP_PIDS], "pids.peak");
-		report->process_denials = keyed(run->groups[GROUP_PIDS], "pids.events", "max");
-		report->cpu_source = report->memory_source = SOURCE_CGROUP1;
+	int version1 = launcher->hello.cgroup_kind == CGROUP_V1;
+	if (version1) {
+		report->user_ns = number(run->counters[COUNTER_USER]);
+		report->system_ns = number(run->counters[COUNTER_SYSTEM]);
+		report->cpu_ns = number(run->counters[COUNTER_CPU]);
 	} else {
-		report->user_ns = keyed(unified, "cpu.stat", "user_usec") * 1000;
-		report->system_ns = keyed(unified, "cpu.stat", "system_usec") * 1000;
-		report->peak_memory = number(unified, "memory.peak");
-		report->oom_kills = keyed(unified, "memory.events", "oom_kill");
-		report->peak_processes = number(unified, "pids.peak");
-		report->process_denials = keyed(unified, "pids.events", "max");
-		report->cpu_source = report->memory_source = SOURCE_CGROUP2;
+		char text[1024];
+		get(run->counters[COUNTER_CPU], text, sizeof text);
+		report->user_ns = keyed(text, "user_usec") * 1000;
+		report->system_ns = keyed(text, "system_usec") * 1000;
+		report->cpu_ns = keyed(text, "usage_usec") * 1000;
 	}
+	report->cpu_ns = report->cpu_ns > run->cpu_base ? report->cpu_ns - run->cpu_base : 0;
+	report->peak_memory = number(run->counters[COUNTER_MEMORY]);
+	report->oom_kills = event(run->counters[COUNTER_OOM], "oom_kill");
+	report->peak_processes = number(run->counters[COUNTER_PROCESSES]);
+	report->process_denials = event(run->counters[COUNTER_FORKS], "max");
+	report->cpu_source = report->memory_source = version1 ? SOURCE_CGROUP1 : SOURCE_CGROUP2;
 }

@@ -74,8 +74,12 @@ static void dispatch(struct launcher *launcher, uint64_t tag, uint32_t ready) {
 	case EVENT_PROGRAM: return program_heard(launcher, run);
 	case EVENT_INIT: return cell_finish(launcher, run);
 	case EVENT_LISTENER:
-		/* Nobody is left under the filter: before Linux 6.11 a receive would then wait for ever, and we with it. */
-		return (ready & EPOLLIN) ? denials_answer(run) : unwatch(launcher, &run->listener);
+		if (ready & EPOLLIN)
+			return denials_answer(run);
+		/* Nobody is left under the filter: before Linux 6.11 a receive would then wait for ever, and we with it. It is closed with
+		 * the cell: to take it apart is dear, and somebody waits for the result. */
+		epoll_ctl(launcher->epoll, EPOLL_CTL_DEL, run->listener, NULL);
+		return;
 	default: break;
 	}
 	uint64_t times;

@@ -8,6 +8,18 @@ enum { MAX_RUNS = 1024, MAX_SHELVES = 2 * MAX_RUNS, MAX_PARKED = 256 };
 /* What an event is about: which descriptor of which run. A slot's generation tells late events of its last owner apart. */
 enum event { EVENT_CONTROL, EVENT_CALLER, EVENT_CHANNEL, EVENT_CELL, EVENT_PROGRAM, EVENT_INIT, EVENT_LISTENER, EVENT_TIMER };
 
+/* What the kernel counts for a control group, each in a file of its own. */
+enum counter {
+	COUNTER_CPU,
+	COUNTER_USER,
+	COUNTER_SYSTEM,
+	COUNTER_MEMORY,
+	COUNTER_OOM,
+	COUNTER_PROCESSES,
+	COUNTER_FORKS, /* those that were refused */
+	COUNTERS
+};
+
 /* A plan in use, and what is kept for its next run. */
 struct shelf {
 	uint64_t name;
@@ -35,6 +47,7 @@ struct run {
 	int timer;
 	pid_t pid;                /* of init, on the host */
 	int groups[GROUPS];       /* the cell's own directories */
+	int counters[COUNTERS];
 	int has_groups;
 	uint64_t start_ns, exec_ns, end_ns;
 	uint64_t early_signals;   /* to be sent when the program runs: bit 0 for number 1 */
@@ -67,6 +80,7 @@ struct launcher {
 	int cpus;
 	uint32_t parked;
 	int hungry;          /* some shelf may want a cell */
+	uint64_t restock_ns; /* it gets it from then on; at once where it has none */
 	uint64_t expires_ns; /* when a shelf may have been idle for too long; 0: there is none */
 	uint64_t *stamps;    /* one per run */
 	uint32_t top_run, top_shelf; /* the first that were never used */

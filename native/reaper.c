@@ -24,11 +24,24 @@ static int disk_full(const struct cell *cell) {
 	       ((status.f_blocks && status.f_bavail == 0) || (status.f_files && status.f_ffree == 0));
 }
 
-/* Whoever is left: the caller is told when nobody is. A fork that goes on meanwhile sees the signal before it has a child. */
+/* Whoever is left: the caller is told when nobody is, and without a child of ours nobody is. A fork that goes on meanwhile sees the
+ * signal before it has a child. */
 static void others_end(void) {
-	do
-		kill(-1, SIGKILL);
-	while (waitpid(-1, NULL, 0) > 0 || errno == EINTR);
+	pid_t ended;
+	while ((ended = waitpid(-1, NULL, WNOHANG)) >= 0 || errno == EINTR)
+		if (ended == 0) {
+			kill(-1, SIGKILL);
+			waitpid(-1, NULL, 0);
+		}
+}
+
+/* Whoever waits for the word of it goes first: what is left to do here takes longer than what the launcher does with it. */
+_Noreturn static void until_heard(const struct cell *cell) {
+	struct cell_order dropped;
+	int none = 0;
+	while (message_receive(NULL, cell->launcher, &dropped, sizeof dropped, 0, NULL, &none) > 0)
+		;
+	_exit(0);
 }
 
 _Noreturn static void ended(const struct cell *cell, int status) {
@@ -48,7 +61,7 @@ _Noreturn static void ended(const struct cell *cell, int status) {
 		message.peak_memory = (uint64_t)usage.ru_maxrss * 1024u;
 	}
 	tell(cell, &message);
-	_exit(0);
+	until_heard(cell);
 }
 
 static void children_reap(const struct cell *cell, pid_t program) {

@@ -16,6 +16,7 @@ void run_answer(struct launcher *launcher, struct run *run) {
 	run->report.answer_ns = now_ns();
 	message_send(NULL, run->channel, &run->report, sizeof run->report, NULL, 0);
 	unwatch(launcher, &run->channel);
+	launcher->restock_ns = 0;
 }
 
 void run_refuse(int channel, enum step step, int error) {
@@ -221,7 +222,6 @@ void run_count(struct launcher *launcher, struct run *run) {
 	}
 	if (run->has_groups) {
 		cgroup_report(launcher, run);
-		run_cpu(launcher, run, &report->cpu_ns);
 	} else {
 		report->cpu_ns = report->user_ns + report->system_ns;
 		if (report->cause == CAUSE_CPU)

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #define IDLE_NS 10000000000u
+#define SHORT_NS 2000000u /* a run of this length is not to share the processors with the making of a cell */
 
 static void clear(struct shelf *shelf) {
 	munmap((void *)shelf->plan, shelf->plan->size);
@@ -56,6 +57,7 @@ struct shelf *shelf_find(struct launcher *launcher, const struct request *reques
 	/* What is mounted from the host for this run alone may be another file tomorrow: then nothing is made beforehand. */
 	shelf->stock = shelf->plan->shared && shelf->requests > 1 ? request->stock : 0;
 	launcher->hungry |= shelf->stock > 0;
+	launcher->restock_ns = shelf->parked > 1 ? shelf->used_ns + SHORT_NS : shelf->used_ns;
 	if (!launcher->expires_ns)
 		launcher->expires_ns = shelf->used_ns + IDLE_NS;
 	return shelf;
@@ -88,12 +90,11 @@ static int wants(const struct launcher *launcher, const struct shelf *shelf) {
 
 /* 0: there is a cell to make, or an end. */
 int shelves_wait_ms(const struct launcher *launcher) {
-	if (launcher->hungry)
-		return 0;
-	if (!launcher->expires_ns)
-		return -1;
+	uint64_t next = launcher->hungry ? launcher->restock_ns : launcher->expires_ns;
+	if (!next)
+		return launcher->hungry ? 0 : -1;
 	uint64_t now = now_ns();
-	return now >= launcher->expires_ns ? 0 : (int)((launcher->expires_ns - now) / 1000000u + 1);
+	return now >= next ? 0 : (int)((next - now) / 1000000u + 1);
 }
 
 static void drop(struct launcher *launcher, struct shelf *shelf) {
@@ -139,6 +140,8 @@ void shelves_tend(struct launcher *launcher) {
 	uint64_t now = now_ns();
 	if (launcher->expires_ns && now >= launcher->expires_ns)
 		expire(launcher, now);
+	if (launcher->hungry && now < launcher->restock_ns)
+		return;
 	for (uint32_t i = 0; launcher->hungry && i < launcher->top_shelf; i++)
 		if (wants(launcher, &launcher->shelves[i]))
 			return restock(launcher, &launcher->shelves[i]);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import stat
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -80,8 +81,7 @@ def for_program(policy: Policy, host: Host, name: str) -> Compiled:
     """For any program: looked up as a shell would, in the host's PATH. An outside program is shown at /app."""
     if policy.root.startswith("oci:"):
         return _of_image(policy, host, name, with_files=False)
-    path = find(name)
-    status = os.stat(path)
+    path, status = find(name)
     return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 
@@ -121,16 +121,18 @@ def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> C
     return make(*key)
 
 
-def find(name: str) -> str:
-    """The program's path on the host. Raises FileNotFoundError or PermissionError, as the shell's 127 and 126."""
+def find(name: str) -> tuple[str, os.stat_result]:
+    """The program's path on the host, and what it is. Raises FileNotFoundError or PermissionError, as the shell's 127 and 126."""
     if "\0" in name:
         raise PolicyError(f"{name!r} has a NUL character in it")
     path = os.path.abspath(name) if "/" in name else shutil.which(name, path=PATH)
-    if path is None or not os.path.exists(path):
-        raise FileNotFoundError(2, "no such program", name)
-    if os.path.isdir(path) or not os.access(path, os.X_OK):
+    try:
+        status = os.stat(path or "")
+    except OSError:
+        raise FileNotFoundError(2, "no such program", name) from None
+    if path is None or stat.S_ISDIR(status.st_mode) or not os.access(path, os.X_OK):
         raise PermissionError(13, "not a program that can be executed", name)
-    return path
+    return path, status
 
 
 def _below_private(path: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from . import cgroups, hostinfo, idmap, launcher, mountinfo, userns
+from . import cgroups, hostinfo, idmap, label, launcher, mountinfo, userns
 from ._native import lib
 from .errors import JailError
 from .hostinfo import Host
@@ -72,6 +72,8 @@ def report(host: Host | None = None) -> Report:
         *_seccomp(host),
         *_landlock(host),
         *_memory(host, claim),
+        _labels(),
+        _systemd(),
     ]
     missing = {} if result is None else {p.name: p.reason for p in result.protections if p.state == "unavailable"}
     full = result is not None and result.ok and not missing
@@ -177,6 +179,19 @@ def _memory(host: Host, claim: cgroups.Claim) -> list[Finding]:
         return [Finding("swap", "ok", f"{_gibibytes(host.swap)}; a jail's use of it is limited")]
     remedy = "swapaccount=1 on the kernel's command line" if claim.kind != "none" else "see control groups"
     return [Finding("swap", "lack", f"{_gibibytes(host.swap)}, and no control group limits a jail's use of it", remedy)]
+
+
+def _labels() -> Finding:
+    lacks = label.lacks()
+    if all(lacks.values()):
+        return Finding("labels", "note", f"{'; '.join(lacks.values())}: no policy can ask for one")
+    return Finding("labels", "ok", f"a policy may ask for one: {', '.join(name for name, why in lacks.items() if not why)}")
+
+
+def _systemd() -> Finding:
+    if lack := hostinfo.systemd_lack():
+        return Finding("systemd", "note", f"{lack}: no units, and no scope for a user's jails")
+    return Finding("systemd", "ok", "it runs this machine: nsjail-py systemd unit writes units for it")
 
 
 def _cgroup_version() -> str:

@@ -171,6 +171,7 @@ def locate(name: str, search: Iterable[str]) -> str | None:
     return path if may_show(path) else None
 
 
-def needs_cache(libraries: Iterable[str]) -> bool:
-    """Whether the loader finds one of these through its cache only."""
-    return bool({path for path in libraries if os.path.dirname(path) not in DEFAULT} & set(cached_libraries().values()))
+def found_by_cache(libraries: Iterable[str]) -> list[str]:
+    """Those of these that the loader may find by their name alone: in a standard folder, or in its cache on the host."""
+    cached = set(cached_libraries().values())
+    return [path for path in libraries if ".so" in path and (os.path.dirname(path) in DEFAULT or path in cached)]

@@ -130,6 +130,11 @@ def probe() -> Host:
     )
 
 
+def systemd_lack() -> str:
+    """Why there are no units here; empty where there are. sd_booted(3)"""
+    return "" if Path("/run/systemd/system").is_dir() else "systemd does not run this machine"
+
+
 def read(path: Path) -> str:
     """The text of a small file of the kernel; empty where it is not to be had."""
     try:

@@ -34,6 +34,7 @@ from .result import Result
 from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, ready, split
 
 if TYPE_CHECKING:
+    from .cgroups import Claim
     from .layers.audit import Page
     from .session import Session
     from .warm import Template, Templates
@@ -74,18 +75,20 @@ class Process:
         self._exchange: Exchange | None = None
         self._lost = False
         self._begin_ns, self._heard_ns = time.monotonic_ns(), 0
-        try:
-            self.launcher, self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
-        except BaseException:
-            ends.close()
-            raise
-        ends.sent()
         self._ends = ends
-        files = [None if fd is None else os.fdopen(fd, "wb" if number == 0 else "rb", 0) for number, fd in enumerate(ends.ours)]
         self.stdin: IO[bytes] | None
         self.stdout: IO[bytes] | None
         self.stderr: IO[bytes] | None
-        self.stdin, self.stdout, self.stderr = files
+        self.stdin, self.stdout, self.stderr = files = ends.files()
+        try:
+            self.launcher, self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
+        except BaseException:
+            for file in files:
+                if file is not None:
+                    file.close()
+            ends.close()
+            raise
+        ends.sent()
         self._finalizer = weakref.finalize(self, self.channel.close)
 
     def _submit(self, order: bytes, descriptors: list[int], stock: int) -> tuple[launcher.Launcher, socket.socket]:
@@ -259,6 +262,7 @@ class Jail:
         self._sessions: dict[float | None, Jail] = {}
         self._sessions_lock = threading.Lock()
         self._templates: Templates | None = None
+        self._known_host: tuple[Claim, Host] | None = None
         if self.policy.backend != "native":
             from .oci_backend import check
 
@@ -390,7 +394,9 @@ class Jail:
 
     def _host(self) -> Host:
         claim = launcher.current().claim
-        return Host.of(claim)
+        if self._known_host is None or self._known_host[0] is not claim:
+            self._known_host = claim, Host.of(claim)
+        return self._known_host[1]
 
     def _start(
         self,

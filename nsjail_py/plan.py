@@ -5,8 +5,10 @@ formats (native/plan.h); native/plan.c checks them, and native/launcher.c execut
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import resource
+import struct
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -205,6 +207,12 @@ class OrderFile(NamedTuple):
     mode: int = 0o444
 
 
+ORDER = struct.Struct("=6I8I")
+"""`struct order` of native/plan.h. An order is written for each run: without the detours that a plan may take."""
+ORDER_FILE = struct.Struct("=4I")
+"""`struct order_file`."""
+
+
 def compile_order(
     program: str,
     argv: Sequence[str | bytes],
@@ -213,20 +221,39 @@ def compile_order(
     descriptors: Sequence[int] = (0, 1, 2),
 ) -> bytes:
     """One run, as bytes. descriptors: the number inside of each descriptor that is sent along, in order."""
-    block = Block("struct order")
-    head = block.head
-    head.magic = lib.ORDER_MAGIC
-    head.program = block.string(program)
-    block.strings(head.argv, argv)
-    block.strings(head.environment, [f"{name}={value}" for name, value in environment.items()])
-    block.table(
-        head.files,
-        "struct order_file",
-        ({"name": block.string(f.name), "mode": f.mode, "offset": block.put(f.data), "size": len(f.data)} for f in files),
+    texts = [os.fsencode(text) for text in (program, *argv, *(f"{name}={value}" for name, value in environment.items()))]
+    texts += [os.fsencode(file.name) for file in files]
+    strings = b"\0".join(texts) + b"\0"
+    if strings.count(b"\0") != len(texts):
+        raise PolicyError(f"{next(text for text in texts if bytes(1) in text)!r} has a NUL character in it, which no system call takes")
+    known_argv, known_environment = ORDER.size, ORDER.size + 8 * (len(argv) + 1)
+    known_files = known_environment + 8 * (len(environment) + 1)
+    known_descriptors = known_files + ORDER_FILE.size * len(files)
+    first = known_descriptors + 4 * len(descriptors)
+    offsets = list(itertools.accumulate((len(text) + 1 for text in texts), initial=first))
+    behind_argv, behind_environment = 1 + len(argv), 1 + len(argv) + len(environment)
+    size = offsets[-1] + sum(len(file.data) for file in files)
+    if size > lib.MAX_BLOCK:
+        raise PolicyError(f"arguments, environment and files together have {size} bytes; at most {lib.MAX_BLOCK} can be passed")
+    contents = itertools.accumulate((len(file.data) for file in files), initial=offsets[-1])
+    return b"".join(
+        (
+            ORDER.pack(
+                *(lib.ORDER_MAGIC, lib.FORMAT_VERSION, size, 0, first, 0),
+                *(known_argv, len(argv), known_environment, len(environment)),
+                *(known_files, len(files), known_descriptors, len(descriptors)),
+            ),
+            struct.pack(f"={len(argv) + 1}Q", *offsets[1:behind_argv], 0),
+            struct.pack(f"={len(environment) + 1}Q", *offsets[behind_argv:behind_environment], 0),
+            *(
+                ORDER_FILE.pack(name, file.mode, content, len(file.data))
+                for name, file, content in zip(offsets[behind_environment:], files, contents, strict=False)
+            ),
+            struct.pack(f"={len(descriptors)}I", *descriptors),
+            strings,
+            *(file.data for file in files),
+        )
     )
-    numbers = b"".join(number.to_bytes(4, "little") for number in descriptors)
-    head.descriptors.offset, head.descriptors.count = block.put(numbers), len(descriptors)
-    return block.finish()
 
 
 class Sealed:

@@ -80,7 +80,7 @@ def to_result(report: Any, context: Context) -> Result:
         mode=context.mode,
         policy=context.policy.name,
         settled=context.policy,
-        protections=tuple(found(report, protection) for protection in context.protections),
+        protections=protections(report, context),
     )
 
 
@@ -91,11 +91,12 @@ def timeline(report: Any, context: Context) -> dict[str, float]:
     return {name: (moments[n + 1] - moments[n]) / 1e3 for n, name in enumerate(("request", "cell", "run", "clear", "report"))}
 
 
-def found(report: Any, protection: Protection) -> Protection:
-    """What only the run itself could find out."""
-    if protection.name == "nested_userns" and report.flags & lib.REPORT_NO_NESTED:
-        return Protection(protection.name, "unavailable", "/proc/sys/user/max_user_namespaces cannot be written here")
-    return protection
+def protections(report: Any, context: Context) -> tuple[Protection, ...]:
+    """With what only the run itself could find out."""
+    if not report.flags & lib.REPORT_NO_NESTED:
+        return context.protections
+    nested = Protection("nested_userns", "unavailable", "/proc/sys/user/max_user_namespaces cannot be written here")
+    return tuple(nested if protection.name == nested.name else protection for protection in context.protections)
 
 
 def setup_error(step: str, report: Any, context: Context) -> SetupError:

@@ -101,6 +101,14 @@ class Ends:
         self.opened.append(descriptor)
         return descriptor
 
+    def files(self) -> list[IO[bytes] | None]:
+        """Our ends as files, which own them from now on."""
+        opened: list[IO[bytes] | None] = [
+            None if fd is None else os.fdopen(fd, "wb" if number == 0 else "rb", 0) for number, fd in enumerate(self.ours)
+        ]
+        self.ours = [None, None, None]
+        return opened
+
     def sent(self) -> None:
         """The run has them now; our copies would hide its end of file."""
         self._close_opened()

@@ -24,12 +24,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from . import cachedir, elf
+from . import cachedir, elf, ldcache
 from .compiled import PATH, SYSTEM
 from .errors import PolicyError, SetupError
 from .interpreter import Interpreter, Stamp, stamp
 
-FORMAT = 5
+FORMAT = 6
 """Raised whenever the same inputs give another tree."""
 UNWANTED = frozenset({"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "site-packages", "dist-packages"})
 """Directories of a standard library that nothing inside needs; packages come from the list of imports only."""
@@ -328,8 +328,8 @@ class Builder:
         for source, path in named.items():
             if os.path.normpath(path).split("/")[1] not in PRIVATE:
                 self.copy(source, path, named=True)
-        if elf.needs_cache(named):
-            self.copy(elf.CACHE_FILE, elf.CACHE_FILE)
+        if cache := ldcache.of(elf.found_by_cache(named.values())):
+            self.write("/etc/ld.so.cache", cache)
 
     def compile(self, interpreter: Interpreter) -> None:
         """Modules that have no compiled form get one: inside, nobody could write it. Those that cannot be compiled stay as they are."""
@@ -339,9 +339,9 @@ class Builder:
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run([*command, *folders], stdin=subprocess.DEVNULL, capture_output=True, check=False, env={}, cwd="/", timeout=600)
 
-    def write(self, path: str, text: str) -> None:
+    def write(self, path: str, text: str | bytes) -> None:
         target = self.place(path)
-        target.write_text(text)
+        target.write_bytes(text.encode() if isinstance(text, str) else text)
         target.chmod(0o644)
 
     def mountpoint(self, path: str) -> None:

@@ -26,12 +26,11 @@ from .plan import OrderFile, Sealed, as_template, compile_order, shared
 from .policy import Policy
 from .reports import STEP_NAMES, Context, parse, setup_error
 from .streams import ready
+from .warm_inside import ONE_THREAD
 
 HERE = Path(__file__).parent
 NEEDED = ("recvmsg", "sendmsg", "fstat", "fcntl", "dup3")
 """What a job that waits calls under its own filter."""
-ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
-"""Read when a library is loaded; threads would not survive the fork."""
 MOST_JOBS = 1000
 OLDEST_S = 600.0
 START_S = 60.0
@@ -69,7 +68,7 @@ class Template:
         own = for_python(_own(policy), host)
         argv = [own.program, "-s", "/app/template.py", *preload]
         files = [OrderFile("template.py", (HERE / "warm_inside.py").read_bytes())]
-        order = compile_order(own.program, argv, environment | ONE_THREAD, files, range(6))
+        order = compile_order(own.program, argv, environment | dict.fromkeys(ONE_THREAD, "1"), files, range(6))
         with during("template"):
             read, write = os.pipe2(os.O_CLOEXEC)
         with open(read, "rb", 0) as said:
@@ -129,10 +128,9 @@ class Template:
 
 
 def _own(policy: Policy) -> Policy:
-    """The template's own jail: no filter and no Landlock, which its jobs would inherit, and no clock."""
-    return replace(
-        policy, syscalls=None, landlock=False, limits=replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None, open_files=1024)
-    )
+    """The template's own jail: no filter and no Landlock, which its jobs would inherit, no clock, and room for their processes."""
+    limits = replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None, open_files=1024, processes=None)
+    return replace(policy, syscalls=None, landlock=False, limits=limits)
 
 
 def _checked(compiled: Compiled) -> Compiled:

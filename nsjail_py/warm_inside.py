@@ -12,6 +12,7 @@ import gc
 import importlib
 import importlib.machinery
 import importlib.util
+import io
 import linecache
 import os
 import signal
@@ -22,6 +23,8 @@ import types
 from typing import Any, NoReturn
 
 EXTENSION, REAPER, PLAN, CONTROL = 3, 4, 5, 999
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+"""1 while modules are loaded, since threads would not survive the fork; no job sees it."""
 
 
 def template(preload: list[str]) -> Any:
@@ -34,28 +37,37 @@ def template(preload: list[str]) -> Any:
     for name in preload:
         importlib.import_module(name)
     rehearse()
+    rehearse_failure()
+    for name in ONE_THREAD:
+        os.environ.pop(name, None)
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         raise SystemExit(f"preload = {list(preload)}: these modules start threads, which no fork carries over")
     left = [name for name in os.listdir("/proc/self/fd") if int(name) not in (0, 1, 2, REAPER, PLAN, CONTROL)]
     if len(left) > 1:  # the listing's own
         raise SystemExit(f"preload = {list(preload)}: these modules leave descriptors open: {sorted(left)}")
-    del sys.modules["__main__"]
     gc.collect()
     gc.freeze()
     return extension
 
 
 def rehearse() -> None:
-    """In the template: what a first run fills in lazily is there before the fork. In a job that waits: the memory that any run writes to is
-    its own already, and need not be copied while somebody waits."""
-    for source in (
-        b"import sys\nprint(6 * 7, file=sys.stderr, end='')\nclass C:\n    def f(self, x=1): return [x for x in range(9)]\nC().f()",
-        b"1 / 0",
-    ):
-        try:
-            exec(compile(source, "rehearsal", "exec"), {"print": lambda *_, **__: None})
-        except ZeroDivisionError as error:
-            traceback.format_exception(error)
+    """What a first run fills in lazily is there before the fork; and in a job that waits, the memory that any run writes to is its own
+    already, and need not be copied while somebody waits."""
+    module = fresh_main("/app/rehearsal.py")
+    source = b"import sys\nclass C:\n    def f(self, x=1): return [x for x in range(9)]\nC().f()\nprint(f'{6 * 7}', end='', file=nowhere)"
+    module.nowhere = io.StringIO()
+    run(source, module)
+    sys.modules.pop("__main__", None)
+    linecache.cache.clear()
+    flushed(0)
+
+
+def rehearse_failure() -> None:
+    """The same for a traceback: in the template only, since it is no run's way to be quick."""
+    try:
+        exec(compile(b"1 / 0", "rehearsal", "exec"))
+    except ZeroDivisionError as error:
+        traceback.format_exception(error)
 
 
 def make_unique() -> None:
@@ -71,25 +83,31 @@ def make_unique() -> None:
         loaded["uuid"]._last_timestamp = None
 
 
-def job(name: str, source: bytes, arguments: list[bytes], environment: list[bytes]) -> NoReturn:
-    """Runs the source as `python NAME ARGUMENTS` would, and ends the process."""
-    path = f"/app/{name}"
-    wanted = {name: value for name, _, value in (variable.partition(b"=") for variable in environment)}
-    if wanted != dict(os.environb):
-        os.environb.clear()
-        os.environb.update(wanted)
-    sys.orig_argv = [os.fsdecode(argument) for argument in arguments]
-    sys.argv = sys.orig_argv[2:]
-    sys.path[0] = "/app"
+def fresh_main(path: str) -> Any:
     main: Any = types.ModuleType("__main__")
     main.__file__, main.__builtins__ = path, __builtins__
     sys.modules["__main__"] = main
+    return main
+
+
+def run(source: bytes, main: Any) -> None:
+    path = main.__file__
+    linecache.cache[path] = (lambda: importlib.util.decode_source(source),)  # read when a traceback asks for it
+    exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
+
+
+def job(name: str, source: bytes, arguments: list[bytes], environment: list[bytes]) -> NoReturn:
+    """Runs the source as `python NAME ARGUMENTS` would, and ends the process."""
+    if environment != known_environment:
+        os.environb.clear()
+        os.environb.update(dict(variable.split(b"=", 1) for variable in environment))
+    sys.orig_argv = [os.fsdecode(argument) for argument in arguments]
+    sys.argv = sys.orig_argv[2:]
+    sys.path[0] = "/app"
+    main = fresh_main(f"/app/{name}")
     status = 1
     try:
-        code = compile(source, path, "exec", dont_inherit=True)
-        lines = importlib.util.decode_source(source).splitlines(True)
-        linecache.cache[path] = (len(source), None, lines, path)
-        exec(code, main.__dict__)
+        run(source, main)
         status = 0
     except SystemExit as error:
         status = exit_status(error.code)
@@ -113,7 +131,7 @@ def exit_status(code: object) -> int:
 def show(error: BaseException) -> None:
     """As the interpreter would: from the script's own frame on."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code is job.__code__:
+    while trace is not None and trace.tb_frame.f_code in (job.__code__, run.__code__):
         trace = trace.tb_next
     error = error.with_traceback(trace)
     hint(error)
@@ -132,8 +150,13 @@ def hint(error: BaseException) -> None:
 
 def end(status: int) -> int:
     """What an interpreter does before its end, but for taking itself apart."""
-    threading._shutdown()  # type: ignore[attr-defined]
+    if threading.active_count() > 1 or threading._threading_atexits:  # type: ignore[attr-defined]
+        threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+    return flushed(status)
+
+
+def flushed(status: int) -> int:
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -147,6 +170,7 @@ if __name__ == "__main__":
     extension = template(sys.argv[1:])
     if not extension.serve(CONTROL, REAPER, PLAN):
         os._exit(0)
+    known_environment = [name + b"=" + value for name, value in os.environb.items()]
     make_unique()
     rehearse()
     taken = extension.take()

@@ -92,8 +92,8 @@ for most in range(3, 34):
         finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 ends()
 """)
-    assert "('streams', 'EMFILE')" in said and "ok" in said
-    assert launcher == "running" or "('launcher', 'EMFILE')" in said
+    """Which step meets the limit first depends on how many a new launcher takes for a moment."""
+    assert f"('{'streams' if launcher == 'running' else 'launcher'}', 'EMFILE')" in said and "ok" in said
 
 
 STARVED = """
@@ -118,9 +118,11 @@ def starved(what: str, most: str, errnos: str) -> str:
 
 
 def test_a_launcher_without_descriptors_refuses_a_run_and_keeps_the_others() -> None:
-    """A cell that was cloned meanwhile has the limit, too, and does not get its numbers above 1000."""
-    said = starved("RLIMIT_NOFILE", "range(3, 90, 5)", "[errno.EMFILE, errno.EINVAL]")
-    assert "('request', 'EMFILE')" in said and (not IS_ROOT or "('cgroup', 'EMFILE')" in said or "('clone', 'EMFILE')" in said)
+    """A cell that was cloned meanwhile has the limit, too, and does not get its numbers above 1000. Which step meets it depends on how many
+    cells are just in stock."""
+    said = starved("RLIMIT_NOFILE", "range(3, 160, 6)", "[errno.EMFILE, errno.EINVAL]")
+    later = ["('cgroup', 'EMFILE')", "('clone', 'EMFILE')", "('descriptors', 'EINVAL')"]
+    assert "('request', 'EMFILE')" in said and any(one in said for one in later)
 
 
 def test_a_launcher_without_memory_refuses_a_new_plan_and_keeps_the_others() -> None:

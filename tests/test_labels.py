@@ -16,8 +16,14 @@ from conftest import IS_ROOT
 import nsjail_py
 from nsjail_py import Jail, PolicyError, SetupError, apparmor, label, launcher
 
-AVAILABLE = IS_ROOT and not label.lacks()["apparmor"] and shutil.which("apparmor_parser") is not None
-real = pytest.mark.skipif(not AVAILABLE, reason="no AppArmor here, or we are not root")
+PARSER = shutil.which("apparmor_parser") is not None
+DOCTOR = f"doctor: {label.lacks()['apparmor']}" if label.lacks()["apparmor"] else ""
+LACK = (
+    DOCTOR
+    or ("" if IS_ROOT else "only root loads profiles")
+    or ("" if PARSER else "apparmor_parser is not installed: apt install apparmor")
+)
+real = pytest.mark.skipif(bool(LACK), reason=LACK)
 ABI_4 = Path("/etc/apparmor.d/abi/4.0")
 USER = next((entry.pw_name for entry in pwd.getpwall() if 1000 <= entry.pw_uid < 60000), "")
 ASK = "print(open('/proc/self/attr/apparmor/current').read().strip())"
@@ -109,7 +115,7 @@ def as_user(code: str, *before: str) -> str:
 
 
 @real
-@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+@pytest.mark.skipif(not USER, reason=LACK or "nobody has an account here to run it")
 def test_an_ordinary_users_program_has_it_too(load: Callable[[str], None]) -> None:
     load(apparmor.profile("sample"))
     code = f"import nsjail_py; print(nsjail_py.run_python({ASK!r}, apparmor='nsjail-payload').stdout)"
@@ -117,8 +123,8 @@ def test_an_ordinary_users_program_has_it_too(load: Callable[[str], None]) -> No
 
 
 @real
-@pytest.mark.skipif(not USER, reason="there is no ordinary user")
-@pytest.mark.skipif(not ABI_4.exists(), reason="this AppArmor knows no rule userns")
+@pytest.mark.skipif(not USER, reason=LACK or "nobody has an account here to run it")
+@pytest.mark.skipif(not ABI_4.exists(), reason=LACK or "AppArmor 3 knows no rule userns")
 def test_ubuntus_restriction_is_named_and_our_profile_lifts_it(load: Callable[[str], None]) -> None:
     code = "from nsjail_py import cli; cli.main(['doctor']); cli.main(['exec', '--', '/bin/echo', 'it ran'])"
     load(UBUNTU)
@@ -132,7 +138,7 @@ def test_ubuntus_restriction_is_named_and_our_profile_lifts_it(load: Callable[[s
     assert "refused to this process, but not to the launcher" in " ".join(said.split())
 
 
-@pytest.mark.skipif(shutil.which("apparmor_parser") is None, reason="AppArmor is not installed")
+@pytest.mark.skipif(not PARSER, reason=DOCTOR or "apparmor_parser is not installed: apt install apparmor")
 @pytest.mark.parametrize("name", ["launcher", "sample"])
 def test_apparmors_parser_takes_our_profiles(name: str, tmp_path: Path) -> None:
     if name == "launcher" and not ABI_4.exists():

@@ -19,7 +19,7 @@ import pytest
 from conftest import IS_ROOT, PATIENCE
 
 import nsjail_py
-from nsjail_py import cli, launcher, systemd, unitfile
+from nsjail_py import cli, hostinfo, launcher, systemd, unitfile
 
 
 @pytest.fixture
@@ -144,7 +144,9 @@ def written(to: Path, *words: str) -> list[Path]:
     return sorted(to.iterdir())
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="doctor: systemd does not run this machine, and is not installed to check units with"
+)
 @pytest.mark.parametrize("policy", ["trusted", "moderate", "untrusted"])
 @pytest.mark.parametrize("options", [[], ["--user", "daemon"], ["--listen", "/run/jail.sock"]], ids=["root", "user", "socket"])
 def test_systemd_finds_no_fault_in_a_unit(policy: str, options: list[str], tmp_path: Path) -> None:
@@ -192,11 +194,11 @@ def test_a_name_that_is_no_units_is_an_error(name: str, capfd: pytest.CaptureFix
 
 # ---------------------------------------------------------------- real units
 
-real = pytest.mark.skipif(
-    not (IS_ROOT and Path("/run/systemd/system").is_dir()), reason="systemd does not run this machine, or we are not root"
-)
+LACK = f"doctor: {hostinfo.systemd_lack()}" if hostinfo.systemd_lack() else "" if IS_ROOT else "only root commands the system's manager"
+real = pytest.mark.skipif(bool(LACK), reason=LACK)
 LOCKS = ("RuntimeDirectory=nsjail_py", "RuntimeDirectoryPreserve=yes")
 UNITS = Path("/run/systemd/system")
+NO_USER = LACK or "nobody has an account here to command a manager of his own"
 RUN = """
 import nsjail_py
 try:
@@ -231,7 +233,7 @@ def in_unit(*settings: str) -> str:
         (["ProtectHostname=yes"], "ProtectHostname=no"),
         (["RestrictNamespaces=yes"], "RestrictNamespaces=no"),
         (["ProtectControlGroups=yes"], "ProtectControlGroups=no"),
-        pytest.param([f"User={USER}", "ProtectHome=yes"], "CacheDirectory=nsjail_py", marks=pytest.mark.skipif(not USER, reason="no user")),
+        pytest.param([f"User={USER}", "ProtectHome=yes"], "CacheDirectory=nsjail_py", marks=pytest.mark.skipif(not USER, reason=NO_USER)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -302,7 +304,7 @@ def journal_of(unit: str, **fields: str) -> list[dict[str, str]]:
 
 @real
 @pytest.mark.parametrize(
-    "options", [[], pytest.param(["--user", USER], marks=pytest.mark.skipif(not USER, reason="no user"))], ids=["root", "user"]
+    "options", [[], pytest.param(["--user", USER], marks=pytest.mark.skipif(not USER, reason=NO_USER))], ids=["root", "user"]
 )
 def test_a_written_unit_runs_its_program_in_a_jail_and_the_journal_says_how_it_went(
     options: list[str], installed: Callable[..., str]
@@ -421,7 +423,7 @@ def gone(what: Callable[[], list[str]]) -> bool:
 
 
 @real
-@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+@pytest.mark.skipif(not USER, reason=NO_USER)
 def test_a_users_manager_gives_the_launcher_a_scope_and_nothing_else_moves(manager: list[str]) -> None:
     code = "before = open('/proc/self/cgroup').read()\n" + RUN + "assert before == open('/proc/self/cgroup').read()\n"
     done = subprocess.run([*manager, sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -430,7 +432,7 @@ def test_a_users_manager_gives_the_launcher_a_scope_and_nothing_else_moves(manag
 
 
 @real
-@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+@pytest.mark.skipif(not USER, reason=NO_USER)
 @pytest.mark.parametrize(("delegate", "group"), [("yes", "nsjail-test-unit"), ("no", "nsjail_py-")])
 def test_a_unit_of_a_users_is_used_when_it_was_handed_over_and_else_left_alone(delegate: str, group: str, manager: list[str]) -> None:
     code = RUN + "from nsjail_py import launcher; print(launcher.current().claim.directories['unified'].parent.name)"
@@ -453,7 +455,7 @@ def test_a_unit_of_a_users_is_used_when_it_was_handed_over_and_else_left_alone(d
 
 
 @real
-@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+@pytest.mark.skipif(not USER, reason=NO_USER)
 def test_a_killed_caller_leaves_no_scope(manager: list[str]) -> None:
     code = "import os; from nsjail_py import Jail; run = Jail('moderate').start(['/bin/sleep', '99']); run.pid; os.kill(os.getpid(), 9)"
     assert subprocess.run([*manager, sys.executable, "-c", code], check=False).returncode == -9
@@ -461,7 +463,7 @@ def test_a_killed_caller_leaves_no_scope(manager: list[str]) -> None:
 
 
 @real
-@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+@pytest.mark.skipif(not USER, reason=NO_USER)
 def test_a_bus_that_refuses_is_named_and_an_error_where_the_policy_demands_a_group(manager: list[str]) -> None:
     """The bus of a manager that has been stopped is a socket that nobody answers."""
     uid = pwd.getpwnam(USER).pw_uid
@@ -504,7 +506,7 @@ def below(group: Path) -> list[str]:
 
 
 @real
-@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+@pytest.mark.skipif(not USER, reason=NO_USER)
 def test_a_bare_group_of_a_users_is_used_and_what_a_crash_left_in_it_is_removed(bare: tuple[Path, list[str]]) -> None:
     group, enter = bare
     said = subprocess.run([*enter, sys.executable, "-c", RUN], capture_output=True, text=True, check=True).stdout
@@ -522,7 +524,7 @@ def test_a_bare_group_of_a_users_is_used_and_what_a_crash_left_in_it_is_removed(
 
 
 @real
-@pytest.mark.skipif(not USER, reason="there is no ordinary user")
+@pytest.mark.skipif(not USER, reason=NO_USER)
 def test_a_bare_group_with_a_stranger_in_it_is_not_used_and_the_stranger_stays(bare: tuple[Path, list[str]]) -> None:
     group, enter = bare
     stranger = subprocess.Popen([*enter, "sleep", "999"])

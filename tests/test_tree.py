@@ -302,3 +302,24 @@ def test_asking_again_takes_less_than_five_milliseconds(python):
         if before is not None:
             os.environ["NSJAIL_PY_CACHE"] = before
     assert min(times) < 0.005
+
+
+def test_the_loader_finds_every_library_by_the_trees_own_cache() -> None:
+    """A search would try a dozen directories that are not there; and the host's cache would tell what is installed on it."""
+    result = run_python("import ssl, sqlite3, decimal", env={"LD_DEBUG": "libs"}).check()
+    told = result.stderr.decode()
+    assert told.count("search cache=/etc/ld.so.cache") > 3
+    assert "system search path" not in told, told
+
+
+def test_the_trees_cache_names_its_libraries_and_no_others(store: Path) -> None:
+    ldconfig = shutil.which("ldconfig", path="/sbin:/usr/sbin")
+    if ldconfig is None:
+        pytest.skip("ldconfig, which reads the cache, is not installed")
+    top = tree.program_tree(TRUE).path
+    listed = subprocess.run([ldconfig, "-p", "-C", top / "etc/ld.so.cache"], capture_output=True, text=True, check=True).stdout
+    named = {line.partition(" => ")[2] for line in listed.splitlines() if " => " in line}
+    assert {os.path.basename(path) for path in named} == {
+        path.name for path in files(top) if ".so" in path.suffixes and path.parent.name != "etc"
+    }
+    assert all((top / path.lstrip("/")).is_file() for path in named)

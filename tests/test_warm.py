@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,10 @@ def test_jobs_have_the_address_layout_that_the_policy_says(aslr: str, layouts: i
     with Jail(replace(policy, python=replace(policy.python, aslr=aslr)), preload=["numpy"]) as jail:
         assert len({jail.run_python(source).check().stdout for _ in range(3)}) == layouts
         assert jail.run_python("import numpy; print(numpy.arange(4).sum())").check().stdout == b"6\n"
+
+
+def test_many_jobs_at_once_are_not_refused_a_process() -> None:
+    """Each has a process 1 of its own, and where no control group counts the kernel counts them all for one user."""
+    with Jail("untrusted", preload=[]) as jail, ThreadPoolExecutor(24) as pool:
+        verdicts = {result.summary for result in pool.map(jail.run_python, ["import time; time.sleep(1)"] * 24)}
+    assert verdicts == {"ok: the program exited with 0"}
