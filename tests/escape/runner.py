@@ -233,9 +233,13 @@ def held(result: Result) -> Result:
     return result
 
 
-def fails(attack: Attack, wall: str | Policy, target: Target | None = None, at: Target | None = None, **options: Any) -> Result:
-    """Outside the attack wins, behind the wall it does not. `at`: what it goes for inside, when that is not the same."""
-    outside(attack, target)
+def fails(
+    attack: Attack, wall: str | Policy, target: Target | None = None, at: Target | None = None, *, wins: bool = True, **options: Any
+) -> Result:
+    """Outside the attack wins, behind the wall it does not. `at`: what it goes for inside, when that is not the same. `wins`: False on a
+    host that has nothing to be won."""
+    if wins:
+        outside(attack, target)
     return held(inside(attack, wall, at if at is not None else target, **options))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import nsjail_py
 from nsjail_py import PIPE, Jail, Mount
+from nsjail_py.compiled import landlock_abi
 
 from .runner import Attack, cases, fails, held, inside, outside
 
@@ -96,7 +97,11 @@ def target() -> Iterator[dict[str, object]]:
 
 @cases(REACH)
 def test_reaching_out(attack: Attack, wall: str, target: dict[str, object]) -> None:
-    fails(attack, wall, target, {**target, "outside": False})
+    needed = 4 if "TCP" in attack.promise else 6
+    if wall == "landlock-only" and landlock_abi() < needed:
+        pytest.skip(f"this Landlock cannot refuse it alone: ABI {needed} can")
+    wins = attack.promise != "no interface but the loopback is there" or len(socket.if_nameindex()) > 1
+    fails(attack, wall, target, {**target, "outside": False}, wins=wins)
 
 
 def exists(attack: Attack) -> bool:

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, PATIENCE
 
 import nsjail_py
 from nsjail_py import Verdict, launcher
@@ -183,7 +183,7 @@ def test_rolling_forks_are_all_gone_when_the_run_is_over() -> None:
     assert processes_with(marker)
     result = nsjail_py.run_python(start, policy="moderate", args=[marker], processes=40)
     assert result.verdict in (Verdict.ok, Verdict.processes, Verdict.exit)
-    deadline = time.monotonic() + 20  # the bounded ones outside come to their end
+    deadline = time.monotonic() + 20 * PATIENCE  # the bounded ones outside come to their end
     while processes_with(marker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not processes_with(marker)
