@@ -32,8 +32,8 @@ SUITES = [
 ]
 
 
-WITH_JOBS = {"test_warm.py", "test_chaos.py", "test_exhaustion.py"}
-"""Where RLIMIT_DATA stands for a control group, a job's reaper has no room for ASan's shadow (./dev test --sanitize)."""
+WITH_JOBS = {"test_warm.py", "test_chaos.py", "test_exhaustion.py", "test_session.py", "test_stream.py"}
+"""All about warm jobs, which ./dev test --sanitize has only as root (ordinary.py)."""
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="this is the run of an ordinary user")
