@@ -29,7 +29,7 @@ from .compiled import PATH, SYSTEM
 from .errors import PolicyError, SetupError
 from .interpreter import Interpreter, Stamp, stamp
 
-FORMAT = 6
+FORMAT = 7
 """Raised whenever the same inputs give another tree."""
 UNWANTED = frozenset({"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "site-packages", "dist-packages"})
 """Directories of a standard library that nothing inside needs; packages come from the list of imports only."""
