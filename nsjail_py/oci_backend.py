@@ -41,6 +41,8 @@ PACKAGES = {"crun": "crun", "runc": "runc", "runsc": "runsc"}
 """Debian's."""
 SHARES_IDS = frozenset({"runsc"})
 """Without a user namespace: its root cannot read through our cache's directory, and the host sees its processes, not the program's."""
+HYBRID = Path("/sys/fs/cgroup/unified")
+"""Where version 2 of the control groups is mounted beside version 1."""
 CLEAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PATIENCE_S = 10.0
 """For a runtime that was told to kill."""
@@ -144,6 +146,14 @@ def _told(one: Protection, own_ids: bool) -> Protection:
     return Protection(one.name, "unavailable", lacks[one.name]) if one.name in lacks and one.state != "not requested" else one
 
 
+def surroundings(runtime: str) -> list[str]:
+    """What a runtime is started through. crun refuses a host whose version 2 of the control groups has any controller beside version 1; where it
+    sees no version 2, it uses the other. So there it has a mount namespace of its own."""
+    if runtime != "crun" or not HYBRID.is_mount():
+        return []
+    return ["unshare", "--mount", "--propagation=private", "sh", "-c", f'umount {HYBRID} && exec "$@"', "sh"]
+
+
 class Run:
     """One container, from its bundle to its report."""
 
@@ -156,7 +166,7 @@ class Run:
         self.top.chmod(0o755)
         self.name = self.top.name
         name = os.path.basename(runtime)
-        self.command = [runtime, *OPTIONS.get(name, ()), f"--root={self.top}/state", f"--log={self.top}/log"]
+        self.command = [*surroundings(name), runtime, *OPTIONS.get(name, ()), f"--root={self.top}/state", f"--log={self.top}/log"]
         remove = shlex.join([*self.command, "delete", "--force", self.name])
         script = f"read -r line; {remove} >/dev/null 2>&1; rm -rf {shlex.quote(str(self.top))}"
         self.cleaner = subprocess.Popen(
