@@ -147,8 +147,8 @@ def _told(one: Protection, own_ids: bool) -> Protection:
 
 
 def surroundings(runtime: str) -> list[str]:
-    """What a runtime is started through. crun refuses a host whose version 2 of the control groups has any controller beside version 1; where it
-    sees no version 2, it uses the other. So there it has a mount namespace of its own."""
+    """What a runtime is started through. crun refuses a host whose version 2 of the control groups has any controller beside version 1;
+    where it sees no version 2, it uses the other. So there it has a mount namespace of its own."""
     if runtime != "crun" or not HYBRID.is_mount():
         return []
     return ["unshare", "--mount", "--propagation=private", "sh", "-c", f'umount {HYBRID} && exec "$@"', "sh"]
