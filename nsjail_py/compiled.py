@@ -76,7 +76,8 @@ def _for_python(policy: Policy, host: Host) -> Compiled:
     found = interpreter.inspect(policy.python.interpreter)
     below = (*SYSTEM, found.prefix)
     points = _mountpoints(policy, below) if policy.root == "minimal" else ()
-    root = tree.python_tree(found, policy.python.imports, points, policy.python.without)
+    chosen = policy.python
+    root = tree.python_tree(found, chosen.imports, points, chosen.without, whole=chosen.stdlib == "whole")
     return _compile(policy, host, root, str(found.executable), None, with_files=True)
 
 

@@ -39,10 +39,10 @@ OPTIONS = {"runsc": ("--network=none", "--oci-seccomp")}
 """Global options of a runtime, beside where it keeps its state."""
 PACKAGES = {"crun": "crun", "runc": "runc", "runsc": "runsc"}
 """Debian's."""
-REMEDIES = {"hybrid mode": 'backend = "oci:runc" or "oci:runsc", or boot with systemd.unified_cgroup_hierarchy=1'}
-"""For what a runtime says of its host."""
 SHARES_IDS = frozenset({"runsc"})
 """Without a user namespace: its root cannot read through our cache's directory, and the host sees its processes, not the program's."""
+HYBRID = Path("/sys/fs/cgroup/unified")
+"""Where version 2 of the control groups is mounted beside version 1."""
 CLEAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PATIENCE_S = 10.0
 """For a runtime that was told to kill."""
@@ -125,8 +125,7 @@ class OciProcess(Process):
             self._finalizer()
             self._run.thread.join()
             if self._run.failed:
-                advice = next((remedy for words, remedy in REMEDIES.items() if words in self._run.failed), "docs/oci.md")
-                raise SetupError("oci runtime", detail=f"{os.path.basename(self.runtime)}: {self._run.failed}", advice=advice)
+                raise SetupError("oci runtime", detail=f"{os.path.basename(self.runtime)}: {self._run.failed}", advice="docs/oci.md")
             own_ids = os.path.basename(self.runtime) not in SHARES_IDS
             protections = tuple(_told(one, own_ids) for one in self.compiled.protections)
             self._result = replace(
@@ -147,6 +146,14 @@ def _told(one: Protection, own_ids: bool) -> Protection:
     return Protection(one.name, "unavailable", lacks[one.name]) if one.name in lacks and one.state != "not requested" else one
 
 
+def surroundings(runtime: str) -> list[str]:
+    """What a runtime is started through. crun refuses a host whose version 2 of the control groups has any controller beside version 1;
+    where it sees no version 2, it uses the other. So there it has a mount namespace of its own."""
+    if runtime != "crun" or not HYBRID.is_mount():
+        return []
+    return ["unshare", "--mount", "--propagation=private", "sh", "-c", f'umount {HYBRID} && exec "$@"', "sh"]
+
+
 class Run:
     """One container, from its bundle to its report."""
 
@@ -159,7 +166,7 @@ class Run:
         self.top.chmod(0o755)
         self.name = self.top.name
         name = os.path.basename(runtime)
-        self.command = [runtime, *OPTIONS.get(name, ()), f"--root={self.top}/state", f"--log={self.top}/log"]
+        self.command = [*surroundings(name), runtime, *OPTIONS.get(name, ()), f"--root={self.top}/state", f"--log={self.top}/log"]
         remove = shlex.join([*self.command, "delete", "--force", self.name])
         script = f"read -r line; {remove} >/dev/null 2>&1; rm -rf {shlex.quote(str(self.top))}"
         self.cleaner = subprocess.Popen(

@@ -87,7 +87,10 @@ class Python(Struct, frozen=True, kw_only=True):
     interpreter: str | None = None
     """Absolute path of the interpreter; by default the one that runs nsjail_py."""
     imports: tuple[str, ...] = ()
-    """Installed distributions visible inside, with what they depend on. The standard library always is, but for `without`."""
+    """Installed distributions visible inside, with what they depend on. The standard library is as `stdlib` and `without` have it."""
+    stdlib: Literal["whole", "needed"] = "whole"
+    """How much of the standard library is visible, in a minimal root. `needed`: what the interpreter loads to start, the modules that
+    `imports` lists, and what they and the distributions import; the error of any other names the line to change (layers.md)."""
     without: tuple[str, ...] = ()
     """Modules of the standard library that are not visible inside, in a minimal root (`["ctypes", "socket"]`). Those that are built into
     the interpreter cannot be left out; neither can those that it needs to start."""

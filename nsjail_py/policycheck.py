@@ -222,6 +222,8 @@ def _python(policy: Policy) -> Iterator[str]:
     for index, name in enumerate(policy.python.imports):
         if not name.strip() or "\0" in name:
             yield f"$.python.imports[{index}]: {_shown(name)} cannot be the name of a distribution"
+    if policy.python.stdlib == "needed" and policy.root != "minimal":
+        yield "$.python.stdlib: only a minimal root is made of chosen modules"
     if policy.python.without and policy.root != "minimal":
         yield "$.python.without: only a minimal root is made of chosen modules"
     for index, name in enumerate(policy.python.without):

@@ -11,7 +11,7 @@ import signal as signals
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import RunFailed
+from .errors import JailError, RunFailed
 
 if TYPE_CHECKING:
     from .layers.audit import Audit
@@ -128,6 +128,15 @@ class Result:
         return of_policy(self.settled)
 
     @property
+    def _judged(self) -> dict[str, Any] | None:
+        """The posture by reference. None where there is no launcher any more to say what the host gives."""
+        try:
+            found = self.posture
+        except JailError:
+            return None
+        return None if found is None else {"policy": found.policy, "level": found.level, "exposure": found.exposure}
+
+    @property
     def summary(self) -> str:
         """One line that says how the run ended."""
         name = signals.Signals(self.signal).name if self.signal in set(signals.Signals) else f"signal {self.signal}"
@@ -141,13 +150,11 @@ class Result:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON. Output that is not UTF-8 is base64, and `stdout_encoding` says which it is. Of the posture there is
-        the level and what it belongs to; `nsjail-py posture` has the rows."""
+        """Everything, ready for JSON; of the posture, its level. Output that is no UTF-8 is base64: `stdout_encoding` says which it is."""
         record = asdict(replace(self, settled=None))
         del record["settled"]
+        record["posture"] = self._judged
         record["verdict"] = str(self.verdict)
-        found = self.posture
-        record["posture"] = found and {"policy": found.policy, "level": found.level, "exposure": found.exposure}
         for name in ("stdout", "stderr"):
             record[name], record[f"{name}_encoding"] = as_text(getattr(self, name))
         return record

@@ -29,7 +29,7 @@ from .compiled import PATH, SYSTEM
 from .errors import PolicyError, SetupError
 from .interpreter import Interpreter, Stamp, stamp
 
-FORMAT = 6
+FORMAT = 7
 """Raised whenever the same inputs give another tree."""
 UNWANTED = frozenset({"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "site-packages", "dist-packages"})
 """Directories of a standard library that nothing inside needs; packages come from the list of imports only."""
@@ -81,18 +81,25 @@ class Note(msgspec.Struct, frozen=True):
 
 
 def python_tree(
-    interpreter: Interpreter, imports: tuple[str, ...] = (), mountpoints: tuple[str, ...] = (), without: tuple[str, ...] = ()
+    interpreter: Interpreter,
+    imports: tuple[str, ...] = (),
+    mountpoints: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    *,
+    whole: bool = True,
 ) -> Tree:
     """The interpreter, its libraries, its standard library and the listed distributions; no shell, no other program.
 
-    without: modules of the standard library that are left out. mountpoints: absolute paths that must exist in it, directories with a `/` at
-    the end. Raises PolicyError for what cannot be shown, SetupError when the tree cannot be written.
+    without: modules of the standard library that are left out; unless it is to be whole, also those that nothing needs (stdlib.py).
+    mountpoints: absolute paths that must exist in it, directories with a `/` at the end. Raises PolicyError for what
+    cannot be shown, SetupError when the tree cannot be written.
     """
+    listed = () if whole else tuple(sorted(name for name in imports if name in sys.stdlib_module_names))
     imports = tuple(name for name in imports if name not in sys.stdlib_module_names)
-    question = ("python", interpreter, imports, mountpoints, without)
+    question = ("python", interpreter, imports, mountpoints, without, whole, listed)
     if known := _recall(question):
         return known
-    from . import distributions
+    from . import distributions, stdlib
 
     if interpreter.executable.split("/")[1] in PRIVATE:
         raise PolicyError(
@@ -101,21 +108,49 @@ def python_tree(
     chosen = distributions.closure(interpreter, imports) if imports else []
     library = {path: path for folder in interpreter.stdlib for path in _library(folder) if _module(path, folder) not in without}
     packages = {path: f"{interpreter.site}/{relative}" for one in chosen for path, relative in distributions.files(one)}
+    absent: dict[str, str] = {}
+    if not whole:
+        library, absent = _needed(interpreter, library, listed, packages)
     modules = [path for path in (*library, *packages) if path.endswith(".so") or ".so." in os.path.basename(path)]
     needs = sorted(_closure([interpreter.executable], modules))
     named = {path: _inside(path, interpreter.site, chosen) for path in needs if path not in packages}
     watched = [interpreter.executable, *interpreter.stdlib, *(f"{folder}/os.py" for folder in interpreter.stdlib)]
     watched += [*(interpreter.search if imports else ()), *(one.record for one in chosen), *named, elf.CACHE_FILE]
+    if not whole:
+        watched += stdlib.DECIDING
     stamps = tuple(stamp(path) for path in watched)
 
     def fill(builder: Builder) -> None:
         builder.copy(interpreter.executable, interpreter.executable)
         for source, path in (library | packages).items():
             builder.copy(source, path)
+        for path, text in absent.items():
+            builder.write(path, text)
         builder.libraries(named)
         builder.compile(interpreter)
 
-    return _remember(question, stamps, _tree("python", (interpreter, stamps, without), mountpoints, fill))
+    return _remember(question, stamps, _tree("python", (interpreter, stamps, without, whole, listed), mountpoints, fill))
+
+
+def _needed(
+    interpreter: Interpreter, library: dict[str, str], listed: tuple[str, ...], packages: Iterable[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The files of the standard library that are needed, and texts in the place of the others: their errors say what to change."""
+    from . import stdlib
+
+    names = {path: stdlib.module_of(path, folder) for folder in interpreter.stdlib for path in library if path.startswith(f"{folder}/")}
+    modules: dict[str, list[str]] = {}
+    for path, name in names.items():
+        modules.setdefault(name, []).append(path)
+    texts = [path for path in packages if not UNWANTED.intersection(path.split("/")[:-1]) - {"site-packages", "dist-packages"}]
+    chosen = stdlib.needed(interpreter, modules, listed, texts)
+    kept = {path: path for path in library if names.get(path, "") in {"", *chosen}}
+    absent = {}
+    for path, name in names.items():
+        above = name.rpartition(".")[0]
+        if path not in kept and path.endswith(".py") and not name.startswith("_") and above in {"", *chosen}:
+            absent[path] = stdlib.missing(name)
+    return kept, absent
 
 
 def program_tree(program: str, mountpoints: tuple[str, ...] = ()) -> Tree:

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from nsjail_py.layers import tables
 from nsjail_py.layers.catalogue import payloads
-from nsjail_py.layers.report import LAYERS, NONE, POLICY, WITHIN, Report, jailed, report, secret_variable
+from nsjail_py.layers.report import AUDIT, LAYERS, NONE, POLICY, WITHIN, Report, jailed, report, secret_variable
 
 FAMILIES = {
     *("attributes", "frames", "tracebacks", "generators", "format", "codecs", "pickles", "ctypes", "audit", "imports", "gc", "descriptors"),
@@ -102,6 +102,9 @@ def test_the_layers_of_python_are_told_as_they_are(few: Report) -> None:
     assert marks(few, "result-str")["AST scan"] == "PASSED"
     assert marks(few, "cached-module-environ")["audit hook"] == "PASSED"
     assert marks(few, "format-walk")["RestrictedPython"] == "stopped"
+    assert marks(few, "open-read")["native audit hook"] == "PASSED"  # it refuses processes and sockets, and only notes files
+    (row,) = [row for row in few.rows if row.payload.name == "os-system"]
+    assert row.outcomes["native audit hook"].detail.startswith("PermissionError: os.system: the policy has no processes")
 
 
 @pytest.mark.parametrize("layer", WITHIN)
@@ -119,6 +122,7 @@ def test_an_honest_program_runs_under_each_layer(layer: str, tmp_path: Path) -> 
         "directory": str(tmp_path),
         "bounded": True,
         "path": [str(HERE.parent)],
+        "audit": AUDIT,
     }
     done = subprocess.run(
         [sys.executable, "-s", HERE / "application.py"],
@@ -191,4 +195,6 @@ def test_the_table_in_the_documents_is_that_of_this_catalogue() -> None:
     page = (ROOT / "docs" / "layers-table.md").read_text()
     shown = [line.split("**")[1] for line in page.splitlines() if line.startswith("| **") and not line.startswith("| **policy")]
     assert shown == [one.name for one in payloads()], "nsjail-py layers report --markdown docs/layers-table.md"
+    heads = {line for line in page.splitlines() if line.startswith("| payload |")}
+    assert heads == {f"| payload | goal | {' | '.join((*LAYERS, POLICY))} | what happened to the host under `untrusted` |"}
     assert f"| **policy `untrusted`, none of the above** | {len(payloads())} | {len(payloads())} |" in page

@@ -99,3 +99,40 @@ def test_modules_of_the_standard_library_can_be_left_out() -> None:
 def test_what_cannot_be_left_out_is_a_fault_of_the_policy(name: str) -> None:
     with pytest.raises(nsjail_py.PolicyError, match=r"python\.without"):
         nsjail_py.Jail(without=[name])
+
+
+LINE = b'only the needed part of the standard library is visible; [python] imports = [..., "%s"]'
+
+
+@pytest.mark.parametrize("options", [{}, {"preload": ["json"]}, {"audit": "report"}], ids=["cold", "warm", "audited"])
+def test_only_the_needed_part_of_the_standard_library_is_there_and_the_error_names_the_line(options: dict[str, Any]) -> None:
+    with nsjail_py.Jail(stdlib="needed", imports=["json"], **options) as jail:
+        source = "import json, os\nprint(json.dumps([1]), [n for n in os.listdir(os.path.dirname(os.__file__) + '/lib-dynload') if 'socket' in n])"
+        assert jail.run_python(source).check().stdout == b"[1] []\n"
+        for name in (b"socket", b"subprocess", b"asyncio"):
+            assert LINE % name in jail.run_python(b"import " + name).stderr.splitlines()[-1]
+        assert jail.run_python("try: import socket\nexcept ImportError as error: print(error.name)").check().stdout == b"socket\n"
+
+
+def test_what_a_listed_module_imports_is_needed_too() -> None:
+    source = (
+        "import socket, datetime, hashlib; socket.SOCK_STREAM, hashlib.blake2s(b'')\nprint(datetime.datetime.strptime('2020', '%Y').year)"
+    )
+    result = nsjail_py.run_python(source, stdlib="needed", imports=["socket", "datetime", "hashlib"])
+    assert result.check().stdout == b"2020\n" and not result.stderr
+
+
+def test_a_distribution_finds_what_it_imports() -> None:
+    source = "import numpy\nprint(numpy.arange(3).sum(), 0 <= numpy.random.default_rng().random() < 1)\nimport sqlite3"
+    result = nsjail_py.run_python(source, stdlib="needed", imports=["numpy"])
+    assert result.stdout == b"3 True\n" and LINE % b"sqlite3" in result.stderr
+
+
+def test_without_holds_also_for_what_is_needed() -> None:
+    result = nsjail_py.run_python("import json", stdlib="needed", imports=["json"], without=["json"])
+    assert result.stderr.splitlines()[-1] == b"ModuleNotFoundError: No module named 'json'"
+
+
+def test_a_part_of_the_standard_library_is_for_minimal_roots_only() -> None:
+    with pytest.raises(nsjail_py.PolicyError, match=r"python\.stdlib"):
+        nsjail_py.Jail(stdlib="needed", root="system")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +147,22 @@ def test_a_result_refers_to_the_posture_of_its_policy() -> None:
     result = nsjail_py.run_python("print(1)")
     found = result.posture
     assert found is not None and found == posture("untrusted") and found is nsjail_py.run_python("print(2)").posture
-    record = json.loads(json.dumps(result.to_dict()))
-    assert "settled" not in record
-    assert record["posture"] == {"policy": "untrusted", "level": found.level, "exposure": found.exposure}
+    assert "settled" not in result.to_dict() and json.dumps(result.to_dict())
+
+
+def test_the_json_of_a_result_names_the_policy_and_its_level(cli: list[str], tmp_path: Path) -> None:
+    script, report = tmp_path / "a.py", tmp_path / "report.json"
+    script.write_text("print(1)")
+    done = subprocess.run([*cli, "run", "--policy", "trusted", "--json", "--report", report, script], capture_output=True, check=True)
+    found = posture("trusted")
+    expected = {"policy": "trusted", "level": found.level, "exposure": found.exposure}
+    assert json.loads(done.stdout)["posture"] == json.loads(report.read_text())["posture"] == expected
+    assert dataclasses.replace(nsjail_py.run_python("print(1)"), settled=None).to_dict()["posture"] is None
+
+
+def test_no_posture_is_judged_for_a_result_that_nobody_asks() -> None:
+    source = "import sys, nsjail_py; nsjail_py.run_python('print(1)'); print('nsjail_py.layers.posture' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], capture_output=True, check=True).stdout == b"False\n"
 
 
 def test_the_posture_says_when_a_backend_cannot_give_what_the_policy_requires() -> None:

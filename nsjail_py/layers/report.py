@@ -31,19 +31,21 @@ from nsjail_py.jail import Jail
 from nsjail_py.policy import Policy
 from nsjail_py.policyfile import load, override
 
-from . import patterns
+from . import audit, patterns
 from .catalogue import GOALS, HERE, Payload, payloads
 from .scan import REFUSED, before_run, scan
 
 NONE, POLICY = "none", "policy"
 TEXT = ("pattern scan", "AST scan")
-WITHIN = ("import hook", "wrapped built-ins", "RestrictedPython", "audit hook")
+WITHIN = ("import hook", "wrapped built-ins", "RestrictedPython", "audit hook", "native audit hook")
 LAYERS = (*TEXT, *WITHIN)
 VARIABLE = "NSJAIL_CANARY"
 TIMEOUT = 15.0
 WORKERS = 2
 PATIENCE = 2.0
 """Seconds of processor time in a jail."""
+AUDIT = {"size": audit.SIZE, "refused": "\n".join(f"{kind}={words}" for kind, (_, words) in audit.WORDS.items())}
+"""What the hook of `audit = "refuse"` is told under a policy that has neither processes nor sockets."""
 LINGERING = ("timer-thread", "signal-handler")
 """Payloads that act a moment later."""
 
@@ -144,6 +146,7 @@ class Canaries:
                 "path": [str(HERE.parent), self.places["DIR"]] if bounded else [],
                 "processor": 1 if payload.family == "exhaustion" else 8,
                 "linger": 0.3 if payload.name in LINGERING else 0,
+                "audit": AUDIT if layer == "native audit hook" else {},
                 "end": self.tokens["end"],
             }
         )

@@ -16,6 +16,7 @@ SHORT = {
     "wrapped built-ins": "wrapped",
     "RestrictedPython": "restr.",
     "audit hook": "audit",
+    "native audit hook": "native",
     POLICY: "POLICY",
 }
 STYLE = """
