@@ -125,7 +125,7 @@ static void program_choose(struct alone *alone, const char *name) {
 			give_up(STATUS_CANNOT_EXECUTE, "%s: the plan is for %s: compile one for it: nsjail-py compile", name, compiled);
 		return;
 	}
-	strcpy((char *)saved + saved->plan.offset + saved->slot, path);
+	memcpy((char *)saved + saved->plan.offset + saved->slot, path, strlen(path) + 1);
 	if (is_visible(saved, path))
 		alone->program = path;
 }
@@ -133,9 +133,9 @@ static void program_choose(struct alone *alone, const char *name) {
 /* ---------------------------------------------------------------- the order */
 
 static uint32_t put_string(char *block, uint32_t *end, const char *text) {
-	uint32_t offset = *end;
-	strcpy(block + offset, text);
-	*end += (uint32_t)strlen(text) + 1;
+	uint32_t offset = *end, size = (uint32_t)strlen(text) + 1;
+	memcpy(block + offset, text, size);
+	*end += size;
 	return offset;
 }
 
@@ -370,7 +370,7 @@ void alone(int count, char **arguments) {
 	streams_open();
 	if (getauxval(AT_SECURE))
 		give_up(STATUS_SETUP, "the launcher must not be set-user-id");
-	if (count < 4 || strcmp(arguments[2], "--"))
+	if (count < 4 || strcmp(arguments[2], "--") != 0)
 		give_up(STATUS_SETUP, "usage: nsjail-launcher FILE -- CMD [ARGS...]");
 	alone.saved = saved_open(arguments[1]);
 	alone.claim.saved = alone.saved;

@@ -118,7 +118,7 @@ static int parent_of(const struct claim *claim, const struct saved_group *group,
 	if (!own)
 		return -1;
 	own[strcspn(own, "\n")] = 0;
-	if (strncmp(own, root, length) || (own[length] != '/' && own[length]) || strstr(own, "/.."))
+	if (strncmp(own, root, length) != 0 || (own[length] != '/' && own[length]) || strstr(own, "/.."))
 		return -1;
 	return snprintf(parent, size, "%s%s", (const char *)at(claim->saved, group->mount), own + length) < (int)size ? 0 : -1;
 }

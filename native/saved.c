@@ -19,16 +19,19 @@ static void *read_whole(const char *path, size_t *size) {
 		give_up(STATUS_SETUP, "plan: %s (%s)", strerror(errno), path);
 	if (!S_ISREG(status.st_mode) || status.st_uid != geteuid() || status.st_mode & 022)
 		give_up(STATUS_SETUP, "plan: %s must be a file that belongs to uid %u and that nobody else can write", path, geteuid());
-	*size = status.st_size > 0 && status.st_size <= MAX_BLOCK ? (size_t)status.st_size : 0;
-	char *block = *size ? malloc(*size) : NULL;
-	for (size_t done = 0; block && done < *size;) {
-		ssize_t got = read(file, block + done, *size - done);
+	if (status.st_size < (off_t)sizeof(struct saved) || status.st_size > MAX_BLOCK)
+		give_up(STATUS_SETUP, "plan: %s is not a saved plan", path);
+	char *block = calloc(1, (size_t)status.st_size);
+	for (*size = 0; block && *size < (size_t)status.st_size;) {
+		ssize_t got = read(file, block + *size, (size_t)status.st_size - *size);
 		if (got <= 0)
-			*size = 0;
-		done += (size_t)got;
+			give_up(STATUS_SETUP, "plan: %s cannot be read", path);
+		*size += (size_t)got;
 	}
+	if (!block)
+		give_up(STATUS_SETUP, "plan: %s (%s)", strerror(errno), path);
 	close(file);
-	return *size >= sizeof(struct saved) ? block : NULL;
+	return block;
 }
 
 /* FNV-1a over words of 64 bits: against damage; against malice the file's owner stands. */
@@ -68,7 +71,7 @@ struct saved *saved_open(const char *path) {
 	size_t size;
 	struct utsname host;
 	struct saved *saved = read_whole(path, &size);
-	if (!saved || saved->magic != SAVED_MAGIC)
+	if (saved->magic != SAVED_MAGIC)
 		give_up(STATUS_SETUP, "plan: %s is not a saved plan", path);
 	if (saved->version != FORMAT_VERSION)
 		give_up(STATUS_SETUP, "plan: %s is of another version; " AGAIN, path);
@@ -76,7 +79,7 @@ struct saved *saved_open(const char *path) {
 		give_up(STATUS_SETUP, "plan: %s is damaged; " AGAIN, path);
 	if (saved->uid != geteuid())
 		give_up(STATUS_SETUP, "plan: %s was compiled for uid %u, and this is %u; " AGAIN, path, saved->uid, geteuid());
-	if (uname(&host) < 0 || strcmp(host.release, at(saved, saved->release)))
+	if (uname(&host) < 0 || strcmp(host.release, at(saved, saved->release)) != 0)
 		give_up(STATUS_SETUP, "plan: %s was compiled under another kernel; " AGAIN, path);
 	root_check(saved, path);
 	return saved;
