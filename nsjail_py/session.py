@@ -80,7 +80,10 @@ def policy_for(policy: Policy, lifetime: float | None) -> Policy:
     """The jail's policy for a session: its time limits are each cell's; it may fork, which a checkpoint is; exec stays as it was."""
     limits = replace(policy.limits, wall_time=lifetime, cpu_time=None, idle_time=None)
     syscalls = policy.syscalls and replace(policy.syscalls, allow=(*policy.syscalls.allow, "@processes"))
-    return replace(policy, limits=limits, syscalls=syscalls, env={"MPLBACKEND": "Agg"} | policy.env)
+    python = policy.python
+    if python.stdlib == "needed":
+        python = replace(python, imports=(*python.imports, *PRELOAD))
+    return replace(policy, limits=limits, syscalls=syscalls, python=python, env={"MPLBACKEND": "Agg"} | policy.env)
 
 
 def inner_jail(jail: Jail, lifetime: float | None) -> Jail:

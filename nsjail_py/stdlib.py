@@ -21,7 +21,7 @@ from .errors import PolicyError
 from .interpreter import TIMEOUT, WHERE, Interpreter
 
 OURS = tuple(str(Path(__file__).parent / name) for name in ("warm_inside.py", "executor_inside.py", "layers/audit_inside.py"))
-"""What starts scripts inside. Sessions import `socket`, which is listed where they are wanted."""
+"""What starts scripts inside. What a session imports, it lists itself: `socket` is among that."""
 DECIDING = (*OURS, __file__)
 """Files of ours that decide what is needed."""
 ERRORS = ("traceback", "linecache", "warnings")

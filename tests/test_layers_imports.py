@@ -128,6 +128,13 @@ def test_a_distribution_finds_what_it_imports() -> None:
     assert result.stdout == b"3 True\n" and LINE % b"sqlite3" in result.stderr
 
 
+def test_a_session_has_what_it_imports_itself() -> None:
+    with nsjail_py.Jail(stdlib="needed") as jail, jail.session() as session:
+        assert session.run("1 + 1").value == "2"
+        error = session.run("import sqlite3").error
+        assert error is not None and LINE % b"sqlite3" in str(error).encode()
+
+
 def test_without_holds_also_for_what_is_needed() -> None:
     result = nsjail_py.run_python("import json", stdlib="needed", imports=["json"], without=["json"])
     assert result.stderr.splitlines()[-1] == b"ModuleNotFoundError: No module named 'json'"
