@@ -160,17 +160,24 @@ def test_a_reader_that_leaves_ends_a_writer_as_without_a_jail(plans: Path) -> No
     assert done.stdout.split() == [b"y", b"141"], done.stderr
 
 
+def ignore_nothing() -> None:
+    """As a program that a terminal has started, also where the suite runs under nohup or behind an `&`."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_are_passed_on_to_the_program(number: signal.Signals, plans: Path) -> None:
     source = "import signal, sys, time\nfor n in (1, 2, 10, 15): signal.signal(n, lambda s, f: sys.exit(s))\nprint(1, flush=True)\ntime.sleep(60)"
-    process = subprocess.Popen([PROGRAM, plans / "python", "--", PYTHON, "-c", source], stdout=subprocess.PIPE)
+    process = subprocess.Popen([PROGRAM, plans / "python", "--", PYTHON, "-c", source], stdout=subprocess.PIPE, preexec_fn=ignore_nothing)
     assert process.stdout is not None and process.stdout.readline() == b"1\n"
     process.send_signal(number)
     assert process.wait(10) == number
 
 
 def test_a_signal_that_the_program_does_not_handle_ends_it(plans: Path) -> None:
-    process = subprocess.Popen([PROGRAM, plans / "any", "--", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [PROGRAM, plans / "any", "--", "cat"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=ignore_nothing)
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"x")
     process.stdin.flush()
