@@ -93,7 +93,7 @@ static struct run *template_find(struct launcher *launcher, uint32_t name) {
 /* A job's cell is made by its template. It is born later: hear_init. */
 static int job_clone(struct launcher *launcher, struct run *run, int cell_end, int program_end) {
 	struct run *template = template_find(launcher, run->shelf->warm);
-	struct cell_order job = {.kind = CELL_JOB};
+	struct cell_order job = {.kind = CELL_JOB, .value = (uint32_t)run->ordered};
 	int ends[] = {cell_end, program_end};
 	if (!template)
 		return -1;

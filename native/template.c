@@ -20,7 +20,7 @@
 enum { STACK = 131072 };
 
 static struct cell cell;
-static int reaper_fd, listener = -1;
+static int reaper_fd, listener = -1, awaited;
 static jmp_buf in_job;
 
 static void jump(void) { _longjmp(in_job, 1); }
@@ -42,6 +42,7 @@ static int job_make(int control, const struct plan *plan, char *stack) {
 	if (message_receive(NULL, control, &job, sizeof job, MSG_CMSG_CLOEXEC, sockets, &count) != sizeof job)
 		return -1;
 	if (job.kind == CELL_JOB && count == 2) {
+		awaited = job.value != 0;
 		cell = (struct cell){.plan = plan, .launcher = sockets[0], .orders = sockets[1], .rootless = 1, .scratch = -1, .app = -1};
 		if (clone(init_main, stack + STACK, CLONE_NEWPID | CLONE_VM | CLONE_VFORK | SIGCHLD, NULL) < 0)
 			clone_failed(sockets[0], errno);
@@ -83,8 +84,9 @@ static PyObject *take(PyObject *module, PyObject *nothing) {
 	                     (Py_ssize_t)file->size, texts(order, order->argv), texts(order, order->environment));
 }
 
-/* serve(control, reaper, plan): descriptors of the launcher's socket, of the reaper's executable, and of the jobs' plan. Returns True in
- * a job, which is then in its jail and has given everything up, and False in the template when the launcher is gone. */
+/* serve(control, reaper, plan): descriptors of the launcher's socket, of the reaper's executable, and of the jobs' plan. Returns in a
+ * job, which is then in its jail and has given everything up, whether somebody waits for it already; and None in the template when the
+ * launcher is gone. */
 static PyObject *serve(PyObject *module, PyObject *arguments) {
 	struct cell_message serving = {.kind = CELL_SERVING};
 	static _Alignas(16) char stack[STACK];
@@ -101,12 +103,12 @@ static PyObject *serve(PyObject *module, PyObject *arguments) {
 	if (_setjmp(in_job)) {
 		PyOS_AfterFork_Child();
 		job_program(&cell, &listener);
-		Py_RETURN_TRUE;
+		return PyBool_FromLong(awaited);
 	}
 	while (job_make(control, plan, stack) == 0)
 		;
 	PyOS_AfterFork_Parent();
-	Py_RETURN_FALSE;
+	Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {

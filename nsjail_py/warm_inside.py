@@ -168,11 +168,13 @@ def flushed(status: int) -> int:
 
 if __name__ == "__main__":
     extension = template(sys.argv[1:])
-    if not extension.serve(CONTROL, REAPER, PLAN):
+    awaited = extension.serve(CONTROL, REAPER, PLAN)
+    if awaited is None:
         os._exit(0)
     known_environment = [name + b"=" + value for name, value in os.environb.items()]
     make_unique()
-    rehearse()
+    if not awaited:
+        rehearse()
     taken = extension.take()
     del extension
     job(*taken)
