@@ -343,6 +343,8 @@ class Jail:
 
     def start_own(self, name: str, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
         """For JailExecutor and Session: NAME_inside.py. descriptors: by the numbers that it knows them by, rising from 3 on."""
+        if self.policy.python.audit != "off":
+            raise PolicyError('$.python.audit: a session tells nothing: audit = "off", or single runs')
         template = None
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)

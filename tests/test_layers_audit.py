@@ -149,3 +149,10 @@ def test_numpy_costs_at_most_five_percent_more() -> None:
 
 def test_a_run_with_telemetry_leaves_nothing(leaves_nothing: None) -> None:
     run("print(1)").check()
+
+
+def test_a_session_or_an_executor_that_would_tell_nothing_is_refused() -> None:
+    with nsjail_py.Jail("untrusted", audit="report") as jail, pytest.raises(nsjail_py.PolicyError, match=r"\$\.python\.audit"):
+        jail.session()
+    with pytest.raises(nsjail_py.PolicyError, match=r"\$\.python\.audit"):
+        nsjail_py.JailExecutor("untrusted", audit="report")
