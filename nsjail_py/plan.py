@@ -238,12 +238,12 @@ def compile_order(
     strings = b"\0".join(texts) + b"\0"
     if strings.count(b"\0") != len(texts):
         raise PolicyError(f"{next(text for text in texts if bytes(1) in text)!r} has a NUL character in it, which no system call takes")
-    known_argv, known_environment = ORDER.size, ORDER.size + 8 * (len(argv) + 1)
-    known_files = known_environment + 8 * (len(environment) + 1)
-    known_descriptors = known_files + ORDER_FILE.size * len(files)
-    first = known_descriptors + 4 * len(descriptors)
+    argv_at, environment_at = ORDER.size, ORDER.size + 8 * (len(argv) + 1)
+    files_at = environment_at + 8 * (len(environment) + 1)
+    descriptors_at = files_at + ORDER_FILE.size * len(files)
+    first = descriptors_at + 4 * len(descriptors)
     offsets = list(itertools.accumulate((len(text) + 1 for text in texts), initial=first))
-    behind_argv, behind_environment = 1 + len(argv), 1 + len(argv) + len(environment)
+    argv_end, environment_end = 1 + len(argv), 1 + len(argv) + len(environment)
     size = offsets[-1] + sum(len(file.data) for file in files)
     if size > lib.MAX_BLOCK:
         raise PolicyError(f"arguments, environment and files together have {size} bytes; at most {lib.MAX_BLOCK} can be passed")
@@ -252,14 +252,14 @@ def compile_order(
         (
             ORDER.pack(
                 *(lib.ORDER_MAGIC, lib.FORMAT_VERSION, size, 0, first, 0),
-                *(known_argv, len(argv), known_environment, len(environment)),
-                *(known_files, len(files), known_descriptors, len(descriptors)),
+                *(argv_at, len(argv), environment_at, len(environment)),
+                *(files_at, len(files), descriptors_at, len(descriptors)),
             ),
-            struct.pack(f"={len(argv) + 1}Q", *offsets[1:behind_argv], 0),
-            struct.pack(f"={len(environment) + 1}Q", *offsets[behind_argv:behind_environment], 0),
+            struct.pack(f"={len(argv) + 1}Q", *offsets[1:argv_end], 0),
+            struct.pack(f"={len(environment) + 1}Q", *offsets[argv_end:environment_end], 0),
             *(
                 ORDER_FILE.pack(name, file.mode, content, len(file.data))
-                for name, file, content in zip(offsets[behind_environment:], files, contents, strict=False)
+                for name, file, content in zip(offsets[environment_end:], files, contents, strict=False)
             ),
             struct.pack(f"={len(descriptors)}I", *descriptors),
             strings,
