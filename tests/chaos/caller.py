@@ -92,11 +92,11 @@ def main(seed: int) -> None:
     warm.close()
     deadline = time.monotonic() + 5
     launcher.shutdown()
-    after = settled()
-    while after != before and time.monotonic() < deadline:
+    more = changes(before, settled())
+    while more and time.monotonic() < deadline:
         time.sleep(0.01)
-        after = traces()
-    say("left", f"WRONG (before, after) {changes(before, after)}" if after != before else "nothing")
+        more = changes(before, traces())
+    say("left", f"WRONG (before, after) {more}" if more else "nothing")
     launcher.shutdown()
 
 
