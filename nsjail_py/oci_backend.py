@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shlex
 import shutil
 import signal
@@ -19,9 +18,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from . import launcher, oci_bundle
 from ._native import ffi, lib
@@ -30,7 +30,7 @@ from .jail import Process
 from .plan import OrderFile
 from .policy import Policy
 from .result import Protection, Result
-from .streams import Ends
+from .streams import Ends, ready
 
 if TYPE_CHECKING:
     from .compiled import Compiled
@@ -191,7 +191,7 @@ class Run:
         except BaseException:
             self._clean()
             raise
-        self.report: Any = ffi.new("struct report *", {"kind": lib.REPORT_ENDED, "exit_code": -1, "signal": -1})
+        self.report: Any = ffi.new("struct report *", {"kind": lib.REPORT_ENDED, "exit_code": -1, "signal": -1, "request_ns": self.started})
         self.thread = threading.Thread(target=self._supervise, name=self.name, daemon=True)
         self.thread.start()
 
@@ -199,7 +199,8 @@ class Run:
         try:
             self._watch()
             status = self.process.wait()
-            self.report.wall_ns = time.monotonic_ns() - self.started
+            self.report.end_ns = time.monotonic_ns()
+            self.report.wall_ns = self.report.end_ns - self.started
             if status > 128 and status - 128 in set(signal.Signals):
                 self.report.signal = status - 128  # as a shell has it: the runtime tells no more
             else:
@@ -208,6 +209,7 @@ class Run:
                 self.failed = self._said() or f"it ended with status {status} before the program began"
         finally:
             self._clean()
+            self.report.answer_ns = time.monotonic_ns()
             with contextlib.suppress(OSError):
                 self.channel.send(bytes(ffi.buffer(self.report)))
             self.channel.close()
@@ -221,10 +223,10 @@ class Run:
             waiting = [ended, self.channel.fileno()]
             while True:
                 rest = None if deadline is None else max(0.0, (deadline - time.monotonic_ns()) / 1e9)
-                ready, _, _ = select.select(waiting, [], [], rest)
-                if ended in ready:
+                heard = ready(waiting, rest)
+                if ended in heard:
                     return None
-                if not ready:
+                if not heard:
                     self.report.observed = time.monotonic_ns() - self.started
                     return self._kill(lib.CAUSE_WALL, ended)
                 if self._obey(ended):
@@ -251,7 +253,7 @@ class Run:
     def _kill(self, cause: int, ended: int) -> None:
         self.report.cause = cause
         until = time.monotonic() + PATIENCE_S
-        while not select.select([ended], [], [], 0.2)[0]:  # it may only just be starting
+        while not ready([ended], 0.2):  # it may only just be starting
             self._call("kill", self.name, "KILL")
             if time.monotonic() > until:
                 self.process.kill()

@@ -84,7 +84,11 @@ class Ends:
         if stream == STDOUT:
             if number != 2:
                 raise ValueError("STDOUT is for stderr only")
-            return self.inside[1]
+            if not self.only_pipes:
+                return self.inside[1]
+            # A description of its own: runsc takes one stream after the other over, makes it non-blocking for itself, and hands the
+            # program what it finds then. A second stream on the same description would be non-blocking inside, too.
+            return self._keep(os.open(f"/proc/self/fd/{self.inside[1]}", os.O_WRONLY))
         if stream == PIPE:
             read, write = os.pipe2(os.O_CLOEXEC)
             self.ours[number], theirs = (write, read) if number == 0 else (read, write)

@@ -381,6 +381,7 @@ def test_a_run_under_a_runtime_gives_a_result(runtime: str) -> None:
     assert result.wall_time > 0 and result.cpu_source == result.memory_source == "unavailable" and result.peak_processes is None
     states = {one.name: one.state for one in result.protections}
     assert states["own_uid"] == states["nested_userns"] == "unavailable" and states["landlock_fs"] == "not requested"
+    assert min(result.timeline.values()) >= 0 and result.timeline["run"] == pytest.approx(result.wall_time * 1e6)
 
 
 @needs_root
@@ -406,6 +407,16 @@ def test_a_runtime_gives_away_nothing_that_the_caller_passes(runtime: str, tmp_p
         nsjail_py.run(["/bin/true"], policy=backend(runtime), stdin=nsjail_py.DEVNULL, stdout=nsjail_py.DEVNULL).check()
     assert target.read_bytes() == source.read_bytes()
     assert {os.stat(path).st_uid for path in (source, target, os.devnull)} == {0}
+
+
+def test_no_stream_of_a_runtime_s_changes_when_it_makes_another_non_blocking() -> None:
+    """runsc does, and inside a program that shared them would find its writes refused as soon as the pipe was full."""
+    ends = Ends(nsjail_py.DEVNULL, nsjail_py.PIPE, nsjail_py.STDOUT, only_pipes=True)
+    _, out, err = ends.inside
+    assert os.path.sameopenfile(out, err)
+    os.set_blocking(out, False)
+    assert os.get_blocking(err)
+    ends.close()
 
 
 def test_nothing_but_pipes_goes_to_a_runtime() -> None:
