@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 import time
 from pathlib import Path
@@ -90,6 +89,8 @@ def prune(store: Path) -> None:
             if _changed(gone) >= oldest:  # somebody marked it just now
                 gone.rename(path)
             elif gone.is_dir():
+                import shutil
+
                 shutil.rmtree(gone, ignore_errors=True)
             else:
                 gone.unlink()

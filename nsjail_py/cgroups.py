@@ -15,11 +15,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from . import mountinfo
 
@@ -40,13 +40,12 @@ TRIES = 100
 PAUSE = 0.005
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True):
     """What this process may use for its jails."""
 
     kind: Literal["v1", "v2", "none"]
     mode: Mode
-    directories: dict[str, Path] = field(default_factory=dict)
+    directories: dict[str, Path] = msgspec.field(default_factory=dict)
     """For v1 a directory for each of `memory`, `pids`, and where there are some `cpu`, `quota` and `cpuset`; for v2 `unified`."""
     why: str = ""
     """Why there is none, or what is missing from what there is."""
@@ -67,8 +66,7 @@ class Claim:
         return ": ".join(part for part in (self.why, self.remedy) if part)
 
 
-@dataclass(frozen=True)
-class Membership:
+class Membership(msgspec.Struct, frozen=True):
     """One line of /proc/self/cgroup."""
 
     controllers: tuple[str, ...]
@@ -356,7 +354,7 @@ def _hand_on(group: Path) -> None:
 
 def _name() -> str:
     """Says whose it is, so that it can be told when its owner is dead, also when its number was given to another process since."""
-    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_view()}.{secrets.token_hex(4)}"
+    return f"{PREFIX}.{os.getpid()}.{_start(os.getpid())}.{_view()}.{os.urandom(4).hex()}"
 
 
 def _start(pid: int) -> str:

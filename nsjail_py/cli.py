@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import signal
 import stat
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from msgspec.structs import replace
 
 from .errors import JailError, PolicyError
 from .result import Result, Verdict
@@ -248,11 +248,11 @@ def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Pro
         except PermissionError as error:
             return _say(f"{error.filename}: {error.strerror}", CANNOT_EXECUTE)
         if report:
-            report.write(json.dumps(_record(result), indent=2) + "\n")
+            report.write(_json(_record(result)) + "\n")
     if options.json:
         over = result.verdict is Verdict.output
         result = replace(result, stdout=bytes(kept[0]), stderr=bytes(kept[1]), stdout_cut=over, stderr_cut=over)
-        _print(json.dumps(result.to_dict(), indent=2))
+        _print(_json(result.to_dict()))
     from . import systemd
 
     if systemd.has_journal():
@@ -370,6 +370,12 @@ def policy_explain(options: argparse.Namespace) -> int:
 
     _print("\n".join(sentences(load(options.name))))
     return 0
+
+
+def _json(record: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(record, indent=2)
 
 
 def _print(text: str, end: str = "\n", stream: int = 1) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import stat
 from collections.abc import Hashable
 from pathlib import Path
@@ -139,7 +138,12 @@ def find(name: str) -> tuple[str, os.stat_result]:
     """The program's path on the host, and what it is. Raises FileNotFoundError or PermissionError, as the shell's 127 and 126."""
     if "\0" in name:
         raise PolicyError(f"{name!r} has a NUL character in it")
-    path = os.path.abspath(name) if "/" in name else shutil.which(name, path=PATH)
+    if "/" in name:
+        path: str | None = os.path.abspath(name)
+    else:
+        import shutil
+
+        path = shutil.which(name, path=PATH)
     try:
         status = os.stat(path or "")
     except OSError:

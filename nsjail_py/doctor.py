@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json as jsonlib
 import textwrap
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from msgspec import Struct, field, structs
 
 from . import cgroups, hostinfo, idmap, label, launcher, mountinfo, userns
 from ._native import lib
@@ -43,8 +44,7 @@ class Mode(NamedTuple):
     """Who counts and limits memory, processes and processor time."""
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Struct, frozen=True):
     """Everything that the doctor found."""
 
     host: Host
@@ -256,8 +256,8 @@ def _wrapped(head: str, body: str) -> list[str]:
 
 def to_dict(found: Report) -> dict[str, Any]:
     """The report, ready for JSON."""
-    record = asdict(found)
-    record["host"]["calls"] = dict(found.host.calls)
+    record = structs.asdict(found)
+    record["host"] = structs.asdict(found.host) | {"calls": dict(found.host.calls)}
     record["findings"] = [finding._asdict() for finding in found.findings]
     record["modes"] = [mode._asdict() for mode in found.modes]
     return record

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import platform
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import msgspec
 
 from ._native import lib
 
@@ -56,8 +56,7 @@ class Lack(NamedTuple):
     remedy: str
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(msgspec.Struct, frozen=True):
     """This host as this process sees it."""
 
     kernel: tuple[int, int, int]
@@ -110,12 +109,13 @@ def probe() -> Host:
     """This host, asked once per process."""
     status = _fields(Path("/proc/self/status"))
     memory = _fields(Path("/proc/meminfo"))
-    version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", platform.release())
+    kernel = os.uname()
+    version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", kernel.release)
     actions = Path("/proc/sys/kernel/seccomp/actions_avail")
     return Host(
         kernel=(int(version[1]), int(version[2]), int(version[3] or 0)) if version else (0, 0, 0),
-        release=platform.release(),
-        machine=platform.machine(),
+        release=kernel.release,
+        machine=kernel.machine,
         euid=os.geteuid(),
         capabilities=int(status.get("CapEff", "0"), 16),
         filtered=status.get("Seccomp", "0") == "2",

@@ -8,7 +8,6 @@ Made for use from any number of threads at once. aio.py has the same for asyncio
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import signal
@@ -21,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
+
+from msgspec import structs
 
 from . import launcher
 from ._native import ffi, lib
@@ -200,7 +201,7 @@ class Process:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
             self._result = to_result(self.reported, self._context())
             if self.page is not None:
-                self._result = dataclasses.replace(self._result, audit=self.page.read())
+                self._result = structs.replace(self._result, audit=self.page.read())
                 self.page.close()
         return self._result
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
 import re
 import struct
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ KINDS = {"x86_64": 0x0303, "aarch64": 0x0A03}
 
 def of(paths: Iterable[str]) -> bytes:
     """The cache for these libraries, known by their file names; empty on a processor that it is not known for."""
-    kind = KINDS.get(platform.machine())
+    kind = KINDS.get(os.uname().machine)
     if kind is None:
         return b""
     known: dict[str, str] = {}

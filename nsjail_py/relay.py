@@ -10,8 +10,9 @@ import contextlib
 import os
 import select
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from .result import Result, Verdict
 

@@ -5,11 +5,11 @@ A `Result` is about the program. When *we* failed there is none: an exception of
 
 from __future__ import annotations
 
-import base64
 import enum
 import signal as signals
-from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
+
+from msgspec import Struct, structs, to_builtins
 
 from .errors import JailError, RunFailed
 
@@ -63,8 +63,7 @@ SENTENCES: dict[Verdict, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Protection:
+class Protection(Struct, frozen=True):
     """One protection of the policy, and what became of it in this run."""
 
     name: str
@@ -72,8 +71,7 @@ class Protection:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True):
     """The record of one run. Times are seconds, sizes bytes; `None` is unknown."""
 
     verdict: Verdict
@@ -108,11 +106,15 @@ class Result:
     mode: str
     """`root`, `delegated` or `rootless`."""
     policy: str
-    protections: tuple[Protection, ...] = field(default=(), repr=False)
-    settled: Policy | None = field(default=None, repr=False, compare=False)
+    protections: tuple[Protection, ...] = ()
+    settled: Policy | None = None
     """The whole policy that it ran under."""
-    audit: Audit | None = field(default=None, repr=False)
+    audit: Audit | None = None
     """What the interpreter itself told, where the policy asks (`[python] audit`): its word, and so the program's."""
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name in self.__struct_fields__ if name not in ("protections", "settled", "audit"))
+        return f"Result({', '.join(shown)})"
 
     @property
     def ok(self) -> bool:
@@ -151,10 +153,9 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; of the posture, its level. Output that is no UTF-8 is base64: `stdout_encoding` says which it is."""
-        record = asdict(replace(self, settled=None))
+        record: dict[str, Any] = to_builtins(structs.replace(self, settled=None), builtin_types=(bytes,))
         del record["settled"]
         record["posture"] = self._judged
-        record["verdict"] = str(self.verdict)
         for name in ("stdout", "stderr"):
             record[name], record[f"{name}_encoding"] = as_text(getattr(self, name))
         return record
@@ -165,4 +166,6 @@ def as_text(data: bytes) -> tuple[str, str]:
     try:
         return data.decode(), "utf-8"
     except UnicodeDecodeError:
+        import base64
+
         return base64.b64encode(data).decode(), "base64"

@@ -1,33 +1,29 @@
 """Minimal roots: directory trees that hold one program and what it needs, copied once into the cache and then only bind-mounted.
 
 A tree is named by a hash over the path, size and time of change of all that goes into it, so a changed interpreter, library or package
-gives another tree. It is built under another name and renamed, so a tree that has its name is whole. Which tree answers a question is
+gives another tree (treebuild.py makes it). Which tree answers a question is
 noted beside the trees, with the stamps of what it was made from: asking again costs one small file and some stat calls.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import os
-import shutil
 import stat
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from . import cachedir, elf, ldcache
+from . import cachedir, elf
 from .compiled import PATH, SYSTEM
-from .errors import PolicyError, SetupError
+from .errors import PolicyError
 from .interpreter import Interpreter, Stamp, stamp
+
+if TYPE_CHECKING:
+    from .treebuild import Builder
 
 FORMAT = 7
 """Raised whenever the same inputs give another tree."""
@@ -42,10 +38,6 @@ BY_NAME = ("libgcc_s.so.1", "libnss_files.so.2")
 """Libraries that the C library opens by itself when a thread is cancelled, or a user is looked up (before glibc 2.34)."""
 COMMON = ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libresolv.so.2", "libstdc++.so.6", *BY_NAME)
 """What comes with a C and a C++ compiler, and most programs need no more."""
-STALE = 60.0
-"""Seconds after which an unfinished tree that nobody holds locked is rubbish."""
-FULL = {errno.ENOSPC, errno.EDQUOT}
-NO_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 ETC = {
     "passwd": "jail:x:1000:1000::/work:/usr/sbin/nologin\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
     "group": "jail:x:1000:\nnogroup:x:65534:\n",
@@ -203,6 +195,8 @@ def shebang(program: str) -> list[str]:
         return []
     found = [os.path.normpath(words[0])]
     if os.path.basename(found[0]) == "env" and len(words) > 1:
+        import shutil
+
         found += [real] if (real := shutil.which(os.path.basename(words[1]), path=PATH)) else []
     return [path for path in found if is_system(path) and os.access(path, os.X_OK) and elf.may_show(path)]
 
@@ -244,10 +238,10 @@ def _inside(path: str, site: str, chosen: Iterable[object]) -> str:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(msgspec.json.encode((FORMAT, ETC, _links(), value))).hexdigest()[:32]
+    return hashlib.sha256(msgspec.json.encode((FORMAT, ETC, links(), value))).hexdigest()[:32]
 
 
-def _links() -> dict[str, str]:
+def links() -> dict[str, str]:
     """Top-level links of the host, such as lib -> usr/lib, in words that stay within a root."""
     return {name: os.readlink(f"/{name}").lstrip("/") for name in MERGED if os.path.islink(f"/{name}")}
 
@@ -280,136 +274,7 @@ def _tree(kind: str, contents: object, mountpoints: tuple[str, ...], fill: Calla
     store = cachedir.directory("roots")
     path = store / f"{kind}-{_digest((kind, contents, mountpoints))}"
     if not cachedir.mark(path):
-        _build(store, path, mountpoints, fill)
+        from . import treebuild
+
+        treebuild.build(store, path, mountpoints, fill)
     return _describe(path)
-
-
-def _build(store: Path, path: Path, mountpoints: tuple[str, ...], fill: Callable[[Builder], None]) -> None:
-    """Make the tree under another name, then rename it. Whoever builds the same meanwhile is welcome: the first one's stays."""
-    _sweep(store)
-    cachedir.prune(store)
-    try:
-        work = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
-        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _failed(error, path) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        builder = Builder(work)
-        fill(builder)
-        for name, text in ETC.items():
-            builder.write(f"/etc/{name}", text)
-        for point in mountpoints:
-            builder.mountpoint(point)
-        for here, _, _ in os.walk(work):  # whatever the caller's umask is
-            os.chmod(here, 0o755)
-        with contextlib.suppress(FileExistsError):
-            os.rename(work, path)
-    except OSError as error:
-        if not path.is_dir():  # else somebody was quicker: ENOTEMPTY
-            raise _failed(error, path) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
-
-
-def _failed(error: OSError, path: Path) -> SetupError:
-    advice = "make room there, or set NSJAIL_PY_CACHE to a directory with room" if error.errno in FULL else ""
-    return SetupError("minimal root", error.errno or 0, str(error.filename or path), advice)
-
-
-def _sweep(store: Path) -> None:
-    """Remove trees that were never finished: their builder was killed, so that nobody holds the lock."""
-    for work in store.glob(".new-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - work.stat().st_mtime < STALE:
-                continue
-            if not work.is_dir():
-                work.unlink()
-                continue
-            lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(work, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-class Builder:
-    """Copies files into a tree under the paths that they have on the host."""
-
-    def __init__(self, top: Path) -> None:
-        self.top = top
-        self.links = _links()
-        for name, text in self.links.items():
-            (top / name).symlink_to(text)
-            (top / text).mkdir(parents=True, exist_ok=True)
-
-    def place(self, path: str) -> Path:
-        """Where a path of the inside lies in the tree, its directory made; /lib and its like go where the host has them."""
-        parts = os.path.normpath("/" + path.lstrip("/")).split("/")[1:]  # `..` must not leave the tree
-        parts[0] = self.links.get(parts[0], parts[0])
-        target = self.top.joinpath(*parts)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target
-
-    def copy(self, source: str, path: str, *, named: bool = False) -> None:
-        """A copy without owner, set-id bits or links. named: only because another file names it, so it is checked again once open."""
-        target = self.place(path)
-        if target.exists():
-            return
-        source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            status = os.fstat(source_fd)
-            if not stat.S_ISREG(status.st_mode) or (named and not elf.may_show_open(source_fd)):
-                raise PolicyError(f"{source}: changed while it was copied")
-            target_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                _copy_bytes(source_fd, target_fd)
-                os.fchmod(target_fd, 0o755 if status.st_mode & 0o111 else 0o644)
-                os.utime(target_fd, ns=(status.st_mtime_ns, status.st_mtime_ns))  # so that compiled modules stay valid
-            finally:
-                os.close(target_fd)
-        finally:
-            os.close(source_fd)
-
-    def libraries(self, named: dict[str, str]) -> None:
-        """Libraries, loaders and interpreters; what lies in a directory that is the jail's own could not be seen there, and stays out."""
-        for source, path in named.items():
-            if os.path.normpath(path).split("/")[1] not in PRIVATE:
-                self.copy(source, path, named=True)
-        if cache := ldcache.of(elf.found_by_cache(named.values())):
-            self.write("/etc/ld.so.cache", cache)
-
-    def compile(self, interpreter: Interpreter) -> None:
-        """Modules that have no compiled form get one: inside, nobody could write it. Those that cannot be compiled stay as they are."""
-        command = [interpreter.executable, "-I", "-S", "-m", "compileall", "-q", "-s", str(self.top)]
-        places = {str(self.place(folder)) for folder in (*interpreter.stdlib, interpreter.site)}
-        folders = [place for place in sorted(places) if os.path.isdir(place) and not any(place.startswith(f"{other}/") for other in places)]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run([*command, *folders], stdin=subprocess.DEVNULL, capture_output=True, check=False, env={}, cwd="/", timeout=600)
-
-    def write(self, path: str, text: str | bytes) -> None:
-        target = self.place(path)
-        target.write_bytes(text.encode() if isinstance(text, str) else text)
-        target.chmod(0o644)
-
-    def mountpoint(self, path: str) -> None:
-        target = self.place(path)
-        if path.endswith("/"):
-            target.mkdir(exist_ok=True)
-        elif not target.exists():
-            target.touch()
-            target.chmod(0o644)
-
-
-def _copy_bytes(source: int, target: int) -> None:
-    """The kernel copies, or shares the blocks where the file system can (copy_file_range(2))."""
-    try:
-        while os.copy_file_range(source, target, 1 << 30):
-            pass
-    except OSError as error:
-        if error.errno not in NO_RANGE:
-            raise
-    while os.sendfile(target, source, None, 1 << 20):  # the rest, where it cannot: both go on from where they are
-        pass

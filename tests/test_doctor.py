@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 import nsjail_py
@@ -68,7 +68,7 @@ def test_the_report_leaves_nothing(leaves_nothing: None) -> None:
 
 
 def lacking(**changes: object) -> hostinfo.Host:
-    return dataclasses.replace(hostinfo.probe(), **changes)  # type: ignore[arg-type]
+    return msgspec.structs.replace(hostinfo.probe(), **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

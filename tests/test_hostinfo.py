@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import platform
@@ -12,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import PATIENCE
 
@@ -19,7 +19,7 @@ from nsjail_py import advice, hostinfo, userns
 from nsjail_py._native import lib
 
 STEPS = [name.removeprefix("STEP_").lower().replace("_", " ") for name in dir(lib) if name.startswith("STEP_")]
-WHOLE = dataclasses.replace(
+WHOLE = msgspec.structs.replace(
     hostinfo.probe(),
     kernel=(6, 12, 0),
     euid=1000,
@@ -112,7 +112,7 @@ def test_a_whole_host_lacks_nothing() -> None:
     ],
 )
 def test_each_lack_has_its_remedy(changes: dict[str, object], name: str, remedy: str) -> None:
-    (lack,) = dataclasses.replace(WHOLE, **changes).lacks()
+    (lack,) = msgspec.structs.replace(WHOLE, **changes).lacks()
     assert lack.name == name
     assert remedy in lack.remedy
     assert lack.reason
@@ -120,7 +120,7 @@ def test_each_lack_has_its_remedy(changes: dict[str, object], name: str, remedy:
 
 def test_the_right_to_mount_is_not_asked_of_an_ordinary_user() -> None:
     calls = tuple((name, errno.EPERM if name == "fsopen" else errno.EBADF) for name in hostinfo.CALLS)
-    assert dataclasses.replace(WHOLE, calls=calls).lacks() == []
+    assert msgspec.structs.replace(WHOLE, calls=calls).lacks() == []
 
 
 @pytest.mark.parametrize(

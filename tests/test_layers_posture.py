@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html.parser
 import json
 import subprocess
@@ -157,7 +156,7 @@ def test_the_json_of_a_result_names_the_policy_and_its_level(cli: list[str], tmp
     found = posture("trusted")
     expected = {"policy": "trusted", "level": found.level, "exposure": found.exposure}
     assert json.loads(done.stdout)["posture"] == json.loads(report.read_text())["posture"] == expected
-    assert dataclasses.replace(nsjail_py.run_python("print(1)"), settled=None).to_dict()["posture"] is None
+    assert replace(nsjail_py.run_python("print(1)"), settled=None).to_dict()["posture"] is None
 
 
 def test_no_posture_is_judged_for_a_result_that_nobody_asks() -> None:

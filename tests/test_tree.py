@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from elfmaker import elf as made
 
-from nsjail_py import elf, interpreter, run_python, tree
+from nsjail_py import elf, interpreter, run_python, tree, treebuild
 from nsjail_py.errors import PolicyError, SetupError
 
 TRUE = os.path.realpath("/bin/true")
@@ -186,13 +186,13 @@ def test_a_library_that_is_exchanged_after_the_check_is_not_copied(tmp_path):
     secret.write_text("a key")
     (tmp_path / "top").mkdir()
     with pytest.raises(PolicyError, match="changed while"):
-        tree.Builder(tmp_path / "top").copy(str(secret), "/usr/lib/secret.so", named=True)
+        treebuild.Builder(tmp_path / "top").copy(str(secret), "/usr/lib/secret.so", named=True)
     assert not [path for path in files(tmp_path / "top") if path.name == "secret.so"]
 
 
 def test_no_path_leads_out_of_the_tree(tmp_path):
     (tmp_path / "top").mkdir()
-    builder = tree.Builder(tmp_path / "top")
+    builder = treebuild.Builder(tmp_path / "top")
     for path in ("/../x", "/usr/../../x", "x", "//x", "/lib/../../x"):
         assert builder.place(path).is_relative_to(tmp_path / "top")
 
@@ -213,7 +213,7 @@ def test_mount_points_are_made_and_give_another_tree(store):
 
 def test_a_tree_is_built_once(store, monkeypatch):
     first = tree.program_tree(TRUE)
-    monkeypatch.setattr(tree, "_build", lambda *_: pytest.fail("it was built again"))
+    monkeypatch.setattr(treebuild, "build", lambda *_: pytest.fail("it was built again"))
     monkeypatch.setattr(elf, "closure", lambda *_: pytest.fail("it was read again"))
     assert tree.program_tree(TRUE) == first
 
@@ -248,7 +248,7 @@ def test_a_full_disk_is_an_error_with_advice_and_leaves_nothing(store, monkeypat
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(tree, "_copy_bytes", full)
+    monkeypatch.setattr(treebuild, "_copy_bytes", full)
     with pytest.raises(SetupError, match="make room") as caught:
         tree.program_tree(TRUE)
     assert caught.value.errno == errno.ENOSPC
@@ -260,7 +260,7 @@ def test_what_a_killed_builder_left_is_swept_away_but_not_what_is_being_built(st
     old, busy = store / ".new-old", store / ".new-busy"
     for path in (old, busy):
         (path / "usr").mkdir(parents=True)
-        os.utime(path, (time.time() - 2 * tree.STALE,) * 2)
+        os.utime(path, (time.time() - 2 * treebuild.STALE,) * 2)
     with subprocess.Popen(
         ["flock", "-x", str(busy), "-c", "echo locked; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from nsjail_py._native import ffi, lib
 from nsjail_py.plan import OrderFile
@@ -40,8 +41,7 @@ WORDS = {
 """What `audit = "refuse"` refuses, unless the policy has one of these sets: that which the filter would refuse anyway."""
 
 
-@dataclass(frozen=True)
-class Audit:
+class Audit(msgspec.Struct, frozen=True):
     """What the interpreter told. `trusted` is not among the fields: a program can write here whatever it likes."""
 
     counts: dict[str, int]

@@ -6,9 +6,10 @@ from __future__ import annotations
 import functools
 import os
 import textwrap
-from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any, Literal, NamedTuple, get_args
+
+from msgspec import Struct, structs
 
 from nsjail_py import compiled, launcher, syscalls
 from nsjail_py.policy import Policy
@@ -50,8 +51,7 @@ class Hole(NamedTuple):
     left: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Posture:
+class Posture(Struct, frozen=True):
     """What a policy comes to on this host."""
 
     policy: str
@@ -192,7 +192,7 @@ def html(found: Posture) -> str:
 
 def to_dict(found: Posture) -> dict[str, Any]:
     """Everything, ready for JSON."""
-    record = asdict(found)
+    record = structs.asdict(found)
     record["rows"] = [row._asdict() for row in found.rows]
     record["holes"] = [hole._asdict() for hole in found.holes]
     return record
