@@ -9,8 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from .cli import Parser, _print, _say, _script, bind, variable
+from .cli import _print, _say, _script
 from .errors import PolicyError
+from .options import Parser, bind, variable
 
 DENIED, FAILED = 1, 1
 MAX_SEEN = 64 * 1024**2

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from nsjail_py.cli import parser
+from nsjail_py.options import parser
 
 VERSIONS = range(11, 15)
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "nsjail-launcher*", "results")

@@ -10,8 +10,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from nsjail_py.cli import Parser, _print, _say, _script
+from nsjail_py.cli import _print, _say, _script
 from nsjail_py.errors import PolicyError
+from nsjail_py.options import Parser
 
 FOUND, NO_PYTHON = 1, 2
 
