@@ -43,7 +43,7 @@ static size_t read_text(const char *path, char *text, size_t size) {
 	return length > 0 ? (size_t)length : 0;
 }
 
-/* When a process was started; 0: there is none. proc_pid_stat(5), field 22 */
+/* When a process was started; 0: errno says why it cannot be known. proc_pid_stat(5), field 22 */
 static unsigned long long started(const char *pid) {
 	char path[64], text[4096];
 	snprintf(path, sizeof path, "/proc/%s/stat", pid);
@@ -74,13 +74,17 @@ static int removed(const char *path) {
 	return rmdir(path) == 0 || errno == ENOENT;
 }
 
-/* nsjail_py.PID.STARTED.VIEW.RANDOM of a caller that is dead. */
+/* nsjail_py.PID.STARTED.VIEW.RANDOM of a caller that is dead: nobody has its number, or somebody else has. One that cannot be looked at
+ * (no descriptor is left, say) is not dead. */
 static int is_stale(const char *name, const char *here) {
 	char pid[32], seen[64];
-	unsigned long long start;
-	return !strncmp(name, PREFIX, strlen(PREFIX)) &&
-	       sscanf(name + strlen(PREFIX), "%31[0-9].%llu.%63[0-9-].", pid, &start, seen) == 3 && !strcmp(seen, here) &&
-	       started(pid) != start;
+	unsigned long long start, now;
+	if (strncmp(name, PREFIX, strlen(PREFIX)) ||
+	    sscanf(name + strlen(PREFIX), "%31[0-9].%llu.%63[0-9-].", pid, &start, seen) != 3 || strcmp(seen, here))
+		return 0;
+	errno = 0;
+	now = started(pid);
+	return now ? now != start : errno == ENOENT || errno == ESRCH;
 }
 
 static void sweep(const char *parent, const char *here) {
@@ -167,6 +171,8 @@ void claim_make(struct claim *claim) {
 		token = (unsigned)now_ns();
 	view(here, sizeof here);
 	snprintf(pid, sizeof pid, "%d", getpid());
+	if (!started(pid)) /* others would take us for dead */
+		give_up(STATUS_SETUP, "cgroup: %s (/proc/self/stat)", strerror(errno));
 	snprintf(name, sizeof name, PREFIX "%s.%llu.%s.%08x", pid, started(pid), here, token);
 	for (int i = 0; i < (int)claim->saved->groups.count; i++)
 		if (group_make(claim, i, name, here) < 0) {

@@ -182,7 +182,7 @@ def _alone(policy: Policy, source: str, args: Iterable[str] = (), timeout: float
     reason = done.stderr.decode(errors="replace").rpartition("nsjail-launcher: ")[2].partition(":")[0]
     verdict = Verdict(reason) if done.returncode == ENDED_BY_LIMIT else Verdict.exit if done.returncode else Verdict.ok
     known: dict[str, Any] = {"verdict": verdict, "stdout": done.stdout, "stderr": done.stderr, "exit_code": done.returncode}
-    blank: dict[str, Any] = dict.fromkeys(Result.__dataclass_fields__) | {"evidence": {"exit_code": done.returncode}, "denied": {}}
+    blank: dict[str, Any] = dict.fromkeys(Result.__struct_fields__) | {"evidence": {"exit_code": done.returncode}, "denied": {}}
     return Result(**(blank | known))
 
 
