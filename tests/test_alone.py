@@ -48,11 +48,12 @@ def groups() -> set[Path]:
 def nothing_is_left(plans: Path) -> Iterator[None]:
     before = groups()
     yield
-    alone(plans / "any", "true")  # what a killed caller has left goes with the next
-    deadline = time.monotonic() + 5  # those of another suite beside us, which sweeps them itself
+    deadline = time.monotonic() + 5
+    alone(plans / "any", "true")  # what a killed caller has left goes with the next, once the last process in it is gone
     while left := [path for path in groups() - before if not os.path.exists(f"/proc/{path.name.split('.')[1]}")]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
+        alone(plans / "any", "true")
 
 
 def alone(plan: Path, *command: str, **options: Any) -> subprocess.CompletedProcess[bytes]:

@@ -142,8 +142,9 @@ def test_a_warm_interpreter_says_that_it_has_none() -> None:
         nsjail_py.Jail(preload=[], audit="report")
 
 
-def test_numpy_costs_at_most_five_percent_more() -> None:
-    bench = runpy.run_path(str(ROOT / "benchmarks" / "bench_audit.py"))
+def test_numpy_costs_at_most_five_percent_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "audit.py"))
     assert any(bench["cost"](bench["measure"](12)) <= 0.05 for _ in range(4))  # the neighbours are not the hook's
 
 

@@ -1,15 +1,19 @@
 """What the audit hook costs: `import numpy` in a jail with it and without, in turns, so that a machine that is busy is so for both.
 
-python benchmarks/bench_audit.py [RUNS]. The program's own processor time counts: the clock on the wall would measure the neighbours."""
+python benchmarks/audit.py [RUNS]. The program's own processor time counts: the clock on the wall would measure the neighbours."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 
+from rows import Row, Target
+
 import nsjail_py
 
 SOURCE = "import numpy"
+ROW = "import numpy under the audit hook, of without"
+TARGETS = (Target(ROW, 1.05, "most"),)
 
 
 def measure(runs: int) -> dict[str, list[float]]:
@@ -28,6 +32,10 @@ def cost(taken: dict[str, list[float]]) -> float:
     """How much more it is with the hook: of the fastest quarter of each, which the neighbours disturbed least."""
     best = {audit: statistics.mean(sorted(times)[: max(1, len(times) // 4)]) for audit, times in taken.items()}
     return best["report"] / best["off"] - 1
+
+
+def rows(runs: int) -> list[Row]:
+    return [Row("audit", ROW, [1 + cost(measure(runs))], "x")]
 
 
 if __name__ == "__main__":
