@@ -180,16 +180,24 @@ static void born(struct launcher *launcher, struct run *run, int pidfd) {
 		run_kill(run, CAUSE_NONE);
 }
 
-/* A job's process asks to be put into its groups. It is alone in its thread group, so version 1 takes it as a task. */
-static void place(const struct launcher *launcher, const struct run *run) {
+/* A job's process asks for its groups, and goes into them by itself: since Linux 6.0 a move of somebody else waits for a grace period of
+ * RCU, ten milliseconds and more, in which we would hear nobody. It is alone in its thread group, so version 1 takes it as a task. */
+static void groups_give(const struct launcher *launcher, const struct run *run) {
 	const char *file = launcher->hello.cgroup_kind == CGROUP_V1 ? "tasks" : "cgroup.procs";
-	char pid[16];
-	struct cell_order placed = {.kind = CELL_PLACED};
-	snprintf(pid, sizeof pid, "%u", run_program_pid(run));
-	for (int group = 0; group < GROUPS && run->has_groups && !placed.value; group++)
-		if (run->groups[group] >= 0 && put(run->groups[group], file, pid) < 0)
-			placed.value = (uint32_t)errno;
-	message_send(NULL, run->program, &placed, sizeof placed, NULL, 0);
+	struct cell_order given = {.kind = CELL_GROUPS};
+	int files[GROUPS], count = 0;
+	for (int group = 0; group < GROUPS && run->has_groups && !given.value; group++) {
+		if (run->groups[group] < 0)
+			continue;
+		files[count] = openat(run->groups[group], file, O_WRONLY | O_CLOEXEC);
+		if (files[count] < 0)
+			given.value = (uint32_t)errno;
+		else
+			count++;
+	}
+	message_send(NULL, run->program, &given, sizeof given, files, given.value ? 0 : count);
+	while (count > 0)
+		close(files[--count]);
 }
 
 static void failed(struct run *run, const struct cell_message *message) {
@@ -214,8 +222,8 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		return -1;
 	if (message.kind == CELL_FAILED)
 		failed(run, &message);
-	else if (message.kind == CELL_NEED_PLACE)
-		place(launcher, run);
+	else if (message.kind == CELL_NEED_GROUPS)
+		groups_give(launcher, run);
 	else if (message.kind == CELL_SERVING && run->template && !run->execed) {
 		run_execed(launcher, run);
 		run_started(run);
@@ -304,7 +312,7 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 		break;
 	case CELL_READY:
 	case CELL_SERVING:
-	case CELL_NEED_PLACE: break;
+	case CELL_NEED_GROUPS: break;
 	}
 	if (count == 1)
 		close(sent);

@@ -50,14 +50,16 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 	return received;
 }
 
-/* What only the launcher has the right to do. The answer's value is its errno. */
-int launcher_ask(int socket, enum cell_message_kind what, enum cell_order_kind done) {
+/* What only the launcher has the right to do. The answer's value is its errno; count: room for descriptors, and how many came. */
+int launcher_ask(int socket, enum cell_message_kind what, enum cell_order_kind done, int *descriptors, int *count) {
 	struct cell_message need = {.kind = what};
 	struct cell_order answer;
-	int none = 0;
+	int room = *count;
+	*count = 0;
 	if (message_send(NULL, socket, &need, sizeof need, NULL, 0) < 0)
 		return -1;
-	ssize_t size = message_receive(NULL, socket, &answer, sizeof answer, 0, NULL, &none);
+	*count = room;
+	ssize_t size = message_receive(NULL, socket, &answer, sizeof answer, MSG_CMSG_CLOEXEC, descriptors, count);
 	if (size < 0)
 		return -1;
 	errno = size == sizeof answer && answer.kind == done ? (int)answer.value : EPROTO;

@@ -72,6 +72,18 @@ _Noreturn void job_init(struct cell *cell, int reaper, void (*program)(void)) {
 	become_reaper(cell, reaper, pid);
 }
 
+/* Into our groups by the files that the launcher has opened: its right counts. The files go at once. */
+static int groups_join(const struct cell *cell) {
+	int files[GROUPS], count = GROUPS;
+	int result = launcher_ask(cell->orders, CELL_NEED_GROUPS, CELL_GROUPS, files, &count);
+	for (int i = 0; i < count; i++) {
+		if (result == 0 && write(files[i], "0", 1) != 1)
+			result = -1;
+		keep_errno_close(files[i]);
+	}
+	return result;
+}
+
 /* Returns when nothing but the order is missing. listener: of the denied calls; -1 without a filter. */
 void job_program(struct cell *cell, int *listener) {
 	const struct plan *plan = cell->plan;
@@ -79,8 +91,7 @@ void job_program(struct cell *cell, int *listener) {
 	cell->secret = 0;
 	cell->ruleset = -1;
 	signal(SIGCHLD, SIG_DFL);
-	/* The launcher puts us into our groups: the right is its own. */
-	step(cell, STEP_CGROUP_JOIN, launcher_ask(cell->orders, CELL_NEED_PLACE, CELL_PLACED));
+	step(cell, STEP_CGROUP_JOIN, groups_join(cell));
 	if (plan->namespaces & CLONE_NEWCGROUP)
 		step(cell, STEP_CGROUP_NAMESPACE, unshare(CLONE_NEWCGROUP));
 	step(cell, STEP_SESSION, session_new());

@@ -42,7 +42,7 @@ enum cell_message_kind {
 	CELL_ENDED,
 	CELL_SERVING,
 	CELL_BORN,
-	CELL_NEED_PLACE
+	CELL_NEED_GROUPS
 };
 struct cell_message {
 	uint32_t kind, flags;
@@ -53,7 +53,7 @@ struct cell_message {
 };
 
 /* What travels from the launcher to a cell. */
-enum cell_order_kind { CELL_MAPPED = 1, CELL_RUN, CELL_SIGNAL, CELL_JOB, CELL_PLACED };
+enum cell_order_kind { CELL_MAPPED = 1, CELL_RUN, CELL_SIGNAL, CELL_JOB, CELL_GROUPS };
 struct cell_order {
 	uint32_t kind, value;
 };
@@ -96,7 +96,7 @@ int loopback_up(void);
 /* descriptors.c */
 ssize_t message_receive(const struct cell *cell, int socket, void *message, size_t size, int flags, int *descriptors, int *count);
 int message_send(const struct cell *cell, int socket, const void *message, size_t size, const int *descriptors, int count);
-int launcher_ask(int socket, enum cell_message_kind what, enum cell_order_kind done);
+int launcher_ask(int socket, enum cell_message_kind what, enum cell_order_kind done, int *descriptors, int *count);
 int descriptors_place(const struct cell *cell, const struct order *order, const int *descriptors);
 int descriptors_keep(int *kept, int count);
 int descriptor_high(int descriptor);

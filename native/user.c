@@ -29,9 +29,10 @@ static int map_self(const struct cell *cell) {
 }
 
 int user_namespace_enter(struct cell *cell) {
+	int none = 0;
 	if (cell->rootless)
 		return map_self(cell); /* made by clone */
-	return unshare(CLONE_NEWUSER) < 0 ? -1 : launcher_ask(cell->launcher, CELL_NEED_MAP, CELL_MAPPED);
+	return unshare(CLONE_NEWUSER) < 0 ? -1 : launcher_ask(cell->launcher, CELL_NEED_MAP, CELL_MAPPED, NULL, &none);
 }
 
 /* Zero user namespaces below this one. The sysctl of the namespace that looks it up is the one that is set. */
