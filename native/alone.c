@@ -32,6 +32,7 @@ struct alone {
 	char **arguments;    /* the program's */
 	struct order *order;
 	int control[2], channel[2];
+	int plan, large; /* memory for the launcher: the plan, and an order that is too large for the request */
 	int inside[PIPES]; /* the program's ends of its streams */
 	pid_t launcher;
 	struct claim claim;
@@ -271,19 +272,25 @@ static void hello_send(const struct alone *alone) {
 	message_send(NULL, alone->control[0], &hello, sizeof hello, alone->claim.groups, (int)saved->groups.count);
 }
 
+/* Before anything is claimed: who gives up here leaves nothing. */
+static void blocks_seal(struct alone *alone) {
+	alone->plan = sealed("plan", at(alone->saved, alone->saved->plan.offset), alone->saved->plan.count);
+	if (alone->order->size > MAX_INLINE)
+		alone->large = sealed("order", alone->order, alone->order->size);
+}
+
 /* That either does not arrive is heard on the channel. */
 static void request_send(const struct alone *alone) {
-	const struct saved *saved = alone->saved;
 	struct {
 		struct request head;
 		char order[MAX_INLINE];
 	} request;
 	uint32_t size = alone->order->size <= MAX_INLINE ? alone->order->size : 0;
-	int descriptors[PIPES + 3] = {alone->channel[1], sealed("plan", at(saved, saved->plan.offset), saved->plan.count)}, count = 2;
+	int descriptors[PIPES + 3] = {alone->channel[1], alone->plan}, count = 2;
 	for (int number = 0; number < PIPES; number++)
 		descriptors[count++] = alone->inside[number];
 	if (!size)
-		descriptors[count++] = sealed("order", alone->order, alone->order->size);
+		descriptors[count++] = alone->large;
 	request.head = (struct request){.magic = REQUEST_MAGIC, .inlined = size, .plan = 1};
 	memcpy(request.order, alone->order, size);
 	message_send(NULL, alone->control[0], &request, sizeof request.head + size, descriptors, count);
@@ -386,6 +393,7 @@ void alone(int count, char **arguments) {
 	close(alone.control[1]);
 	must(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, alone.channel), "request");
 	pipes_make(&alone);
+	blocks_seal(&alone);
 	alone.relay.channel = alone.channel[0];
 	must(alone.relay.signals = signals_take(), "signals");
 	claim_make(&alone.claim);

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #define PREFIX "nsjail_py."
+#define OWN_GROUPS "/proc/self/cgroup"
 enum { TRIES = 1000, PAUSE_US = 200 };
 
 static void ids_lock(struct claim *claim) {
@@ -61,16 +62,15 @@ static void view(char *text, size_t size) {
 	snprintf(text, size, "%lu-%lu", (unsigned long)pid.st_ino, (unsigned long)time.st_ino);
 }
 
-/* The directory and the cells below it; 0 while there is a process in one. */
+/* The directory and the cells below it; 0 while there is a process in one. Who has no descriptor left to look into it has made no cell. */
 static int removed(const char *path) {
 	int top = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
 	DIR *directory = top < 0 ? NULL : fdopendir(top);
-	if (!directory)
-		return errno == ENOENT;
-	for (struct dirent *entry; (entry = readdir(directory));)
+	for (struct dirent *entry; directory && (entry = readdir(directory));)
 		if (!strncmp(entry->d_name, "cell-", 5))
 			unlinkat(top, entry->d_name, AT_REMOVEDIR);
-	closedir(directory);
+	if (directory)
+		closedir(directory);
 	return rmdir(path) == 0 || errno == ENOENT;
 }
 
@@ -116,7 +116,8 @@ static int parent_of(const struct claim *claim, const struct saved_group *group,
 	char text[16384];
 	const char *root = at(claim->saved, group->root);
 	size_t length = strcmp(root, "/") ? strlen(root) : 0;
-	read_text("/proc/self/cgroup", text, sizeof text);
+	if (!read_text(OWN_GROUPS, text, sizeof text))
+		return -1;
 	char *own = (char *)own_group(text, at(claim->saved, group->controller));
 	errno = ENOENT;
 	if (!own)
@@ -178,7 +179,7 @@ void claim_make(struct claim *claim) {
 		if (group_make(claim, i, name, here) < 0) {
 			int error = errno;
 			claim_release(claim);
-			give_up(STATUS_SETUP, "cgroup: %s (%s)", strerror(error), claim->paths[i]);
+			give_up(STATUS_SETUP, "cgroup: %s (%s)", strerror(error), *claim->paths[i] ? claim->paths[i] : OWN_GROUPS);
 		}
 }
 

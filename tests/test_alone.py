@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import resource
 import shutil
 import signal
 import subprocess
@@ -44,16 +45,19 @@ def groups() -> set[Path]:
     return {path for top in tops for path in top.glob(f"{cgroups.PREFIX}.*")}
 
 
+def left_behind(before: set[Path]) -> list[Path]:
+    """Those of callers that are gone."""
+    return [path for path in groups() - before if not os.path.exists(f"/proc/{path.name.split('.')[1]}")]
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(plans: Path) -> Iterator[None]:
     before = groups()
     yield
-    deadline = time.monotonic() + 5
-    alone(plans / "any", "true")  # what a killed caller has left goes with the next, once the last process in it is gone
-    while left := [path for path in groups() - before if not os.path.exists(f"/proc/{path.name.split('.')[1]}")]:
+    deadline = time.monotonic() + 5  # the last processes of a killed caller may be there still
+    while alone(plans / "any", "true") and (left := left_behind(before)):  # what it has left goes with the next
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
-        alone(plans / "any", "true")
 
 
 def alone(plan: Path, *command: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -137,6 +141,19 @@ def test_a_program_that_is_not_there_is_127_and_one_that_cannot_be_executed_126(
     assert (found := alone(plans / "any", str(tmp_path / "text"))).returncode == CANNOT_EXECUTE and "Permission denied" in said(found)
     (tmp_path / "text").chmod(0o755)
     assert (found := alone(plans / "any", str(tmp_path / "text"))).returncode == CANNOT_EXECUTE and "Exec format error" in said(found)
+
+
+def test_a_caller_without_descriptors_gets_an_error_that_leaves_nothing(plans: Path) -> None:
+    seen = set()
+    for most in (*range(3, 40), 4096):
+        before = groups()
+        done = alone(plans / "any", "echo", "x", preexec_fn=lambda most=most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)))
+        assert (done.returncode, done.stdout) in ((0, b"x\n"), (SETUP, b"")), (most, done)
+        reasons = (b": Too many open files", b"descriptors: Invalid argument")  # the latter: a number that the kernel gives to nobody
+        assert done.returncode == 0 or any(reason in done.stderr.splitlines()[-1] for reason in reasons), (most, done)
+        assert not left_behind(before), most
+        seen.add(done.returncode)
+    assert seen == {0, SETUP}
 
 
 def test_a_plan_for_one_program_runs_no_other(plans: Path) -> None:
