@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import resource
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from msgspec.structs import replace
 
 import nsjail_py
 from nsjail_py import cgroups, launcher
+from nsjail_py._native import ffi
 from nsjail_py.cli import CANNOT_EXECUTE, LIMIT, NOT_FOUND, SETUP
 from nsjail_py.launcher import PROGRAM
 from nsjail_py.policyfile import override
-from nsjail_py.saved import save
+from nsjail_py.saved import _with_checksum, save
 
 PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 UNTRUSTED = nsjail_py.policy("untrusted")
@@ -88,6 +90,12 @@ def test_a_large_stream_passes_both_ways_unchanged(plans: Path) -> None:
     assert alone(plans / "any", "cat", input=data).stdout == data
 
 
+def test_arguments_of_any_length_pass_through(plans: Path) -> None:
+    """Beyond 64 KiB the order has a descriptor of its own."""
+    arguments = ["x" * 30_000] * 8
+    assert alone(plans / "any", "echo", *arguments).stdout == " ".join(arguments).encode() + b"\n"
+
+
 def test_the_exit_status_is_the_programs_own(plans: Path) -> None:
     assert [python(plans, f"raise SystemExit({n})").returncode for n in (0, 1, 77)] == [0, 1, 77]
 
@@ -105,6 +113,8 @@ def test_a_signal_of_its_own_is_128_and_its_number(plans: Path) -> None:
         ({"memory": "64M"}, "x = bytearray(b'1' * (256 << 20))", "memory"),
         ({"output": 1000}, "print('x' * 100000)", "output"),
         ({"disk": "1M"}, "open('/work/f', 'wb').write(bytes(4 << 20))", "disk"),
+        ({"file_size": "1M"}, "import signal; signal.signal(25, signal.SIG_DFL); open('/work/f', 'wb').write(bytes(2 << 20))", "disk"),
+        ({"syscalls": {"on_denied": "kill"}}, "import os; os.fork()", "syscall"),
     ],
 )
 def test_a_reached_limit_is_124_and_named(changes: dict[str, Any], source: str, named: str, tmp_path: Path) -> None:
@@ -114,6 +124,11 @@ def test_a_reached_limit_is_124_and_named(changes: dict[str, Any], source: str, 
         assert b"MemoryError" in done.stderr
         return
     assert done.returncode == LIMIT and done.stderr.decode().splitlines()[-1].startswith(f"nsjail-launcher: {named}: "), done.stderr
+
+
+def test_a_signal_that_limits_give_is_the_programs_own_where_there_is_no_such_limit(plans: Path) -> None:
+    source = "import os, signal; signal.signal(25, signal.SIG_DFL); os.kill(os.getpid(), 25)"
+    assert python(plans, source).returncode == 128 + signal.SIGXFSZ
 
 
 def test_no_more_than_the_limit_of_output_passes(tmp_path: Path) -> None:
@@ -141,6 +156,54 @@ def test_a_program_that_is_not_there_is_127_and_one_that_cannot_be_executed_126(
     assert (found := alone(plans / "any", str(tmp_path / "text"))).returncode == CANNOT_EXECUTE and "Permission denied" in said(found)
     (tmp_path / "text").chmod(0o755)
     assert (found := alone(plans / "any", str(tmp_path / "text"))).returncode == CANNOT_EXECUTE and "Exec format error" in said(found)
+
+
+def test_a_path_that_no_program_can_have_is_126(plans: Path) -> None:
+    done = alone(plans / "any", "/" + "x" * 5000)
+    assert done.returncode == CANNOT_EXECUTE and done.stderr.startswith(b"nsjail-launcher: /xxx")
+
+
+def test_a_name_cannot_write_to_the_callers_terminal(plans: Path) -> None:
+    done = alone(plans / "any", "/no\nsuch\x1b[2J")
+    assert said(done) == "/no?such?[2J: No such file or directory"
+
+
+def test_a_relative_path_in_a_directory_that_is_gone_is_an_error(plans: Path, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    done = alone(plans / "any", "./true", cwd=tmp_path / "gone", preexec_fn=(tmp_path / "gone").rmdir)
+    assert done.returncode == SETUP and said(done) == "working directory: No such file or directory"
+
+
+def test_a_directory_is_no_standard_input(plans: Path, tmp_path: Path) -> None:
+    directory = os.open(tmp_path, os.O_RDONLY)
+    done = alone(plans / "any", "cat", stdin=directory)
+    os.close(directory)
+    assert done.returncode == SETUP and said(done) == "standard input: is a directory"
+
+
+def test_too_few_arguments_say_how_it_is_used(plans: Path) -> None:
+    for command in ([plans / "any"], [plans / "any", "--"], [plans / "any", "true", "x"]):
+        done = subprocess.run([PROGRAM, *command], capture_output=True, check=False, timeout=60)
+        assert done.returncode == SETUP and said(done) == "usage: nsjail-launcher FILE -- CMD [ARGS...]"
+
+
+def test_a_program_that_the_root_shows_has_its_own_path_inside_and_any_other_the_plans(tmp_path: Path) -> None:
+    save("trusted", tmp_path / "plan")
+    shutil.copy(shutil.which("readlink") or "", tmp_path / "own")
+    assert alone(tmp_path / "plan", "readlink", "/proc/self/exe").stdout == b"/usr/bin/readlink\n"
+    assert alone(tmp_path / "plan", str(tmp_path / "own"), "/proc/self/exe").stdout == b"/app/program\n"
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can make one that is another's")
+@pytest.mark.parametrize("mode", [0o4755, 0o2755])
+def test_a_launcher_that_is_set_user_id_refuses_to_run(mode: int, plans: Path, tmp_path: Path) -> None:
+    if os.statvfs(tmp_path).f_flag & os.ST_NOSUID:
+        pytest.skip("nosuid")
+    shutil.copy(PROGRAM, tmp_path / "launcher")
+    os.chown(tmp_path / "launcher", 65534, 65534)
+    (tmp_path / "launcher").chmod(mode)
+    done = subprocess.run([tmp_path / "launcher", plans / "any", "--", "true"], capture_output=True, check=False, timeout=60)
+    assert done.returncode == SETUP and done.stderr.endswith(b"the launcher must not be set-user-id\n")
 
 
 def test_a_caller_without_descriptors_gets_an_error_that_leaves_nothing(plans: Path) -> None:
@@ -178,6 +241,16 @@ def test_a_reader_that_leaves_ends_a_writer_as_without_a_jail(plans: Path) -> No
     assert done.stdout.split() == [b"y", b"141"], done.stderr
 
 
+def test_all_that_a_program_has_written_when_it_ends_is_passed_on(plans: Path) -> None:
+    """It may have made the pipe larger than the launcher reads at once."""
+    source = "import fcntl, os; fcntl.fcntl(1, 1031, 1 << 20); assert os.write(1, bytes(1 << 20)) == 1 << 20"
+    with subprocess.Popen([PROGRAM, plans / "python", "--", PYTHON, "-c", source], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        time.sleep(0.5)  # the program ends while nobody reads
+        assert len(process.stdout.read()) == 1 << 20
+    assert process.returncode == 0
+
+
 def ignore_nothing() -> None:
     """As a program that a terminal has started, also where the suite runs under nohup or behind an `&`."""
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
@@ -202,6 +275,38 @@ def test_a_signal_that_the_program_does_not_handle_ends_it(plans: Path) -> None:
     assert process.stdout.read(1) == b"x"
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 128 + signal.SIGINT
+
+
+FLOOD = """
+import os, signal, time
+signal.signal(10, lambda number, frame: os._exit(3))
+signal.signal(2, signal.SIG_IGN)
+print("begun", flush=True)
+while True: os.write(1, bytes(65536))
+"""
+
+
+@pytest.fixture
+def stuck(plans: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run whose output nobody takes; SIGINT does not end the program, SIGUSR1 does with status 3."""
+    process = subprocess.Popen([PROGRAM, plans / "python", "--", PYTHON, "-c", FLOOD], stdout=subprocess.PIPE, preexec_fn=ignore_nothing)
+    assert process.stdout is not None and process.stdout.read(6) == b"begun\n"
+    time.sleep(0.3)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_signal_ends_a_run_whose_output_nobody_takes(stuck: subprocess.Popen[bytes]) -> None:
+    stuck.send_signal(signal.SIGINT)
+    assert stuck.wait(10) == 128 + signal.SIGINT
+
+
+def test_a_signal_without_a_meaning_reaches_a_program_whose_output_nobody_takes(stuck: subprocess.Popen[bytes]) -> None:
+    stuck.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    stuck.communicate(timeout=10)
+    assert stuck.returncode == 3
 
 
 def test_a_terminal_is_carried_and_never_given(plans: Path) -> None:
@@ -259,6 +364,80 @@ def test_every_changed_byte_is_found(plans: Path, tmp_path: Path) -> None:
         assert alone(plan, "/bin/true").returncode == SETUP, place
 
 
+def edited(plan: Path, edit: Callable[[Any], None]) -> None:
+    """The file with another head, and a checksum that is right for it."""
+    data = bytearray(plan.read_bytes())
+    edit(ffi.from_buffer("struct saved *", data))
+    plan.write_bytes(_with_checksum(bytes(data)))
+
+
+FAR = 1 << 30
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"release": FAR},
+        {"search": 0},
+        {"tree": FAR},
+        {"locks": FAR},
+        {"slot": 0},
+        {"slot": FAR},
+        *({span: {"offset": FAR, "count": 1}} for span in ("plan", "sources", "groups", "visible", "environment", "passed", "steps")),
+    ],
+    ids=str,
+)
+def test_a_reference_to_elsewhere_is_damage_although_the_checksum_is_right(change: dict[str, Any], plans: Path, tmp_path: Path) -> None:
+    def edit(head: Any) -> None:
+        for name, value in change.items():
+            setattr(head, name, value)
+
+    shutil.copy(plans / "any", tmp_path / "plan")
+    edited(tmp_path / "plan", edit)
+    refused(tmp_path / "plan", "is damaged")
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "field"),
+    [("sources", "saved_file", "path"), ("groups", "saved_group", "group"), ("groups", "saved_group", "mount")],
+)
+def test_a_row_that_leads_elsewhere_is_damage(table: str, kind: str, field: str, plans: Path, tmp_path: Path) -> None:
+    def edit(head: Any) -> None:
+        span = getattr(head, table)
+        if not span.count:
+            pytest.skip("no control groups")
+        setattr(ffi.cast(f"struct {kind} *", ffi.cast("char *", head) + span.offset)[0], field, FAR)
+
+    shutil.copy(plans / "any", tmp_path / "plan")
+    edited(tmp_path / "plan", edit)
+    refused(tmp_path / "plan", "is damaged")
+
+
+def put_text(head: Any, offset: int, text: bytes) -> None:
+    """A string of the block, in the place of one that is as long."""
+    ffi.memmove(ffi.cast("char *", head) + offset, text, len(text))
+
+
+def test_a_plan_from_under_another_kernel_asks_for_a_new_compilation(plans: Path, tmp_path: Path) -> None:
+    shutil.copy(plans / "any", tmp_path / "plan")
+    edited(tmp_path / "plan", lambda head: put_text(head, head.release, b"0"))
+    refused(tmp_path / "plan", "was compiled under another kernel; compile it again")
+
+
+def test_a_plan_for_another_user_is_refused(plans: Path, tmp_path: Path) -> None:
+    shutil.copy(plans / "any", tmp_path / "plan")
+    edited(tmp_path / "plan", lambda head: setattr(head, "uid", 12345))
+    refused(tmp_path / "plan", "was compiled for uid 12345")
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="the file is root's")
+def test_a_file_that_gives_less_than_it_says_is_refused() -> None:
+    plan = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not plan.exists() or plan.stat().st_mode & 0o022:
+        pytest.skip("no such file here")
+    refused(plan, "cannot be read")
+
+
 @pytest.mark.parametrize("size", [0, 1, 100, 1000, -8, -1])
 def test_a_file_that_is_cut_or_longer_is_refused(size: int, plans: Path, tmp_path: Path) -> None:
     data = (plans / "any").read_bytes()
@@ -282,9 +461,10 @@ def test_a_program_that_has_changed_asks_for_a_new_compilation(tmp_path: Path) -
     shutil.copy("/bin/true", program)
     save(UNTRUSTED, tmp_path / "plan", str(program))
     assert alone(tmp_path / "plan", str(program)).returncode == 0
-    os.utime(program, (1, 1))
-    done = alone(tmp_path / "plan", str(program))
-    assert done.returncode == SETUP and "has changed since; compile it again" in said(done)
+    for change in (lambda: os.utime(program, (1, 1)), program.unlink):
+        change()
+        done = alone(tmp_path / "plan", str(program))
+        assert done.returncode == SETUP and "has changed since; compile it again" in said(done)
 
 
 def test_a_protection_that_this_host_lacks_is_refused_when_the_plan_is_made(tmp_path: Path) -> None:
@@ -387,6 +567,52 @@ def test_runs_at_one_time_have_users_of_their_own(plans: Path) -> None:
     for process in processes:
         process.communicate()
     assert len(users) == 3 and all(user >= launcher.UID_BASE for user in users)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user has one id")
+def test_a_run_without_an_id_of_its_own_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "LOCKS", tmp_path / "locks")
+    monkeypatch.setattr(launcher, "UID_BLOCKS", 2)
+    save(UNTRUSTED, tmp_path / "plan")
+    assert alone(tmp_path / "plan", "true").returncode == 0
+    locks = [os.open(tmp_path / f"locks/uids-{block}", os.O_RDWR | os.O_CREAT) for block in range(2)]
+    for lock in locks:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    refused(tmp_path / "plan", "all 2 blocks of host ids are in use")
+    os.close(locks.pop())
+    assert alone(tmp_path / "plan", "true").returncode == 0
+    os.close(locks.pop())
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user has one id")
+def test_a_lock_that_cannot_be_taken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "LOCKS", tmp_path / "locks")
+    save(UNTRUSTED, tmp_path / "plan")
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks/uids-0").symlink_to(tmp_path / "elsewhere")
+    refused(tmp_path / "plan", f"uid pool: Too many levels of symbolic links ({tmp_path}/locks/uids-0)")
+    assert not (tmp_path / "elsewhere").exists()
+    shutil.rmtree(tmp_path / "locks")
+    (tmp_path / "locks").symlink_to(tmp_path / "none")
+    refused(tmp_path / "plan", "uid pool: ")
+    (tmp_path / "locks").unlink()
+    monkeypatch.setattr(launcher, "LOCKS", tmp_path / "none/locks")
+    save(UNTRUSTED, tmp_path / "plan")
+    refused(tmp_path / "plan", f"uid pool: No such file or directory ({tmp_path}/none/locks)")
+
+
+@pytest.mark.skipif(not IS_ROOT or launcher.current().claim.kind != "v1", reason="control groups of version 1")
+@pytest.mark.parametrize("field", ["controller", "root"])
+def test_a_plan_whose_control_groups_are_not_here_does_not_start(field: str, tmp_path: Path) -> None:
+    def edit(head: Any) -> None:
+        group = ffi.cast("struct saved_group *", ffi.cast("char *", head) + head.groups.offset)[0]
+        setattr(group, field, head.release)  # a string that is neither
+
+    save(UNTRUSTED, tmp_path / "plan")
+    edited(tmp_path / "plan", edit)
+    before = groups()
+    refused(tmp_path / "plan", "cgroup: No such file or directory")
+    assert not left_behind(before)
 
 
 @pytest.mark.skipif(not IS_ROOT or launcher.current().claim.kind == "none", reason="an ordinary user's has none")
