@@ -94,7 +94,8 @@ static int walk(int root, const char *path, int flags) {
 		if (at < 0)
 			return -1;
 		if (component.from == component.to) {
-			if (!(flags & O_DIRECTORY) || S_ISDIR(component.mode))
+			int must_be_directory = flags & O_DIRECTORY || (component.from && whole[component.from - 1] == '/');
+			if (!must_be_directory || S_ISDIR(component.mode))
 				return at;
 			errno = ENOTDIR;
 			return keep_errno_close(at);

@@ -33,8 +33,9 @@ def withheld(*command: str | Path) -> list[str | Path]:
 def lookup(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("lookup") / "lookup"
     sources = [ROOT / "tests/beneath.c", ROOT / "native/beneath.c"]
+    compiler = os.environ.get("COVERING_CC", "gcc")
     flags = ["-std=gnu11", "-D_GNU_SOURCE", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'native'}"]
-    subprocess.run(["gcc", *flags, "-o", program, *sources], check=True)
+    subprocess.run([compiler, *flags, "-o", program, *sources], check=True)
     return program
 
 
@@ -66,7 +67,8 @@ def test_every_path_leads_to_what_openat2_finds(seed: int, lookup: Path, tmp_pat
     some_tree(tmp_path / "root", dice)
     for name in ("root/out", "root/a-link"):
         (tmp_path / name).symlink_to("../" * 20 + str(tmp_path)[1:])
-    paths = [some_path(dice, 9) for _ in range(4000)] + ["out/file", "a-link/a", "/", "x" * 300, "a/" * 2500, "../../.."]
+    paths = [some_path(dice, 9) for _ in range(4000)] + ["out/file", "a-link/a", "/", "x" * 300, "a/" * 2500, "../../..", "a/" * 2050]
+    paths += [f"{path}/" for path in ("file", "a", "a/file", "link", "up", "loop", "out/file")]
     theirs, ours = found([lookup, tmp_path / "root"], paths), found(withheld(lookup, tmp_path / "root"), paths)
     assert len(ours) == len(paths)
     assert [(path, one, other) for path, one, other in zip(paths, theirs, ours, strict=True) if one != other] == []
@@ -123,6 +125,11 @@ def test_more_links_than_the_kernel_follows_are_an_error(lookup: Path, tmp_path:
     for number in range(50):
         (tmp_path / str(number)).symlink_to(str(number + 1))
     assert found(withheld(lookup, tmp_path), ["0", "9", "10"]) == found([lookup, tmp_path], ["0", "9", "10"])
+
+
+def test_a_path_that_a_link_makes_too_long_is_an_error(lookup: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("./" * 40)
+    assert found(withheld(lookup, tmp_path), ["link/" + "./" * 2040]) == ["File name too long " * 2]
 
 
 def test_jails_are_the_same_where_openat2_is_withheld() -> None:
