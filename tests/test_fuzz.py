@@ -1,4 +1,4 @@
-"""Parsers meet anything: the plan and the order in C, the report and the policy in Python. `./dev fuzz SECONDS` goes on for longer."""
+"""Parsers meet anything: the plan, the order and the saved plan in C, the report and the policy in Python. `./dev fuzz SECONDS` goes on for longer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nsjail_py import Jail, JailError, PolicyError, compiled, plan, policyfile, reports
+from nsjail_py import Jail, JailError, PolicyError, compiled, plan, policyfile, reports, saved
 from nsjail_py._native import ffi
 
 HERE = Path(__file__).resolve().parent / "fuzz"
@@ -23,7 +23,7 @@ SANITIZERS = "address,undefined"
 
 
 def corpus(directory: Path) -> Path:
-    """Real plans and orders. The first byte says which of the two, and whether the size is to be put right."""
+    """Real plans, orders and saved plans. The first byte says which of them, and whether the size is to be put right."""
     directory.mkdir()
     blocks: list[tuple[int, bytes]] = []
     for level in ("trusted", "moderate", "untrusted"):
@@ -33,6 +33,10 @@ def corpus(directory: Path) -> Path:
     files = (plan.OrderFile("main.py", b"print(1)\n"), plan.OrderFile("data", b"", 0o400))
     blocks.append((3, plan.compile_order("/bin/sh", ["sh", "-c", "x"], {"A": "b"}, files, [0, 1, 2, 7])))
     blocks.append((1, plan.compile_order("/bin/true", ["true"], {})))
+    for level, program in (("moderate", None), ("untrusted", "/bin/true")):
+        saved.save(level, directory / "saved", program)
+        blocks.append((6, (directory / "saved").read_bytes()))
+    (directory / "saved").unlink()
     for number, (mark, block) in enumerate(blocks):
         (directory / str(number)).write_bytes(bytes([mark]) + block)
     return directory
@@ -53,7 +57,7 @@ def lines_run(flags: list[str | Path], directory: Path, *corpora: Path) -> str:
     return f"{lines} of plan.c's lines, {regions} of its regions"
 
 
-def test_no_bytes_make_the_checks_of_plan_and_order_read_beyond_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bytes_make_the_checks_of_plan_order_and_saved_plan_read_beyond_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, program, seeds = tmp_path / "found", tmp_path / "fuzz", corpus(tmp_path / "corpus")
     found.mkdir()
     sources = [HERE / "blocks.c", NATIVE / "plan.c"]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 NATIVE = HERE.parent.parent / "native"
-CC = os.environ.get("FAULTS_CC", "gcc")
+CC = os.environ.get("COVERING_CC", "gcc")
 ROLES = ("launcher", "init", "program")
 CANNOT_FAIL = frozenset(
     [

@@ -45,10 +45,10 @@ static void plan_read(const struct plan *plan) {
 		abort();
 }
 
-static void strings(const struct order *order, struct span span) {
-	const uint64_t *offsets = at(order, span.offset);
+static void strings(const void *block, struct span span) {
+	const uint64_t *offsets = at(block, span.offset);
 	for (uint32_t i = 0; i < span.count; i++)
-		text(order, (uint32_t)offsets[i]);
+		text(block, (uint32_t)offsets[i]);
 	if (offsets[span.count])
 		abort();
 }
@@ -70,6 +70,34 @@ static void order_read(const struct order *order) {
 			abort();
 }
 
+static void saved_read(struct saved *saved) {
+	const uint32_t texts[] = {saved->release, saved->search,      saved->inside, saved->tree,
+	                          saved->program, saved->controllers, saved->locks};
+	for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+		if (i < 3 || texts[i])
+			text(saved, texts[i]);
+	const struct span tables[] = {saved->visible, saved->environment, saved->passed, saved->steps};
+	for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
+		strings(saved, tables[i]);
+	const struct saved_file *sources = at(saved, saved->sources.offset);
+	for (uint32_t i = 0; i < saved->sources.count; i++)
+		text(saved, sources[i].path);
+	const struct saved_group *groups = at(saved, saved->groups.offset);
+	for (uint32_t i = 0; i < saved->groups.count; i++) {
+		if (groups[i].group >= GROUPS || i >= GROUPS)
+			abort();
+		if (groups[i].controller)
+			text(saved, groups[i].controller);
+		text(saved, groups[i].mount);
+		text(saved, groups[i].root);
+	}
+	/* As alone.c does with the path of a program. */
+	if (!saved->program)
+		memset((char *)saved + saved->plan.offset + saved->slot, 0, SAVED_SLOT);
+	else
+		plan_read(at(saved, saved->plan.offset));
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 	if (size < 1)
@@ -82,10 +110,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 	/* The size that a block says of itself is the first thing to be compared; let it be right mostly. */
 	if (data[0] & 2 && length >= 12)
 		((uint32_t *)block)[2] = (uint32_t)length;
-	if (!(data[0] & 1) && plan_check(block, length))
+	if (data[0] & 4) {
+		if (saved_check(block, length))
+			saved_read(block);
+	} else if (data[0] & 1) {
+		if (order_check(block, length))
+			order_read(block);
+	} else if (plan_check(block, length)) {
 		plan_read(block);
-	else if (data[0] & 1 && order_check(block, length))
-		order_read(block);
+	}
 	free(block);
 	return 0;
 }
