@@ -621,3 +621,18 @@ def test_processes_and_memory_are_counted_together(tmp_path: Path) -> None:
     source = "import os\nfor _ in range(3):\n  if os.fork() == 0: x = bytearray(b'1' * (30 << 20)); os.read(0, 1)\nos.wait()"
     process = subprocess.run([PROGRAM, tmp_path / "python", "--", PYTHON, "-c", source], capture_output=True, check=False, timeout=60)
     assert process.returncode == LIMIT and b"memory" in process.stderr
+
+
+@pytest.mark.skipif(not IS_ROOT or launcher.current().claim.kind == "none", reason="an ordinary user's has none")
+def test_the_groups_of_a_caller_that_cannot_be_looked_at_are_not_taken_for_a_dead_one_s(plans: Path) -> None:
+    ours = [top / cgroups._name() for top in {directory.parent for directory in launcher.current().claim.directories.values()}]
+    for directory in ours:
+        directory.mkdir()
+    try:
+        for most in range(3, 24):  # with one of them the last descriptor goes to the directory that is swept
+            alone(plans / "any", "true", preexec_fn=lambda most=most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)))
+            assert all(directory.is_dir() for directory in ours), most
+    finally:
+        for directory in ours:
+            if directory.is_dir():
+                directory.rmdir()
