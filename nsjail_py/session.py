@@ -142,15 +142,21 @@ class Session:
             return self._cell(answer, data, {"wall_time": wall, "cpu_time": cpu})
 
     def checkpoint(self) -> int:
-        """Keeps the state as it is, and gives its number. It costs a process and what later cells change. Files are not kept."""
+        """Keeps the state as it is, and gives its number. It costs a process and what later cells change. Files are not kept.
+
+        Raises SessionError where the limit on processes is reached.
+        """
         with self._lock, self._whole():
             self._need_state()
-            return int(self._ask({"do": "checkpoint"})["id"])
+            with self._one_more():
+                return int(self._ask({"do": "checkpoint"})["id"])
 
     def restore(self, number: int = -1) -> None:
         """Goes back to a checkpoint, by default the last one, as often as wanted. Raises SessionError where there is none such."""
         with self._lock, self._whole():
-            if "unknown" in self._ask({"do": "restore", "id": number}):
+            with self._one_more():
+                answer = self._ask({"do": "restore", "id": number})
+            if "unknown" in answer:
                 raise SessionError(f"no checkpoint {number}")
             self._gone = None
 
@@ -211,6 +217,14 @@ class Session:
     def _need_state(self) -> None:
         if self._gone is not None:
             raise SessionError(f"the session's state is gone ({self._gone}): restore a checkpoint, or begin anew")
+
+    @contextlib.contextmanager
+    def _one_more(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:
+            most = self._limits.processes
+            raise SessionError(f"no process is left for it (limits.processes = {most}): each checkpoint keeps one") from None
 
     def _ask(self, head: dict[str, Any], data: bytes = b"") -> dict[str, Any]:
         self._send(head, data)

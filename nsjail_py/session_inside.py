@@ -70,7 +70,6 @@ def worker(control: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main = type(sys)("__main__")
     sys.modules["__main__"] = main
-    ended: list[int] = []
     while True:
         try:
             head, data, descriptor = receive(control)
@@ -80,13 +79,14 @@ def worker(control: socket.socket) -> None:
             answer, figures = execute(main, data.decode(), head["name"])
             send(control, answer, figures)
         elif head["do"] == "reap":
-            send(control, {"status": os.waitpid(head["pid"], 0)[1]})
+            status = os.waitpid(head["pid"], 0)[1]
+            if head["tell"]:
+                send(control, {"status": status})
         elif descriptor is not None:
-            ended = [pid for pid in ended + head["ended"] if not os.waitpid(pid, os.WNOHANG)[0]]
-            control = forked(control, socket.socket(fileno=descriptor), ended)
+            control = forked(control, socket.socket(fileno=descriptor))
 
 
-def forked(control: socket.socket, fresh: socket.socket, ended: list[int]) -> socket.socket:
+def forked(control: socket.socket, fresh: socket.socket) -> socket.socket:
     """The way on: the old one in the process that waits from now on, the fresh one in its copy."""
     try:
         pid = os.fork()
@@ -96,7 +96,6 @@ def forked(control: socket.socket, fresh: socket.socket, ended: list[int]) -> so
         return control
     if pid == 0:
         control.close()
-        ended.clear()
         return fresh
     fresh.close()
     send(control, {"pid": pid})
@@ -177,8 +176,6 @@ class State:
 
     def __init__(self, pid: int, control: socket.socket, parent: "State | None") -> None:
         self.pid, self.control, self.parent = pid, control, parent
-        self.ended: list[int] = []
-        """Children that were dropped, and are to be reaped when there is time."""
 
     def ask(self, head: dict[str, Any], descriptor: int | None = None) -> dict[str, Any]:
         send(self.control, head, descriptor=descriptor)
@@ -188,20 +185,21 @@ class State:
         """Raises OSError where there may be no more processes, and EOFError where it has ended."""
         ours, theirs = socket.socketpair()
         with theirs:
-            answer = self.ask({"do": "fork", "ended": self.ended}, theirs.fileno())
-        self.ended = []
+            answer = self.ask({"do": "fork"}, theirs.fileno())
         if "errno" in answer:
             ours.close()
             raise OSError(answer["errno"], os.strerror(answer["errno"]))
         return State(answer["pid"], ours, self)
 
     def drop(self) -> None:
-        """Kills it, and does not wait: to clear away what it had takes longer than to go on without it."""
+        """Kills it, and does not wait: to clear away what it had takes longer than to go on without it. Its parent waits meanwhile."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self.control.close()
-        if self.parent is not None:
-            self.parent.ended.append(self.pid)
+        if self.parent is None:
+            return
+        with contextlib.suppress(OSError):
+            send(self.parent.control, {"do": "reap", "pid": self.pid, "tell": False})
 
     def end(self) -> int:
         """Kills it and gives its wait status, which only its parent learns."""
@@ -210,7 +208,7 @@ class State:
         self.control.close()
         if self.parent is None:
             return os.waitpid(self.pid, 0)[1]
-        return int(self.parent.ask({"do": "reap", "pid": self.pid})["status"])
+        return int(self.parent.ask({"do": "reap", "pid": self.pid, "tell": True})["status"])
 
 
 class Keeper:
@@ -301,12 +299,20 @@ class Keeper:
         number = head["id"]
         if not -len(self.kept) <= number < len(self.kept):
             return {"unknown": True}, b""
-        if self.active is not None:
-            self.active.drop()
+        before = self.active
         try:
-            self.active = self.kept[number].fork()
+            try:
+                self.active = self.kept[number].fork()
+            except OSError:  # with one process less there may be room
+                if before is None:
+                    raise
+                before.drop()
+                self.active = before = None
+                self.active = self.kept[number].fork()
         except EOFError:
             return {"gone": True}, b""
+        if before is not None:
+            before.drop()
         return {}, b""
 
     def put(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -206,7 +206,20 @@ def test_threads_take_turns(session: Session) -> None:
 def test_a_policy_that_has_no_room_for_another_process_says_so() -> None:
     with Jail("untrusted", processes=2) as jail, jail.session() as session:
         session.run("x = 1").check()
-        with pytest.raises(OSError):
+        with pytest.raises(SessionError, match=r"limits\.processes = 2"):
             session.checkpoint()
         assert session.run("x").value == "1"
     assert nsjail_py.run(["/bin/true"]).ok
+
+
+def test_a_checkpoint_keeps_one_process_however_often_it_is_gone_back_to() -> None:
+    with Jail("untrusted", processes=12) as jail, jail.session() as session:  # the keeper, the active one, and ten
+        for number in range(10):
+            session.run(f"x = {number}").check()
+            session.checkpoint()
+            for _ in range(3):
+                session.restore()
+        with pytest.raises(SessionError, match="each checkpoint keeps one"):
+            session.checkpoint()
+        session.restore(4)
+        assert session.run("x").value == "4"
