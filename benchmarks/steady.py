@@ -15,7 +15,7 @@ OPEN = """
 import os, time
 def missing():
     try:
-        os.open("/work/missing", os.O_RDONLY)
+        os.open("/usr/lib/missing", os.O_RDONLY)
     except FileNotFoundError:
         pass
 begin = time.perf_counter()
@@ -24,6 +24,7 @@ for _ in range(100_000):
 print((time.perf_counter() - begin) * 1000)
 """
 IMPORT = "import time\nbegin = time.perf_counter()\nimport numpy\nprint((time.perf_counter() - begin) * 1000)"
+# Below /usr inside and outside: a file system in memory keeps no note of what it does not have, and would be measured instead.
 PROGRAMS = {"100,000 openat of a missing file": OPEN, "import numpy": IMPORT}
 TARGETS = tuple(Target(f"{name}, jailed", 1.05, "times", f"{name}, no jail") for name in PROGRAMS)
 RARE: set[str] = set()
