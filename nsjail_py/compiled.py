@@ -76,7 +76,7 @@ def _for_python(policy: Policy, host: Host) -> Compiled:
     below = (*SYSTEM, found.prefix)
     points = _mountpoints(policy, below) if policy.root == "minimal" else ()
     chosen = policy.python
-    root = tree.python_tree(found, chosen.imports, points, chosen.without, whole=chosen.stdlib == "whole")
+    root = tree.python_tree(found, chosen.imports, points, chosen.without, whole=chosen.whole)
     return _compile(policy, host, root, str(found.executable), None, with_files=True)
 
 

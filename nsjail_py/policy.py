@@ -6,6 +6,7 @@ A policy is plain data: comparing, hashing and printing it mean what they say. I
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 import msgspec
@@ -87,10 +88,12 @@ class Python(Struct, frozen=True, kw_only=True):
     interpreter: str | None = None
     """Absolute path of the interpreter; by default the one that runs nsjail_py."""
     imports: tuple[str, ...] = ()
-    """Installed distributions visible inside, with what they depend on. The standard library is as `stdlib` and `without` have it."""
-    stdlib: Literal["whole", "needed"] = "whole"
+    """Installed distributions visible inside, with what they depend on; and modules of the standard library, where that is to be no more
+    than is needed (`stdlib`)."""
+    stdlib: Literal["auto", "whole", "needed"] = "auto"
     """How much of the standard library is visible, in a minimal root. `needed`: what the interpreter loads to start, the modules that
-    `imports` lists, and what they and the distributions import; the error of any other names the line to change (layers.md)."""
+    `imports` lists, and what they and the distributions import; the error of any other names the line to change (layers.md). `auto`:
+    `needed` where `imports` lists a module of the standard library (`["numpy", "json"]`), and `whole` otherwise."""
     without: tuple[str, ...] = ()
     """Modules of the standard library that are not visible inside, in a minimal root (`["ctypes", "socket"]`). Those that are built into
     the interpreter cannot be left out; neither can those that it needs to start."""
@@ -107,6 +110,11 @@ class Python(Struct, frozen=True, kw_only=True):
     `refuse` also raises PermissionError, naming the line to change, where the filter would refuse without a word. Not for a warm one."""
     scan_ignore: tuple[str, ...] = ()
     """Names of rules that the scan leaves out."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether a minimal root has all of the standard library."""
+        return self.stdlib == "whole" or (self.stdlib == "auto" and sys.stdlib_module_names.isdisjoint(self.imports))
 
 
 class Policy(Struct, frozen=True, kw_only=True):

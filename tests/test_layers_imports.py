@@ -114,6 +114,14 @@ def test_only_the_needed_part_of_the_standard_library_is_there_and_the_error_nam
         assert jail.run_python("try: import socket\nexcept ImportError as error: print(error.name)").check().stdout == b"socket\n"
 
 
+def test_a_list_with_a_module_of_the_standard_library_is_the_whole_list() -> None:
+    source = "import numpy, json\nprint(json.loads('3') + numpy.int64(1))\nimport sqlite3"
+    result = nsjail_py.run_python(source, imports=["numpy", "json"])
+    assert result.stdout == b"4\n" and LINE % b"sqlite3" in result.stderr
+    for other in ({"imports": ["numpy"]}, {"imports": ["numpy", "json"], "stdlib": "whole"}):
+        assert nsjail_py.run_python("import json, sqlite3", **other).ok
+
+
 def test_what_a_listed_module_imports_is_needed_too() -> None:
     source = (
         "import socket, datetime, hashlib; socket.SOCK_STREAM, hashlib.blake2s(b'')\nprint(datetime.datetime.strptime('2020', '%Y').year)"
