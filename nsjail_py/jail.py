@@ -224,13 +224,14 @@ class Process:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """Kills the run if it is still going on, and closes the pipes."""
+        """Kills the run if it is still going on, and closes the pipes: in this order, or a program that writes would end by SIGPIPE."""
+        if not self.reported:
+            self.kill()
         for file in (self.stdin, self.stdout, self.stderr):
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
         if not self.reported:
-            self.kill()
             with contextlib.suppress(JailError):
                 self.wait()
 

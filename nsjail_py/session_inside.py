@@ -82,6 +82,8 @@ def worker(control: socket.socket) -> None:
             status = os.waitpid(head["pid"], 0)[1]
             if head["tell"]:
                 send(control, {"status": status})
+        elif head["do"] == "settle":
+            send(control, {})
         elif descriptor is not None:
             control = forked(control, socket.socket(fileno=descriptor))
 
@@ -290,10 +292,19 @@ class Keeper:
     def checkpoint(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         if self.active is None:
             return {"gone": True}, b""
-        fresh = self.active.fork()
+        fresh = self._forked(self.active)
         self.kept.append(self.active)
         self.active = fresh
         return {"id": len(self.kept) - 1}, b""
+
+    def _forked(self, state: State) -> State:
+        """Where there is no room, once more when those are buried that are dead already."""
+        try:
+            return state.fork()
+        except OSError:
+            for one in self.kept:
+                one.ask({"do": "settle"})
+            return state.fork()
 
     def restore(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         number = head["id"]
@@ -302,13 +313,13 @@ class Keeper:
         before = self.active
         try:
             try:
-                self.active = self.kept[number].fork()
+                self.active = self._forked(self.kept[number])
             except OSError:  # with one process less there may be room
                 if before is None:
                     raise
                 before.drop()
                 self.active = before = None
-                self.active = self.kept[number].fork()
+                self.active = self._forked(self.kept[number])
         except EOFError:
             return {"gone": True}, b""
         if before is not None:
