@@ -101,13 +101,18 @@ static int order_give(struct launcher *launcher, struct run *run, const struct r
 	return order_send(launcher, run, request, descriptors, count);
 }
 
-/* A cell from stock that has the order; one that died there is passed over, and its end clears it away. */
+/* A cell from stock that has the order, or none because its clock cannot be set: no program runs without. One that died in stock is
+ * passed over, and its end clears it away. */
 static struct run *parked_run(struct launcher *launcher, struct shelf *shelf, const struct request *request, int *descriptors,
                               int count) {
 	struct run *run;
 	while ((run = shelf_take(launcher, shelf))) {
-		if (order_give(launcher, run, request, descriptors, count) == 0)
+		run->ordered = 1;
+		run->start_ns = shelf->used_ns;
+		clocks_check(launcher, run);
+		if (run->report.step || order_give(launcher, run, request, descriptors, count) == 0)
 			return run;
+		run->ordered = 0;
 		shelf_return(launcher, shelf);
 		run_spoil(run, STEP_LOST, 0);
 	}
@@ -138,10 +143,8 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 	if ((!parked && order_give(launcher, run, request, descriptors + 2, count - 2) < 0 && errno != EPIPE) ||
 	    watch(launcher, run->channel, EVENT_CHANNEL, run) < 0)
 		return run_spoil(run, STEP_ORDER, errno);
-	if (cell_is_job(run) && !run->held)
+	if (cell_is_job(run) && !run->held && !run->report.step)
 		run_execed(launcher, run);
-	else if (parked)
-		clocks_check(launcher, run);
 }
 
 uint32_t run_program_pid(const struct run *run) {

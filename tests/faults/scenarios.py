@@ -264,7 +264,9 @@ def judge(taken: Take, base: Take, scenario: str) -> str:
         return f"WRONG: left behind (cells, descriptors, groups): {taken.left}, without the fault {base.left}"
     failed = [number for number, (got, wanted) in enumerate(zip(taken.outcomes, base.outcomes, strict=True)) if got != wanted]
     cell = failed[0] + 1 if point.role == "launcher" and failed else point.cell
-    ran = any(call.name == EXEC and call.cell == cell for call in taken.log[: taken.hit - 1])
+    executed = [call.cell for call in taken.log[: taken.hit - 1] if call.name == EXEC]
+    # Runs come one after the other, each in whichever cell was ready: so many have executed their program.
+    ran = cell in executed or (point.role == "launcher" and bool(failed) and len(executed) > failed[0])
     stock = scenario == "shared" and point.cell >= (2 if point.role == "launcher" else 3)
     wrong = [(got, wanted) for got, wanted in zip(taken.outcomes, base.outcomes, strict=True) if got != wanted]
     if point.name in TOLD_NESTED and wrong and all(_only_nested(got, wanted) for got, wanted in wrong):
