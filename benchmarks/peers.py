@@ -5,10 +5,12 @@ Only what is installed takes part; `./dev bench --peers` installs those that apt
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -61,17 +63,30 @@ def _runtime(name: str, command: list[str]) -> Once:
     return lambda: jail.run(command).check()
 
 
-def forkserver() -> Once:
-    """CPython's own way to a fresh interpreter that has its modules."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["__main__"])  # else each child imports this program anew
+def timed(stack: ExitStack, source: str) -> Once:
+    """A program of its own that does it once for each line that it reads, and takes its own time: the pipe to it does not count."""
+    caller = stack.enter_context(subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    stack.callback(caller.stdin.close)
 
-    def once() -> None:
-        process = server.Process(target=os.getpid)
-        process.start()
-        process.join()
+    def once() -> float:
+        caller.stdin.write("\n")
+        caller.stdin.flush()
+        return float(caller.stdout.readline())
 
     return once
+
+
+FORKSERVER = """
+import multiprocessing, os, sys, time
+server = multiprocessing.get_context("forkserver")
+for _ in sys.stdin:
+    begin = time.perf_counter()
+    process = server.Process(target=os.getpid)
+    process.start()
+    process.join()
+    print((time.perf_counter() - begin) * 1000, flush=True)
+"""
+"""CPython's own way to a fresh interpreter that has its modules. A program without a file: else each child imports it anew."""
 
 
 def programs(command: list[str]) -> dict[str, Peer]:

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from peers import Once, Peer, programs, spawn
+from peers import Once, Peer, programs, spawn, timed
 from rows import Target
 
 import nsjail_py
@@ -49,19 +49,6 @@ def protections(jail: Jail, command: list[str] = TRUE) -> str:
     return f"{len(applied)}: {', '.join(applied)}"
 
 
-def heavy(stack: ExitStack) -> Once:
-    """Runs in a caller that is large; it takes its own time, so that the pipe to it does not count."""
-    caller = stack.enter_context(subprocess.Popen([sys.executable, "-c", HEAVY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-    stack.callback(caller.stdin.close)
-
-    def once() -> float:
-        caller.stdin.write("\n")
-        caller.stdin.flush()
-        return float(caller.stdout.readline())
-
-    return once
-
-
 def alone(stack: ExitStack) -> Once:
     """A saved plan, run without Python."""
     plan = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "plan"
@@ -79,7 +66,7 @@ def contestants(stack: ExitStack) -> dict[str, Peer]:
         BARE: Peer(spawn(TRUE), "nothing"),
         STOCK: Peer(lambda: stocked.run(TRUE).check() and None, all_of_them),
         EMPTY: Peer(lambda: cold.run(TRUE).check() and None, "the same"),
-        LARGE: Peer(heavy(stack), "the same"),
+        LARGE: Peer(timed(stack, HEAVY), "the same"),
         ALONE: Peer(alone(stack), "the same"),
         **programs(TRUE),
         PYTHON: Peer(spawn([sys.executable, "-c", "pass"]), "nothing"),

@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from peers import Once, Peer, forkserver, spawn
+from peers import FORKSERVER, Once, Peer, spawn, timed
 from rows import Row, Target
 from start import protections
 
@@ -49,7 +49,7 @@ def contestants(stack: ExitStack) -> dict[str, Peer]:
     return {
         BARE: Peer(spawn([sys.executable, "-I", "-S", "-c", "pass"]), "nothing"),
         IMPORT: Peer(spawn([sys.executable, "-c", "import numpy"]), "nothing"),
-        "CPython's forkserver, no jail": Peer(forkserver(), "nothing"),
+        "CPython's forkserver, no jail": Peer(timed(stack, FORKSERVER), "nothing"),
         "run_python, no warm interpreter": Peer(lambda: cold.run_python("pass").check() and None, names),
         JOB: Peer(lambda: bare.run_python("pass").check() and None, "the same"),
         NUMPY_JOB: Peer(lambda: numpy.run_python(NUMPY).check() and None, "the same"),
