@@ -1,43 +1,22 @@
-"""Line coverage of native/ by the suite: ./dev coverage. As a pytest plugin it gives each template a file for its counters; as a program
-it adds them up, and compares what no test reaches with uncovered.toml.
+"""Line coverage of native/ by the suite: ./dev coverage. It adds the counters up, and compares what no test reaches with uncovered.toml.
 
     python line_coverage.py DIRECTORY
 """
 
 from __future__ import annotations
 
-import builtins
-import itertools
 import json
-import os
 import re
 import subprocess
 import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
 BUILT = TOP / "nsjail_py"
 LEAST = 85.0
-
-
-def pytest_configure(config: Any) -> None:
-    """A template's standard input and output are /dev/null: the one thing of the host's that it can open again."""
-    from nsjail_py import warm
-
-    directory, numbers = TOP / "build/coverage", itertools.count()
-
-    def opened(path: Any, mode: str = "r", *rest: Any) -> Any:
-        if path == os.devnull:
-            path = directory / f"template-{os.getpid()}-{next(numbers)}.profraw"
-            path.touch()
-            path.chmod(0o666)
-        return builtins.open(path, mode, *rest)
-
-    warm.open = opened  # type: ignore[attr-defined]
 
 
 def lines(directory: Path) -> dict[str, dict[int, int]]:
