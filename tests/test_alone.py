@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from conftest import IS_ROOT
-from msgspec.structs import replace
 
 import nsjail_py
 from nsjail_py import cgroups, launcher
@@ -75,6 +74,18 @@ def said(done: subprocess.CompletedProcess[bytes]) -> str:
     (line,) = done.stderr.decode().splitlines()
     assert line.startswith("nsjail-launcher: ")
     return line.removeprefix("nsjail-launcher: ")
+
+
+def refused(plan: Path, reason: str) -> None:
+    done = alone(plan, "/bin/true")
+    assert done.returncode == SETUP and done.stdout == b"" and reason in said(done), done.stderr
+
+
+def edited(plan: Path, edit: Callable[[Any], None]) -> None:
+    """The file with another head, and a checksum that is right for it."""
+    data = bytearray(plan.read_bytes())
+    edit(ffi.from_buffer("struct saved *", data))
+    plan.write_bytes(_with_checksum(bytes(data)))
 
 
 # ---------------------------------------------------------------- streams and status
@@ -322,160 +333,6 @@ def test_a_terminal_is_carried_and_never_given(plans: Path) -> None:
         assert process.wait(20) == 0
     assert b"[False, False, False]" in os.read(ours, 1000)
     os.close(ours)
-
-
-# ---------------------------------------------------------------- the file
-
-
-def test_the_file_is_its_owners_alone(plans: Path) -> None:
-    assert (plans / "any").stat().st_mode & 0o777 == 0o600
-
-
-def refused(plan: Path, reason: str) -> None:
-    done = alone(plan, "/bin/true")
-    assert done.returncode == SETUP and done.stdout == b"" and reason in said(done), done.stderr
-
-
-@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
-def test_a_file_that_others_can_write_is_refused(mode: int, plans: Path, tmp_path: Path) -> None:
-    shutil.copy(plans / "any", tmp_path / "plan")
-    (tmp_path / "plan").chmod(mode)
-    refused(tmp_path / "plan", "nobody else can write")
-
-
-@pytest.mark.skipif(not IS_ROOT, reason="only root can give a file away")
-def test_a_file_of_somebody_else_is_refused(plans: Path, tmp_path: Path) -> None:
-    shutil.copy(plans / "any", tmp_path / "plan")
-    os.chown(tmp_path / "plan", 65534, 65534)
-    refused(tmp_path / "plan", "must be a file that belongs to uid 0")
-
-
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo", 0o600)
-    for path in (tmp_path, tmp_path / "fifo"):
-        refused(path, "must be a file")
-    refused(tmp_path / "none", "No such file")
-
-
-def test_every_changed_byte_is_found(plans: Path, tmp_path: Path) -> None:
-    data, plan = (plans / "any").read_bytes(), tmp_path / "plan"
-    plan.touch(0o600)
-    for place in [*range(0, 200, 7), *range(200, len(data), len(data) // 40)]:
-        changed = bytearray(data)
-        changed[place] ^= 0x10
-        plan.write_bytes(changed)
-        assert alone(plan, "/bin/true").returncode == SETUP, place
-
-
-def edited(plan: Path, edit: Callable[[Any], None]) -> None:
-    """The file with another head, and a checksum that is right for it."""
-    data = bytearray(plan.read_bytes())
-    edit(ffi.from_buffer("struct saved *", data))
-    plan.write_bytes(_with_checksum(bytes(data)))
-
-
-FAR = 1 << 30
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"release": FAR},
-        {"search": 0},
-        {"tree": FAR},
-        {"locks": FAR},
-        {"slot": 0},
-        {"slot": FAR},
-        *({span: {"offset": FAR, "count": 1}} for span in ("plan", "sources", "groups", "visible", "environment", "passed", "steps")),
-    ],
-    ids=str,
-)
-def test_a_reference_to_elsewhere_is_damage_although_the_checksum_is_right(change: dict[str, Any], plans: Path, tmp_path: Path) -> None:
-    def edit(head: Any) -> None:
-        for name, value in change.items():
-            setattr(head, name, value)
-
-    shutil.copy(plans / "any", tmp_path / "plan")
-    edited(tmp_path / "plan", edit)
-    refused(tmp_path / "plan", "is damaged")
-
-
-@pytest.mark.parametrize(
-    ("table", "kind", "field"),
-    [("sources", "saved_file", "path"), ("groups", "saved_group", "group"), ("groups", "saved_group", "mount")],
-)
-def test_a_row_that_leads_elsewhere_is_damage(table: str, kind: str, field: str, plans: Path, tmp_path: Path) -> None:
-    def edit(head: Any) -> None:
-        span = getattr(head, table)
-        if not span.count:
-            pytest.skip("no control groups")
-        setattr(ffi.cast(f"struct {kind} *", ffi.cast("char *", head) + span.offset)[0], field, FAR)
-
-    shutil.copy(plans / "any", tmp_path / "plan")
-    edited(tmp_path / "plan", edit)
-    refused(tmp_path / "plan", "is damaged")
-
-
-def put_text(head: Any, offset: int, text: bytes) -> None:
-    """A string of the block, in the place of one that is as long."""
-    ffi.memmove(ffi.cast("char *", head) + offset, text, len(text))
-
-
-def test_a_plan_from_under_another_kernel_asks_for_a_new_compilation(plans: Path, tmp_path: Path) -> None:
-    shutil.copy(plans / "any", tmp_path / "plan")
-    edited(tmp_path / "plan", lambda head: put_text(head, head.release, b"0"))
-    refused(tmp_path / "plan", "was compiled under another kernel; compile it again")
-
-
-def test_a_plan_for_another_user_is_refused(plans: Path, tmp_path: Path) -> None:
-    shutil.copy(plans / "any", tmp_path / "plan")
-    edited(tmp_path / "plan", lambda head: setattr(head, "uid", 12345))
-    refused(tmp_path / "plan", "was compiled for uid 12345")
-
-
-@pytest.mark.skipif(not IS_ROOT, reason="the file is root's")
-def test_a_file_that_gives_less_than_it_says_is_refused() -> None:
-    plan = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not plan.exists() or plan.stat().st_mode & 0o022:
-        pytest.skip("no such file here")
-    refused(plan, "cannot be read")
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, 1000, -8, -1])
-def test_a_file_that_is_cut_or_longer_is_refused(size: int, plans: Path, tmp_path: Path) -> None:
-    data = (plans / "any").read_bytes()
-    (tmp_path / "plan").touch(0o600)
-    (tmp_path / "plan").write_bytes(data[:size])
-    assert alone(tmp_path / "plan", "/bin/true").returncode == SETUP
-    (tmp_path / "plan").write_bytes(data + bytes(8))
-    refused(tmp_path / "plan", "damaged")
-
-
-def test_a_root_that_is_gone_asks_for_a_new_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NSJAIL_PY_CACHE", str(tmp_path / "cache"))
-    save(UNTRUSTED, tmp_path / "plan")
-    assert alone(tmp_path / "plan", "/bin/true").returncode == 0
-    shutil.rmtree(tmp_path / "cache" / "roots")
-    refused(tmp_path / "plan", "compile it again")
-
-
-def test_a_program_that_has_changed_asks_for_a_new_compilation(tmp_path: Path) -> None:
-    program = tmp_path / "own"
-    shutil.copy("/bin/true", program)
-    save(UNTRUSTED, tmp_path / "plan", str(program))
-    assert alone(tmp_path / "plan", str(program)).returncode == 0
-    for change in (lambda: os.utime(program, (1, 1)), program.unlink):
-        change()
-        done = alone(tmp_path / "plan", str(program))
-        assert done.returncode == SETUP and "has changed since; compile it again" in said(done)
-
-
-def test_a_protection_that_this_host_lacks_is_refused_when_the_plan_is_made(tmp_path: Path) -> None:
-    if IS_ROOT and launcher.current().claim.kind != "none":
-        pytest.skip("this host lacks nothing")
-    with pytest.raises(nsjail_py.Unavailable, match=r"cgroup|own_uid"):
-        save(replace(UNTRUSTED, best_effort=()), tmp_path / "plan")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_that_fails_is_named_with_its_errno(tmp_path: Path) -> None:

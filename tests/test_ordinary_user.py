@@ -14,6 +14,7 @@ SUITES = [
     "test_holes.py",
     "test_cli.py",
     "test_alone.py",
+    "test_saved.py",
     "test_bad_input.py",
     "test_stock.py",
     "test_warm.py",

@@ -1,6 +1,6 @@
 """Line coverage of native/ by the suite: ./dev coverage. It adds the counters up, and compares what no test reaches with uncovered.toml.
 
-    python line_coverage.py DIRECTORY
+python line_coverage.py DIRECTORY
 """
 
 from __future__ import annotations
