@@ -202,6 +202,11 @@ def level(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def importing_ours() -> dict[str, str]:
+    """The environment of a Python that imports from this directory, too."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))}
+
+
 @pytest.fixture
 def cli() -> list[str]:
     return [sys.executable, "-m", "nsjail_py"]

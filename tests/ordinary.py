@@ -63,7 +63,7 @@ def prepare(home: Path) -> Path:
 def run(home: Path, project: Path, suite: str) -> None:
     user = home / "user"
     environment = {"HOME": str(user), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {name: os.environ[name] for name in ("TEST_PATIENCE", "SANITIZED") if name in os.environ}
+    environment |= {name: os.environ[name] for name in ("TEST_PATIENCE", "SANITIZED", "PYTHONPATH") if name in os.environ}
     command = [str(user / "venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={user}/tmp/{suite}"]
     if "SANITIZED" in os.environ:  # a job's reaper has no room for ASan's shadow where RLIMIT_DATA stands for a control group
         command += ["-k", "not warm"]

@@ -11,19 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, importing_ours
 
 import nsjail_py
 from nsjail_py import launcher
 
-TESTS = Path(__file__).resolve().parent
 SECONDS = 10 if IS_ROOT else 5
 
 
 def test_no_kill_at_any_moment_gives_a_wrong_result_or_leaves_anything(capsys: pytest.CaptureFixture[str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-m", "chaos.storm", str(SECONDS)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=importing_ours(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     with capsys.disabled():
         print(f" [{done.stdout.splitlines()[1].strip()}]", end="")

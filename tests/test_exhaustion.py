@@ -3,14 +3,13 @@ remedy; nothing is left of it, and as soon as there is enough again the next one
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, importing_ours
 
 import nsjail_py
 
@@ -71,7 +70,7 @@ def program(source: str, *prefix: str, **environment: str) -> str:
         [*prefix, sys.executable, "-c", HEAD + source],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
+        env=importing_ours() | environment,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -140,7 +140,7 @@ class Storm:
             self.wrong.append(f"WRONG {source} wrote {done.stdout!r}, {done.stderr!r}")
 
     def start(self) -> None:
-        environment = {**os.environ, "NSJAIL_PY_CACHE": self.cache, "PYTHONPATH": str(HERE.parent)}
+        environment = {**os.environ, "NSJAIL_PY_CACHE": self.cache}
         command = [sys.executable, str(HERE / "caller.py"), str(self.seed + len(self.pids))]
         self.caller = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.pids.append(self.caller.pid)
