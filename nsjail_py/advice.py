@@ -9,7 +9,7 @@ ANY = 0
 APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 
 ROWS: dict[tuple[str, int], str] = {
-    ("request", ANY): "the launcher could not take it: raise the limit of open files (ulimit -Hn), or run fewer jails at a time",
+    ("request", ANY): "the launcher has not answered: raise the limit of open files (ulimit -Hn), or run fewer jails at a time",
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
     ("cgroup", E.ENODEV): "this host gives us no control group: see `nsjail-py doctor`",
     ("cgroup", E.ENOSPC): "the control group's cpuset is empty, or the limit of groups is reached",
