@@ -1,4 +1,4 @@
-"""Running things: `run`, `run_python`, `Jail` and the handle of a run, `Process`.
+"""Running things: `run`, `run_python` and `Jail`, which start them. What is started has a handle, process.py.
 
     policy -> plan -> launch -> inside -> watch -> result
 
@@ -7,32 +7,24 @@ Made for use from any number of threads at once. aio.py has the same for asyncio
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import signal
-import socket
-import subprocess
 import threading
-import time
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
-
-from msgspec import structs
+from typing import TYPE_CHECKING, Any, Self
 
 from . import launcher
-from ._native import ffi, lib
+from ._native import lib
 from .compiled import PATH, Compiled, Host, for_program, for_python
-from .errors import JailError, LauncherDied, PolicyError, SetupError
+from .errors import PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
 from .policyfile import load, override
-from .reports import Context, parse, to_result
+from .process import Process
 from .result import Result
-from .streams import DEVNULL, PIPE, STDOUT, Ends, Exchange, Stream, captured, no_directory, ready, split
+from .streams import DEVNULL, PIPE, STDOUT, Ends, Stream, captured, no_directory, split
 
 if TYPE_CHECKING:
     from .cgroups import Claim
@@ -46,194 +38,6 @@ STOCK = 2
 """How many jails wait for the next runs of one program under one policy, where a Jail does not say."""
 MAX_STOCK = 64
 Args = Sequence[str | os.PathLike[str]]
-
-
-class Process:
-    """A run that has been started: like subprocess.Popen, but in a jail, and its end is a Result.
-
-    stdin, stdout and stderr are binary files where PIPE was asked for, else None. A handle that is dropped kills its run.
-    """
-
-    def __init__(
-        self,
-        compiled: Compiled,
-        order: bytes,
-        args: list[str],
-        ends: Ends,
-        pass_fds: Sequence[int],
-        stock: int,
-        template: Template | None = None,
-        page: Page | None = None,
-    ) -> None:
-        self.compiled = compiled
-        self.page = page
-        self.template = template
-        """Kept alive by its jobs, to their end."""
-        self.args = args
-        self.reported: Any = None
-        self._pid: int | None = None
-        self._result: Result | None = None
-        self._exchange: Exchange | None = None
-        self._lost = False
-        self._begin_ns, self._heard_ns = time.monotonic_ns(), 0
-        self._ends = ends
-        self.stdin: IO[bytes] | None
-        self.stdout: IO[bytes] | None
-        self.stderr: IO[bytes] | None
-        self.stdin, self.stdout, self.stderr = files = ends.files()
-        try:
-            self.launcher, self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
-        except BaseException:
-            for file in files:
-                if file is not None:
-                    file.close()
-            ends.close()
-            raise
-        ends.sent()
-        self._finalizer = weakref.finalize(self, self.channel.close)
-
-    def _submit(self, order: bytes, descriptors: list[int], stock: int) -> tuple[launcher.Launcher, socket.socket]:
-        plan, template = self.compiled.plan, self.template
-        if template is None:
-            return launcher.submit(plan, order, descriptors, stock)
-        try:
-            return template.launcher, template.launcher.submit(plan, order, descriptors, stock, template.number)
-        except (BrokenPipeError, ConnectionResetError):
-            launcher.lost(template.launcher)
-            raise LauncherDied("the launcher ended, and the warm interpreter with it; the next run starts new ones") from None
-
-    @property
-    def pid(self) -> int | None:
-        """The program's process id on the host, once it runs; None when it never did."""
-        if self._pid is None and not self.reported:
-            self._command(0, lib.CAUSE_NONE)
-        while self._pid is None and not self.reported:
-            ready([self.channel.fileno()], None)
-            self.hear()
-        return self._pid
-
-    def hear(self) -> bool:
-        """Takes one message from the launcher; true when it was the last."""
-        if self.reported:
-            return True
-        message = self._receive()
-        if not message:
-            self.reported = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
-            if not self.launcher.alive:
-                self._lost = True
-                launcher.lost(self.launcher)
-            return True
-        report = parse(message)
-        if report.kind == lib.REPORT_STARTED:
-            self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
-            return False
-        self.reported, self._heard_ns = report, time.monotonic_ns()
-        return True
-
-    def _receive(self) -> bytes:
-        """One message, empty at the end. A command that the launcher no longer read shows as one reset, before what it had sent."""
-        for _ in range(2):
-            with contextlib.suppress(ConnectionResetError):
-                return self.channel.recv(1 << 16)
-        return b""
-
-    def poll(self) -> Result | None:
-        """The result if the run is over, else None. Does not wait."""
-        while not self.reported and ready([self.channel.fileno()], 0):
-            self.hear()
-        return self._finish() if self.reported else None
-
-    def wait(self, timeout: float | None = None) -> Result:
-        """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
-        while not self.reported:
-            if not ready([self.channel.fileno()], timeout):
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            self.hear()
-        return self._finish()
-
-    def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Result:
-        """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired; it may be called again then."""
-        self.exchange(input).run(timeout)
-        return self._finish()
-
-    def stream(self, input: bytes | None = None) -> Iterator[tuple[str, bytes]]:
-        """Feeds input and gives the output as it comes: ("stdout" or "stderr", bytes), to the end of the run; `wait` has the result then,
-        without what was given here. Beyond the policy's limit of output the run is ended, as in communicate."""
-        exchange = self.exchange(input)
-        while not self.reported:
-            exchange.wait(None)
-            yield from exchange.taken()
-        yield from exchange.taken()
-
-    def exchange(self, input: bytes | None = None) -> Exchange:
-        """The transfer of this run's streams, made on first use."""
-        if self._exchange is None:
-            self._exchange = Exchange(self, input)
-        return self._exchange
-
-    def kill(self) -> None:
-        """Ends the whole jail. Harmless when the run is over."""
-        self._command(0, lib.CAUSE_CALLER)
-
-    def terminate(self) -> None:
-        """Sends SIGTERM to the program."""
-        self.send_signal(signal.SIGTERM)
-
-    def send_signal(self, number: int) -> None:
-        """Sends a signal to the program itself, not to its children."""
-        self._command(signal.Signals(number), lib.CAUSE_NONE)
-
-    def exceeded_output(self) -> None:
-        """Ends the run because it wrote more than its policy lets it."""
-        self._command(0, lib.CAUSE_OUTPUT)
-
-    def _command(self, number: int, cause: int) -> None:
-        command = ffi.new("struct command *", {"signal": number, "cause": cause})
-        with contextlib.suppress(OSError):
-            self.channel.send(bytes(ffi.buffer(command)), socket.MSG_NOSIGNAL)
-
-    def _finish(self) -> Result:
-        if self._result is None:
-            self._finalizer()
-            self.template = None
-            self._ends.finish()
-            if self._lost:
-                raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
-            self._result = to_result(self.reported, self._context())
-            if self.page is not None:
-                self._result = structs.replace(self._result, audit=self.page.read())
-                self.page.close()
-        return self._result
-
-    def _context(self) -> Context:
-        done = self._exchange
-        context = Context(
-            self.compiled.policy,
-            self.launcher.claim.mode,
-            self.compiled.mounts,
-            self.compiled.protections,
-            begin_ns=self._begin_ns,
-            heard_ns=self._heard_ns,
-        )
-        if done is None:
-            return context
-        stdout, stderr = (b"".join(done.output[name]) for name in ("stdout", "stderr"))
-        return context._replace(stdout=stdout, stderr=stderr, stdout_cut=done.cut["stdout"], stderr_cut=done.cut["stderr"])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """Kills the run if it is still going on, and closes the pipes: in this order, or a program that writes would end by SIGPIPE."""
-        if not self.reported:
-            self.kill()
-        for file in (self.stdin, self.stdout, self.stderr):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
-        if not self.reported:
-            with contextlib.suppress(JailError):
-                self.wait()
 
 
 class Jail:

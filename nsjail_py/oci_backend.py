@@ -26,9 +26,9 @@ from msgspec.structs import replace
 from . import launcher, oci_bundle
 from ._native import ffi, lib
 from .errors import PolicyError, SetupError, Unavailable
-from .jail import Process
 from .plan import OrderFile
 from .policy import Policy
+from .process import Process
 from .result import Protection, Result
 from .streams import Ends, ready
 

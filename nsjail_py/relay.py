@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from .result import Result, Verdict
 
 if TYPE_CHECKING:
-    from .jail import Process
+    from .process import Process
 
 CHUNK = 65536
 Sink = Callable[[bytes], object]

@@ -18,7 +18,7 @@ from .carrier import Carrier, would_own
 from .errors import PolicyError, during
 
 if TYPE_CHECKING:
-    from .jail import Process
+    from .process import Process
 
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 Stream = int | IO[Any] | None
