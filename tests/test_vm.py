@@ -55,9 +55,9 @@ def qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / machine.QEMU
 
 
-def boot(seconds: float = 60) -> machine.Outcome:
+def boot(seconds: float = 60, which: machine.Machine = WHICH) -> machine.Outcome:
     with open(os.devnull, "wb") as nowhere:
-        return machine.run(WHICH, "root", ["true"], nowhere, seconds)
+        return machine.run(which, "root", ["true"], nowhere, seconds)
 
 
 def test_without_qemu_there_is_one_line_and_125(tmp_path: Path) -> None:
@@ -125,6 +125,15 @@ def test_the_status_of_the_command_is_passed_on(cache: Path, qemu: Path) -> None
     assert not list(cache.glob("run-*"))
 
 
+def test_a_machine_is_built_and_booted_with_its_security_module(cache: Path, qemu: Path, tmp_path: Path) -> None:
+    for distro in images.DISTROS:
+        selinux = distro == "debian13-selinux"
+        script(qemu, status_port("status 0\\n") + f"; echo $* >{tmp_path}/words")
+        assert boot(which=machine.Machine(distro, "6.12")).status == 0
+        assert ("security=selinux" in (tmp_path / "words").read_text()) == selinux
+        assert images.security(distro) == ("selinux" if selinux else "apparmor")
+
+
 def test_a_command_that_does_not_end_is_given_up(cache: Path, qemu: Path) -> None:
     script(qemu, status_port("up 3.2\\n") + "; exec sleep 1000")
     with pytest.raises(TroubleError, match="did not end within 1 s"):
@@ -133,7 +142,7 @@ def test_a_command_that_does_not_end_is_given_up(cache: Path, qemu: Path) -> Non
 
 def test_a_killed_tool_takes_its_machine_along(cache: Path, qemu: Path, tmp_path: Path) -> None:
     script(qemu, f"echo $$ >{tmp_path}/pid; exec sleep 1000")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import machine, test_vm; machine._boot(*map(test_vm.Path, sys.argv[2:4]), [], sys.stdout.buffer, 99)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import machine, test_vm; work, kernel = map(test_vm.Path, sys.argv[2:4]); machine._boot(work, machine._command(kernel, work / 'console', ''), [], sys.stdout.buffer, 99)"
     (tmp_path / "work").mkdir()
     tool = subprocess.Popen([sys.executable, "-c", code, ROOT / "tests/vm", tmp_path / "work", tmp_path], cwd=ROOT / "tests")
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import images
 from images import TroubleError
-from machine import Machine
+from machine import SECURITY, Machine
 
 # The box has no modules but those of its initrd; networkd and sshd sleep in the image, since ./dev vm does without them.
 COMMAND_LINE = (
     "console=ttyS0 quiet mitigations=off net.ifnames=0 random.trust_cpu=on "
     "systemd.wants=ssh.service systemd.wants=systemd-networkd.service systemd.mask=vm-job.service"
 )
-VAGRANTFILE = f"""Vagrant.configure("2") do |config|
+VAGRANTFILE = """Vagrant.configure("2") do |config|
   config.vm.provider :libvirt do |machine|
     machine.driver = "qemu"
     machine.cpu_mode = "custom"
     machine.cpu_model = "Nehalem"
     machine.kernel = File.join(__dir__, "vmlinuz")
     machine.initrd = File.join(__dir__, "initrd")
-    machine.cmd_line = "{COMMAND_LINE}"
+    machine.cmd_line = "{command_line}"
     machine.graphics_type = "none"
     machine.video_type = "none"
   end
@@ -39,7 +39,7 @@ def make(which: Machine, target: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="run-", dir=images.CACHE) as name:
         work = Path(name)
         (work / "metadata.json").write_text(json.dumps({"provider": "libvirt", "format": "qcow2", "virtual_size": 5}))
-        (work / "Vagrantfile").write_text(VAGRANTFILE)
+        (work / "Vagrantfile").write_text(VAGRANTFILE.format(command_line=f"{COMMAND_LINE} {SECURITY[images.security(which.distro)]}"))
         for part_of_kernel in ("vmlinuz", "initrd"):
             shutil.copy(kernel / part_of_kernel, work)
         converted = subprocess.run(

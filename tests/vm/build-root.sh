@@ -1,18 +1,25 @@
 #!/bin/sh
-# build-root.sh SUITE OUT.img CHECKOUT: a Debian with systemd, made ready by vagrant/provision/debian.sh, as one ext4 image. As root.
+# build-root.sh SUITE apparmor|selinux OUT.img CHECKOUT: a Debian with systemd, made ready by vagrant/provision/debian.sh, as one ext4 image. As root.
 # build-root.sh --inside ROOT CHECKOUT: the part that mmdebstrap calls back, when the base system is there.
 # Stages are told on standard output, everything else on standard error.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
 # What a machine has that somebody else set up; what the project needs comes from the provisioning script.
-base=systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod,apparmor,procps,iproute2,login,passwd,sudo,openssh-server,rsync,ca-certificates
+base=systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod,procps,iproute2,login,passwd,sudo,openssh-server,rsync,ca-certificates
 # What only costs time in a machine that lives for minutes.
 useless="apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer man-db.timer
     systemd-timesyncd.service systemd-pstore.service getty@tty1.service serial-getty@ttyS0.service systemd-journal-flush.service
     systemd-hwdb-update.service systemd-random-seed.service systemd-networkd-wait-online.service systemd-update-utmp.service
     systemd-binfmt.service ldconfig.service systemd-journal-catalog-update.service systemd-update-done.service
     ssh.service ssh.socket systemd-networkd.service tmp.mount" # Debian 13 has /tmp in memory, of which there is little here
+
+packages_of() {
+    case $1 in
+        apparmor) echo apparmor ;;
+        selinux) echo selinux-policy-default,policycoreutils ;;
+    esac
+}
 
 inside() {
     root=$1 checkout=$2
@@ -44,6 +51,13 @@ inside() {
     printf '[global]\nno-index = true\nfind-links = /opt/nsjail_py/wheels\n' >"$root/etc/pip.conf"
     rm -rf "$root/src" "$root/tmp/certificates" "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/archives/*.deb
     mkdir "$root/src"
+    [ ! -d "$root/etc/selinux/default" ] || labelled "$root"
+}
+
+# Every file has its label before the first boot, which would otherwise be two, with a long walk between them.
+labelled() {
+    printf 'SELINUX=enforcing\nSELINUXTYPE=default\n' >"$1/etc/selinux/config"
+    chroot "$1" setfiles -F /etc/selinux/default/contexts/files/file_contexts / >&2
 }
 
 # The user, the well-known key and the network that Vagrant expects of a box.
@@ -60,12 +74,12 @@ if [ "$1" = --inside ]; then
     inside "$2" "$3"
     exit
 fi
-suite=$1 out=$2 checkout=$3
+suite=$1 security=$2 out=$3 checkout=$4
 work=$(mktemp -d "$(dirname -- "$out")/root.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM HUP
 echo "  its packages, and the virtual environment of the suite"
-mmdebstrap --variant=apt --include="$base" --skip=cleanup/reproducible \
+mmdebstrap --variant=apt --include="$base,$(packages_of "$security")" --skip=cleanup/reproducible \
     --aptopt='Acquire::Languages "none"' --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
     --customize-hook="sh '$here/build-root.sh' --inside \"\$1\" '$checkout'" \

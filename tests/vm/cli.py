@@ -15,8 +15,7 @@ import machine
 from images import TroubleError
 from machine import Machine
 
-DEFAULT_KERNELS = {"debian12": "6.1", "debian13": "6.12"}
-ALL = [("debian12", "6.1"), ("debian13", "6.12")]
+DEFAULT_KERNELS = {"debian12": "6.1", "debian13": "6.12", "debian13-selinux": "6.12"}
 
 
 def _vm(arguments: argparse.Namespace) -> int:
@@ -27,7 +26,7 @@ def _vm(arguments: argparse.Namespace) -> int:
 
 def _test(arguments: argparse.Namespace) -> int:
     words = arguments.pytest[1:] if arguments.pytest[:1] == ["--"] else arguments.pytest
-    chosen = [Machine(*each) for each in ALL if arguments.distro in (None, each[0])]
+    chosen = [Machine(*each) for each in DEFAULT_KERNELS.items() if arguments.distro in (None, each[0])]
     if arguments.kernel:
         chosen = [Machine(arguments.distro or "debian12", arguments.kernel)]
     users = [arguments.user] if arguments.user else machine.USERS

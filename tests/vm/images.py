@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsjail_py" / "vm"
-DISTROS = {"debian12": "bookworm", "debian13": "trixie"}
+DISTROS = {"debian12": "bookworm", "debian13": "trixie", "debian13-selinux": "trixie"}
 """Machines that can be built here, and their Debian suites."""
 KERNELS = {"6.1": "bookworm", "6.12": "trixie", "backports": "trixie-backports"}
 """Kernels that any of them can be booted with, and the suites that have them."""
@@ -60,6 +60,11 @@ def root(distro: str) -> Path:
     return _image("root", distro, [repr(packages), *map(Path.read_text, made_from)], _build_root) / "root.img"
 
 
+def security(distro: str) -> str:
+    """The security module of a machine: a kernel has one that labels processes."""
+    return "selinux" if distro.endswith("-selinux") else "apparmor"
+
+
 def kernel(name: str) -> Path:
     """The directory of a kernel: `vmlinuz`, `initrd`, `modules.img` and `release`."""
     made_from = [HERE / "build-kernel.sh", HERE / "guest" / "init"]
@@ -79,7 +84,8 @@ def _build_root(name: str, part: Path) -> list[str]:
     copy_checkout(part / "checkout")
     passed = [f"{key}={os.environ[key]}" for key in ("PIP_CERT", "PIP_INDEX_URL", "DEV_VM_MIRROR") if key in os.environ]
     as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    return [*as_root, "env", *passed, "sh", str(HERE / "build-root.sh"), DISTROS[name], str(part / "root.img"), str(part / "checkout")]
+    built = [DISTROS[name], security(name), str(part / "root.img"), str(part / "checkout")]
+    return [*as_root, "env", *passed, "sh", str(HERE / "build-root.sh"), *built]
 
 
 def _build_kernel(name: str, part: Path) -> list[str]:

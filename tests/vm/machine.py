@@ -33,7 +33,8 @@ BOOT_SECONDS = int(os.environ.get("DEV_VM_BOOT_SECONDS", "300"))
 PROBE_SECONDS = 20
 TCG = ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "Nehalem"]  # x86-64-v2, which numpy wants, and quicker to boot than `max`
 KVM = ["-accel", "kvm", "-cpu", "host"]
-APPEND = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off no_timer_check random.trust_cpu=on audit=0 systemd.show_status=0"
+APPEND = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off no_timer_check random.trust_cpu=on systemd.show_status=0"
+SECURITY = {"apparmor": "audit=0", "selinux": "security=selinux selinux=1"}  # what SELinux refuses stands in the kernel's log
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def run(machine: Machine, user: User, command: list[str], out: BinaryIO, seconds
         patience = "1" if accelerator is KVM else "10"
         share = _share(work, ["/bin/sh", "/media/run-as", user, "env", f"TEST_PATIENCE={patience}", *command])
         drives = [(disk, "snapshot=on,cache=unsafe"), (kernel / "modules.img", "readonly=on"), (share, "cache=unsafe")]
-        return _boot(work, kernel, [*accelerator, *_drives(drives)], out, seconds)
+        append = f"{APPEND} {SECURITY[images.security(machine.distro)]}"
+        return _boot(work, _command(kernel, work / "console", append), [*accelerator, *_drives(drives)], out, seconds)
 
 
 def _remove_abandoned() -> None:
@@ -144,7 +146,7 @@ def _boots_under_kvm(kernel: Path) -> bool:
         return console.exists() and b"vm: alive" in console.read_bytes()
 
 
-def _boot(work: Path, kernel: Path, arguments: list[str], out: BinaryIO, seconds: float) -> Outcome:
+def _boot(work: Path, command: list[str], arguments: list[str], out: BinaryIO, seconds: float) -> Outcome:
     console, status, log = work / "console", work / "status", work / "qemu"
     status.touch()
     read_end, write_end = os.pipe()
@@ -155,7 +157,7 @@ def _boot(work: Path, kernel: Path, arguments: list[str], out: BinaryIO, seconds
     began = time.monotonic()
     with open(log, "wb") as errors:
         qemu = subprocess.Popen(
-            [*_command(kernel, console, APPEND), *arguments, *ports],
+            [*command, *arguments, *ports],
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
