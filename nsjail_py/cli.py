@@ -173,6 +173,13 @@ def apparmor_profile(options: argparse.Namespace) -> int:
     return 0
 
 
+def selinux_module(options: argparse.Namespace) -> int:
+    from .selinux import SAMPLE
+
+    _print(SAMPLE, end="")
+    return 0
+
+
 def policy_list(options: argparse.Namespace) -> int:
     from .policyfile import load, names
 
@@ -243,6 +250,7 @@ ACTS: dict[tuple[str, str], Callable[[argparse.Namespace], int]] = {
     ("policy", "explain"): policy_explain,
     ("systemd", "unit"): systemd_unit,
     ("apparmor", ""): apparmor_profile,
+    ("selinux", ""): selinux_module,
 }
 
 

@@ -144,6 +144,10 @@ def _apparmor_options(apparmor: Parser) -> None:
     apparmor.add_argument("profile", choices=["launcher", "sample"])
 
 
+def _selinux_options(selinux: Parser) -> None:
+    selinux.add_argument("module", choices=["sample"])
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "run": ("run a Python script", _run_options),
     "exec": ("run any program", _exec_options),
@@ -152,6 +156,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "policy": ("list, show, check and explain policies", _policy_options),
     "systemd": ("write a hardened unit that runs a program in a jail", _systemd_options),
     "apparmor": ("print an AppArmor profile: for our launcher, or a sample for programs", _apparmor_options),
+    "selinux": ("print a module of SELinux policy: a sample for programs", _selinux_options),
 }
 
 
