@@ -46,9 +46,10 @@ ROWS: dict[tuple[str, int], str] = {
     ("seccomp", E.EACCES): "no_new_privs was not set",
     ("descriptors", E.EINVAL): "the hard limit of open files is too low: jails need numbers above 1000 (ulimit -Hn)",
     ("label", E.ENOENT): "no AppArmor profile of this name is loaded: apparmor_parser -r FILE as root",
-    ("label", E.EACCES): "the profile or domain of this process does not let it change to that one",
-    ("label", E.EINVAL): "SELinux knows no such context, or the domain of this process may not set one (setexec)",
-    ("label", E.EPERM): "the program came to run without it: see the kernel's log",
+    ("label", E.EACCES): "the profile or domain of this process may not change to that one by this program"
+    " (SELinux: setexec, transition, nosuid_transition, and the program's type as entrypoint): see the kernel's log",
+    ("label", E.EINVAL): "SELinux knows no such context: seinfo -t lists types, and their role must be allowed to have them",
+    ("label", E.EPERM): "the program came to run without it, or SELinux wants process2 nnp_transition for it: see the kernel's log",
     ("app files", E.ENOSPC): "the script is larger than the disk limit",
     ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
     ("template", ANY): "the warm interpreter ended: the next run starts another",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,7 +51,7 @@ def parse(message: bytes) -> Any:
 
 def to_result(report: Any, context: Context) -> Result:
     """The result of a run that took place. Raises SetupError where none did."""
-    step = STEP_NAMES[report.step]
+    step = "label" if refused_label(report, context) else STEP_NAMES[report.step]
     if report.kind == lib.REPORT_FAILED and step != "exec":
         raise setup_error(step, report, context)
     if report.cause == lib.CAUSE_NONE and (context.stdout_cut or context.stderr_cut):
@@ -97,6 +98,13 @@ def protections(report: Any, context: Context) -> tuple[Protection, ...]:
         return context.protections
     nested = Protection("nested_userns", "unavailable", "/proc/sys/user/max_user_namespaces cannot be written here")
     return tuple(nested if protection.name == nested.name else protection for protection in context.protections)
+
+
+def refused_label(report: Any, context: Context) -> bool:
+    """Whether exec was refused for the sake of a label. It comes with exec, and so does the security module's no; that the program may be
+    executed at all was seen before."""
+    labelled = any(one.name in ("apparmor", "selinux") and one.state == "applied" for one in context.protections)
+    return labelled and STEP_NAMES[report.step] == "exec" and report.error in (errno.EACCES, errno.EPERM)
 
 
 def setup_error(step: str, report: Any, context: Context) -> SetupError:
