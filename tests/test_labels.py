@@ -1,4 +1,4 @@
-"""A program's AppArmor profile, and our launcher's: really loaded, where this machine has AppArmor and we are root."""
+"""A program's AppArmor profile or SELinux context, and our launcher's profile: really loaded, where this machine has one and we are root."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from conftest import IS_ROOT
 
 import nsjail_py
-from nsjail_py import Jail, PolicyError, SetupError, apparmor, label, launcher
+from nsjail_py import Jail, PolicyError, SetupError, apparmor, label, launcher, selinux
 
 PARSER = shutil.which("apparmor_parser") is not None
 DOCTOR = f"doctor: {label.lacks()['apparmor']}" if label.lacks()["apparmor"] else ""
@@ -136,6 +136,120 @@ def test_ubuntus_restriction_is_named_and_our_profile_lifts_it(load: Callable[[s
     said = as_user(code, *confined)
     assert "it ran" in said
     assert "refused to this process, but not to the launcher" in " ".join(said.split())
+
+
+# ---------------------------------------------------------------- SELinux
+
+NO_SELINUX = (
+    (f"doctor: {label.lacks()['selinux']}" if label.lacks()["selinux"] else "")
+    or ("" if IS_ROOT else "only root loads modules of policy")
+    or ("" if shutil.which("semodule") else "semodule is not installed: apt install policycoreutils")
+)
+enforcing = pytest.mark.skipif(bool(NO_SELINUX), reason=NO_SELINUX)
+CONTEXT = "print(open('/proc/self/attr/current').read().strip('\\0\\n'))"
+NO_NNP = """\
+(type nsjail_test_t)
+(typeattributeset domain (nsjail_test_t))
+(roletype system_r nsjail_test_t)
+(roletype unconfined_r nsjail_test_t)
+(allow unconfined_domain_type nsjail_test_t (process (transition)))
+(allow nsjail_test_t file_type (file (entrypoint)))
+"""
+"""A domain that may be entered, but not under no_new_privs."""
+
+
+def context(domain: str) -> str:
+    user, role, _ = Path("/proc/self/attr/current").read_text().split(":", 2)
+    return f"{user}:{role}:{domain}:s0"
+
+
+@pytest.fixture(scope="module")
+def payload(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The context of the sample's domain; building the host's policy anew takes seconds, and minutes where it is emulated."""
+    modules = {"nsjail_payload": selinux.SAMPLE, "nsjail_test": NO_NNP}
+    files = [tmp_path_factory.mktemp("modules") / f"{name}.cil" for name in modules]
+    for file, text in zip(files, modules.values(), strict=True):
+        file.write_text(text)
+    subprocess.run(["semodule", "--install", *files], check=True)
+    yield context("nsjail_payload_t")
+    subprocess.run(["semodule", "--remove", *modules], check=True)
+
+
+@enforcing
+def test_the_program_has_the_context_of_its_policy(payload: str) -> None:
+    result = nsjail_py.run_python(CONTEXT, selinux=payload).check()
+    assert result.stdout.decode() == f"{payload}\n"
+    assert {one.name: one.state for one in result.protections}["selinux"] == "applied"
+    assert payload.encode() not in nsjail_py.run_python(CONTEXT).check().stdout
+    assert nsjail_py.run(["/bin/true"], selinux=payload, proc="none").ok
+
+
+@enforcing
+def test_the_domain_refuses_what_the_jail_alone_would_let_pass(payload: str) -> None:
+    copied = ["/bin/sh", "-c", "cat /bin/true >/work/true; chmod +x /work/true; /work/true"]
+    alone = nsjail_py.run(copied, policy="moderate", root="system", exec_in_writable=True)
+    assert alone.ok
+    assert nsjail_py.run(copied, policy="moderate", root="system", exec_in_writable=True, selinux=payload).exit_code == 126
+
+
+@enforcing
+def test_a_job_of_a_stocked_jail_has_the_context_too(payload: str) -> None:
+    with Jail("untrusted", selinux=payload, stock=2) as jail:
+        for _ in range(5):
+            assert jail.run_python(CONTEXT).check().stdout.decode() == f"{payload}\n"
+
+
+@enforcing
+def test_a_program_in_the_samples_domain_writes_where_the_policy_lets_it_and_starts_others(payload: str) -> None:
+    work = "import os, subprocess; open('/work/a', 'w').write('a'); os.mkdir('/tmp/b'); os.symlink('a', '/tmp/b/c'); os.remove('/work/a')"
+    started = "; print(subprocess.run(['/bin/cat'], input=b'it ran', capture_output=True).stdout)"
+    result = nsjail_py.run_python(work + started, policy="moderate", root="system", selinux=payload)
+    assert (result.stdout, result.stderr) == (b"b'it ran'\n", b"")
+
+
+@enforcing
+def test_a_context_that_the_host_does_not_know_is_a_set_up_error() -> None:
+    for unknown in (context("nsjail_nonesuch_t"), context("etc_t"), "no_context"):
+        with pytest.raises(SetupError, match="SELinux knows no such context") as raised:
+            nsjail_py.run(["/bin/true"], selinux=unknown)
+        assert (raised.value.step, raised.value.errno) == ("label", errno.EINVAL)
+
+
+@enforcing
+def test_a_context_that_the_caller_may_not_give_is_a_set_up_error_with_the_missing_permission(payload: str) -> None:
+    with pytest.raises(SetupError, match="entrypoint") as raised:  # a domain of the host's, which /bin/true does not enter
+        nsjail_py.run(["/bin/true"], selinux=context("syslogd_t"))
+    assert (raised.value.step, raised.value.errno) == ("label", errno.EACCES)
+    with pytest.raises(SetupError, match="nnp_transition") as raised:
+        nsjail_py.run(["/bin/true"], selinux=context("nsjail_test_t"))
+    assert (raised.value.step, raised.value.errno) == ("label", errno.EPERM)
+
+
+@enforcing
+@pytest.mark.skipif(not USER, reason=NO_SELINUX or "nobody has an account here to run it")
+def test_an_ordinary_users_program_has_the_context_too(payload: str) -> None:
+    code = f"import nsjail_py; print(nsjail_py.run_python({CONTEXT!r}, selinux={payload!r}).stdout.decode())"
+    assert as_user(code).strip() == payload
+
+
+@enforcing
+def test_a_permissive_kernel_is_reported_and_gives_no_context() -> None:
+    code = "import nsjail_py; from nsjail_py import cli; cli.main(['doctor']); nsjail_py.run(['/bin/true'], selinux='some-context')"
+    label.SELINUX.write_text("0")
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    finally:
+        label.SELINUX.write_text("1")
+    assert "note  labels" in done.stdout and "SELinux is permissive" in done.stdout
+    assert "Unavailable" in done.stderr and "selinux: SELinux is permissive" in done.stderr
+
+
+def test_the_commands_print_the_samples(cli: list[str]) -> None:
+    for command, text in (("apparmor", apparmor.SAMPLE), ("selinux", selinux.SAMPLE)):
+        assert subprocess.run([*cli, command, "sample"], capture_output=True, text=True, check=True).stdout == text
+
+
+# ---------------------------------------------------------------- both
 
 
 @pytest.mark.skipif(not PARSER, reason=DOCTOR or "apparmor_parser is not installed: apt install apparmor")
