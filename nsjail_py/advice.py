@@ -47,7 +47,8 @@ ROWS: dict[tuple[str, int], str] = {
     ("descriptors", E.EINVAL): "the hard limit of open files is too low: jails need numbers above 1000 (ulimit -Hn)",
     ("label", E.ENOENT): "no AppArmor profile of this name is loaded: apparmor_parser -r FILE as root",
     ("label", E.EACCES): "the profile or domain of this process may not change to that one by this program"
-    " (SELinux: setexec, transition, nosuid_transition, and the program's type as entrypoint): see the kernel's log",
+    " (SELinux: setexec, transition, nosuid_transition, and the program's type as entrypoint): see the kernel's log."
+    " Or the jail shows the program where nothing may be executed",
     ("label", E.EINVAL): "SELinux knows no such context: seinfo -t lists types, and their role must be allowed to have them",
     ("label", E.EPERM): "the program came to run without it, or SELinux wants process2 nnp_transition for it: see the kernel's log",
     ("app files", E.ENOSPC): "the script is larger than the disk limit",

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from conftest import IS_ROOT
 
 import nsjail_py
-from nsjail_py import Jail, PolicyError, SetupError, apparmor, label, launcher, selinux
+from nsjail_py import Jail, Policy, PolicyError, Protection, SetupError, apparmor, label, launcher, selinux
+from nsjail_py._native import ffi, lib
+from nsjail_py.reports import Context, to_result
 
 PARSER = shutil.which("apparmor_parser") is not None
 DOCTOR = f"doctor: {label.lacks()['apparmor']}" if label.lacks()["apparmor"] else ""
@@ -263,6 +266,18 @@ def test_apparmors_parser_takes_our_profiles(name: str, tmp_path: Path) -> None:
 
 def test_the_launchers_profile_names_the_launcher() -> None:
     assert f'"{launcher.PROGRAM.resolve()}"' in apparmor.profile("launcher")
+
+
+@pytest.mark.parametrize("state", ["applied", "unavailable"])
+def test_an_exec_that_is_refused_is_the_labels_fault_only_where_one_was_given(state: Literal["applied", "unavailable"]) -> None:
+    report = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_EXEC, "error": errno.EACCES})
+    context = Context(Policy(), "root", (), (Protection("selinux", state),))
+    if state == "applied":
+        with pytest.raises(SetupError, match="nosuid_transition") as raised:
+            to_result(report, context)
+        assert raised.value.step == "label"
+    else:
+        assert to_result(report, context).verdict == "exec_failed"
 
 
 def test_a_label_that_the_host_cannot_give_is_an_error_unless_the_policy_does_without() -> None:
