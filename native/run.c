@@ -101,14 +101,18 @@ static int order_give(struct launcher *launcher, struct run *run, const struct r
 	return order_send(launcher, run, request, descriptors, count);
 }
 
+static void begin(struct run *run) {
+	run->ordered = 1;
+	run->start_ns = run->shelf->used_ns;
+}
+
 /* A cell from stock that has the order, or none because its clock cannot be set: no program runs without. One that died in stock is
  * passed over, and its end clears it away. */
 static struct run *parked_run(struct launcher *launcher, struct shelf *shelf, const struct request *request, int *descriptors,
                               int count) {
 	struct run *run;
 	while ((run = shelf_take(launcher, shelf))) {
-		run->ordered = 1;
-		run->start_ns = shelf->used_ns;
+		begin(run);
 		clocks_check(launcher, run);
 		if (run->report.step || order_give(launcher, run, request, descriptors, count) == 0)
 			return run;
@@ -125,11 +129,12 @@ void run_start(struct launcher *launcher, const struct request *request, int *de
 		return run_refuse(descriptors[0], STEP_PLAN, errno);
 	struct run *run = parked_run(launcher, shelf, request, descriptors + 2, count - 2);
 	int parked = run != NULL;
-	if (!parked && !(run = cell_slot(launcher, shelf)))
-		return run_refuse(descriptors[0], STEP_UID_POOL, EAGAIN);
-	run->ordered = 1;
+	if (!parked) {
+		if (!(run = cell_slot(launcher, shelf)))
+			return run_refuse(descriptors[0], STEP_UID_POOL, EAGAIN);
+		begin(run);
+	}
 	run->template = run->plan->flags & PLAN_TEMPLATE ? request->template : 0;
-	run->start_ns = shelf->used_ns;
 	run->channel = descriptors[0];
 	descriptors[0] = -1;
 	enum step failed = parked ? STEP_NONE : cell_make(launcher, run);
