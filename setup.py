@@ -33,6 +33,7 @@ LAUNCHER_ONLY = {
     "labelled.c",
     "probe.c",
     "alone.c",
+    "command.c",
     "claim.c",
     "relay.c",
     "saved.c",

@@ -1,9 +1,10 @@
 /* The launcher alone: `nsjail-launcher FILE -- CMD [ARGS...]` runs one program in the jail of a saved plan, and no Python.
  *
  * Theory of operation. We are the caller of one run, as launcher.py is of many. The plan's file is read and found good (saved.c); CMD
- * and what of our environment the plan passes on become the order. Then we fork: the child forgets all that and is the launcher, as
- * if it had been spawned; we claim host ids and control groups (claim.c), say hello, and send the one request. Then we carry its
- * streams (relay.c) until the report is there, clear away, and end as the program did. If we die the launcher sees it, as ever. */
+ * and what of our environment the plan passes on become the order (command.c). Then we fork: the child forgets all that and is the
+ * launcher, as if it had been spawned; we claim host ids and control groups (claim.c), say hello, and send the one request. Then we
+ * carry its streams (relay.c) until the report is there, clear away, and end as the program did. If we die the launcher sees it, as
+ * ever. */
 #include "alone.h"
 
 #include <errno.h>
@@ -21,15 +22,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define PIPES 3
-
 extern char **environ;
 
 /* One run, and all that belongs to it. */
 struct alone {
 	struct saved *saved;
-	const char *program; /* inside */
-	char **arguments;    /* the program's */
 	struct order *order;
 	int control[2], channel[2];
 	int plan, large; /* memory for the launcher: the plan, and an order that is too large for the request */
@@ -53,7 +50,7 @@ _Noreturn void give_up(int status, const char *format, ...) {
 	exit(status);
 }
 
-static void must(int result, const char *what) {
+void demand(int result, const char *what) {
 	if (result < 0)
 		give_up(STATUS_SETUP, "%s: %s", what, strerror(errno));
 }
@@ -63,167 +60,24 @@ static void streams_open(void) {
 	struct stat status;
 	for (int number = 0; number < PIPES; number++)
 		if (fcntl(number, F_GETFD) < 0)
-			must(open("/dev/null", O_RDWR), "standard streams");
+			demand(open("/dev/null", O_RDWR), "standard streams");
 	if (fstat(0, &status) == 0 && S_ISDIR(status.st_mode))
 		give_up(STATUS_SETUP, "standard input: is a directory");
 }
 
-/* ---------------------------------------------------------------- the program */
-
-static int executable(const char *path) {
-	struct stat status;
-	if (stat(path, &status) < 0)
-		return 0;
-	if (S_ISREG(status.st_mode) && access(path, X_OK) == 0)
-		return 1;
-	errno = EACCES;
-	return 0;
-}
-
-/* The program's path on the host, as a shell would find it; made absolute, since the launcher stands elsewhere. */
-static void program_find(const struct saved *saved, const char *name, char *path, size_t size) {
-	if (!strchr(name, '/')) {
-		for (const char *place = at(saved, saved->search); place; place = strchr(place, ':') ? strchr(place, ':') + 1 : NULL) {
-			int length = (int)strcspn(place, ":");
-			if (snprintf(path, size, "%.*s/%s", length, place, name) < (int)size && executable(path))
-				return;
-		}
-		give_up(STATUS_NOT_FOUND, "%s: no such program", name);
-	}
-	char directory[2048] = "";
-	if (*name != '/' && !getcwd(directory, sizeof directory))
-		give_up(STATUS_SETUP, "working directory: %s", strerror(errno));
-	if (snprintf(path, size, "%s%s%s", directory, *directory ? "/" : "", name) >= (int)size)
-		give_up(STATUS_CANNOT_EXECUTE, "%s: %s", name, strerror(ENAMETOOLONG));
-	if (!executable(path))
-		give_up(errno == EACCES ? STATUS_CANNOT_EXECUTE : STATUS_NOT_FOUND, "%s: %s", name, strerror(errno));
-}
-
-static int same_file(const char *one, const char *other) {
-	struct stat a, b;
-	return stat(one, &a) == 0 && stat(other, &b) == 0 && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
-}
-
-static int is_visible(const struct saved *saved, const char *path) {
-	const uint64_t *directories = at(saved, saved->visible.offset);
-	for (uint32_t i = 0; i < saved->visible.count; i++) {
-		const char *directory = at(saved, (uint32_t)directories[i]);
-		if (!strncmp(path, directory, strlen(directory)))
-			return 1;
-	}
-	return 0;
-}
-
-/* What CMD is inside. A plan that is for any program has a place for its path on the host. */
-static void program_choose(struct alone *alone, const char *name) {
-	static char path[SAVED_SLOT];
-	struct saved *saved = alone->saved;
-	program_find(saved, name, path, sizeof path);
-	alone->program = at(saved, saved->inside);
-	if (saved->program) {
-		const char *compiled = at(saved, saved->program);
-		if (!same_file(path, compiled))
-			give_up(STATUS_CANNOT_EXECUTE, "%s: the plan is for %s: compile one for it: nsjail-py compile", name, compiled);
-		return;
-	}
-	memcpy((char *)saved + saved->plan.offset + saved->slot, path, strlen(path) + 1);
-	if (is_visible(saved, path))
-		alone->program = path;
-}
-
-/* ---------------------------------------------------------------- the order */
-
-static uint32_t put_string(char *block, uint32_t *end, const char *text) {
-	uint32_t offset = *end, size = (uint32_t)strlen(text) + 1;
-	memcpy(block + offset, text, size);
-	*end += size;
-	return offset;
-}
-
-static void put_strings(char *block, struct span *span, uint32_t *table, uint32_t *end, char *const *texts) {
-	span->offset = *table;
-	for (span->count = 0; texts[span->count]; span->count++) {
-		uint64_t offset = put_string(block, end, texts[span->count]);
-		memcpy(block + *table + span->count * sizeof offset, &offset, sizeof offset);
-	}
-	*table += (span->count + 1) * (uint32_t)sizeof(uint64_t);
-}
-
-static size_t length_of(char *const *texts) {
-	size_t size = sizeof(uint64_t);
-	for (; *texts; texts++)
-		size += sizeof(uint64_t) + strlen(*texts) + 1;
-	return size;
-}
-
-static int same_name(const char *variable, const char *other) {
-	size_t length = strcspn(variable, "=");
-	return !strncmp(variable, other, length) && (other[length] == '=' || !other[length]);
-}
-
-/* The plan's variables; those that are passed on as we have them take the place of its own. */
-static char **environment_make(const struct saved *saved) {
-	const uint64_t *fixed = at(saved, saved->environment.offset), *passed = at(saved, saved->passed.offset);
-	char **made = calloc(saved->environment.count + saved->passed.count + 1, sizeof *made);
-	uint32_t count = 0;
-	must(made ? 0 : -1, "order");
-	for (uint32_t i = 0; i < saved->passed.count; i++)
-		for (char **own = environ; *own; own++)
-			if (strchr(*own, '=') && same_name(*own, at(saved, (uint32_t)passed[i]))) {
-				made[count++] = *own;
-				break;
-			}
-	uint32_t first = count;
-	for (uint32_t i = 0; i < saved->environment.count; i++) {
-		char *variable = (char *)at(saved, (uint32_t)fixed[i]);
-		int taken = 0;
-		for (uint32_t k = 0; k < first; k++)
-			taken |= same_name(variable, made[k]);
-		if (!taken)
-			made[count++] = variable;
-	}
-	return made;
-}
-
-static void order_make(struct alone *alone) {
-	static const uint32_t numbers[] = {0, 1, 2, 0};
-	char **variables = environment_make(alone->saved);
-	size_t texts = strlen(alone->program) + 1 + length_of(alone->arguments) + length_of(variables);
-	size_t size = (sizeof(struct order) + sizeof numbers + texts + 7) / 8 * 8;
-	if (size > MAX_BLOCK)
-		give_up(STATUS_SETUP, "order: arguments and environment are too long");
-	struct order *order = calloc(1, size);
-	must(order ? 0 : -1, "order");
-	*order = (struct order){.magic = ORDER_MAGIC, .version = FORMAT_VERSION, .size = (uint32_t)size};
-	uint32_t table = sizeof *order, count = 0;
-	order->descriptors = (struct span){.offset = table, .count = PIPES};
-	memcpy((char *)order + table, numbers, sizeof numbers);
-	table += sizeof numbers;
-	for (char **each = alone->arguments; *each; each++)
-		count++;
-	for (char **each = variables; *each; each++)
-		count++;
-	uint32_t end = table + (count + 2) * (uint32_t)sizeof(uint64_t);
-	order->program = put_string((char *)order, &end, alone->program);
-	put_strings((char *)order, &order->argv, &table, &end, alone->arguments);
-	put_strings((char *)order, &order->environment, &table, &end, variables);
-	free(variables);
-	alone->order = order;
-}
+/* ---------------------------------------------------------------- the launcher */
 
 static int sealed(const char *name, const void *data, size_t size) {
 	int descriptor = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	must(descriptor, name);
+	demand(descriptor, name);
 	for (size_t done = 0; done < size;) {
 		ssize_t written = write(descriptor, (const char *)data + done, size - done);
-		must((int)(written > 0 ? 0 : -1), name);
+		demand((int)(written > 0 ? 0 : -1), name);
 		done += (size_t)written;
 	}
-	must(fcntl(descriptor, F_ADD_SEALS, BLOCK_SEALS | F_SEAL_SEAL), name);
+	demand(fcntl(descriptor, F_ADD_SEALS, BLOCK_SEALS | F_SEAL_SEAL), name);
 	return descriptor;
 }
-
-/* ---------------------------------------------------------------- the launcher */
 
 /* What /proc would show of us in the launcher and in each cell, which are our copies. */
 static void forget(int count, char **arguments) {
@@ -249,10 +103,10 @@ static void become_launcher(const struct alone *alone, int count, char **argumen
 static void pipes_make(struct alone *alone) {
 	for (int number = 0; number < PIPES; number++) {
 		int ends[2], ours = number == 0;
-		must(pipe2(ends, O_CLOEXEC), "standard streams");
+		demand(pipe2(ends, O_CLOEXEC), "standard streams");
 		alone->inside[number] = ends[!ours];
 		alone->relay.pipes[number] = ends[ours];
-		must(fcntl(ends[ours], F_SETFL, O_NONBLOCK), "standard streams");
+		demand(fcntl(ends[ours], F_SETFL, O_NONBLOCK), "standard streams");
 	}
 }
 
@@ -362,7 +216,7 @@ _Noreturn static void finish(const struct alone *alone) {
 		failed_step(alone, report);
 	if (report->kind == REPORT_FAILED && !report->oom_kills)
 		give_up(report->error == ENOENT ? STATUS_NOT_FOUND : STATUS_CANNOT_EXECUTE, "exec_failed: %s (%s)",
-		        strerror((int)report->error), alone->program);
+		        strerror((int)report->error), (const char *)at(alone->order, alone->order->program));
 	if (clock_limit(report))
 		give_up(STATUS_LIMIT, "%s for %.3f s", clock_limit(report), (double)report->observed / 1e9);
 	if (report->cause == CAUSE_CALLER)
@@ -382,20 +236,18 @@ void alone(int count, char **arguments) {
 	alone.saved = saved_open(arguments[1]);
 	alone.claim.saved = alone.saved;
 	alone.relay.limit = alone.saved->output;
-	alone.arguments = arguments + 3;
-	program_choose(&alone, arguments[3]);
-	order_make(&alone);
-	must(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, alone.control), "launcher");
+	alone.order = order_make(alone.saved, arguments + 3);
+	demand(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, alone.control), "launcher");
 	alone.launcher = fork();
-	must(alone.launcher, "launcher");
+	demand(alone.launcher, "launcher");
 	if (alone.launcher == 0)
 		return become_launcher(&alone, count, arguments);
 	close(alone.control[1]);
-	must(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, alone.channel), "request");
+	demand(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, alone.channel), "request");
 	pipes_make(&alone);
 	blocks_seal(&alone);
 	alone.relay.channel = alone.channel[0];
-	must(alone.relay.signals = signals_take(), "signals");
+	demand(alone.relay.signals = signals_take(), "signals");
 	claim_make(&alone.claim);
 	hello_send(&alone);
 	request_send(&alone);

@@ -3,6 +3,7 @@
 #define NSJAIL_ALONE_H
 #include "ladder.h"
 
+enum { PIPES = 3 }; /* the standard streams */
 enum status { STATUS_LIMIT = 124, STATUS_SETUP = 125, STATUS_CANNOT_EXECUTE = 126, STATUS_NOT_FOUND = 127 };
 
 /* What a caller owns while its launcher runs. */
@@ -17,7 +18,7 @@ struct claim {
 /* The streams of one run: ours, and our ends of its pipes. -1: closed. */
 struct relay {
 	int channel, signals;
-	int pipes[3];
+	int pipes[PIPES];
 	uint64_t limit, count;
 	int exceeded;
 	int stopped; /* by this signal, while nobody took its output */
@@ -29,6 +30,10 @@ struct relay {
 /* alone.c */
 void alone(int count, char **arguments); /* returns in the child only */
 _Noreturn void give_up(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void demand(int result, const char *what);
+
+/* command.c */
+struct order *order_make(struct saved *saved, char **arguments); /* for a plan of any program, the plan learns which */
 
 /* saved.c */
 struct saved *saved_open(const char *path);
