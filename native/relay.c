@@ -82,10 +82,10 @@ static int output(struct relay *relay, int number) {
 	relay->count += size;
 	int given = size ? give(relay, number, data, room) : 0;
 	if (given < 0) {
+		relay->stopped = -given;
+		command(relay, 0, CAUSE_CALLER); /* before it can see that nobody reads any more */
 		pipe_close(relay, 1);
 		pipe_close(relay, 2);
-		relay->stopped = -given;
-		command(relay, 0, CAUSE_CALLER);
 	} else if (!given) {
 		pipe_close(relay, number); /* if it goes on writing there, it gets SIGPIPE, as without a jail */
 	}

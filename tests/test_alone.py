@@ -6,10 +6,12 @@ import fcntl
 import os
 import pty
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,22 +298,34 @@ import os, signal, time
 signal.signal(10, lambda number, frame: os._exit(3))
 signal.signal(2, signal.SIG_IGN)
 print("begun", flush=True)
-while True: os.write(1, bytes(65536))
+try:
+    while True: os.write(1, bytes(65536))
+except OSError:
+    os._exit(7)
 """
+
+
+def until_full(pipe: int) -> None:
+    """Until the writer has to wait."""
+    waiting, room = 0, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) - select.PIPE_BUF
+    while waiting <= room:
+        time.sleep(0.05)
+        waiting = int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 @pytest.fixture
 def stuck(plans: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A run whose output nobody takes; SIGINT does not end the program, SIGUSR1 does with status 3."""
+    """A run whose output nobody takes; SIGINT does not end the program, SIGUSR1 does with status 3, and that nobody reads any more with 7."""
     process = subprocess.Popen([PROGRAM, plans / "python", "--", PYTHON, "-c", FLOOD], stdout=subprocess.PIPE, preexec_fn=ignore_nothing)
     assert process.stdout is not None and process.stdout.read(6) == b"begun\n"
-    time.sleep(0.3)
+    until_full(process.stdout.fileno())
     yield process
     process.kill()
     process.communicate()
 
 
-def test_a_signal_ends_a_run_whose_output_nobody_takes(stuck: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize("attempt", range(5))  # the program's own end, when its pipe is closed, is no part of it
+def test_a_signal_ends_a_run_whose_output_nobody_takes(attempt: int, stuck: subprocess.Popen[bytes]) -> None:
     stuck.send_signal(signal.SIGINT)
     assert stuck.wait(10) == 128 + signal.SIGINT
 
