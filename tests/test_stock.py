@@ -173,7 +173,7 @@ def test_the_clock_of_a_run_from_stock_starts_with_the_run() -> None:
     stocked = Stocked(1, wall_time=1.5 * PATIENCE)
     time.sleep(1.6 * PATIENCE)  # longer than its limit, shorter than a stock is kept
     process = stocked.jail.start(["/bin/cat"], stdin=nsjail_py.PIPE)
-    time.sleep(0.1)
+    time.sleep(0.1 * PATIENCE)
     result = process.communicate(b"")
     assert (result.verdict, 0.09 < result.wall_time < 1.4 * PATIENCE) == ("ok", True)
     assert until(lambda: len(stocked.waiting) == 1)
