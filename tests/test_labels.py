@@ -150,15 +150,19 @@ NO_SELINUX = (
 )
 enforcing = pytest.mark.skipif(bool(NO_SELINUX), reason=NO_SELINUX)
 CONTEXT = "print(open('/proc/self/attr/current').read().strip('\\0\\n'))"
-NO_NNP = """\
-(type nsjail_test_t)
-(typeattributeset domain (nsjail_test_t))
-(roletype system_r nsjail_test_t)
-(roletype unconfined_r nsjail_test_t)
-(allow unconfined_domain_type nsjail_test_t (process (transition)))
-(allow nsjail_test_t file_type (file (entrypoint)))
+FORBIDDEN = """\
+(typeattribute nsjail_test)
+(type nsjail_test_nnp_t)
+(type nsjail_test_entrypoint_t)
+(typeattributeset nsjail_test (nsjail_test_nnp_t nsjail_test_entrypoint_t))
+(typeattributeset domain (nsjail_test))
+(roletype system_r nsjail_test)
+(roletype unconfined_r nsjail_test)
+(allow unconfined_domain_type nsjail_test (process (transition)))
+(allow unconfined_domain_type nsjail_test_entrypoint_t (process2 (nnp_transition nosuid_transition)))
+(allow nsjail_test_nnp_t file_type (file (entrypoint)))
 """
-"""A domain that may be entered, but not under no_new_privs."""
+"""Two domains that may be entered: but not under no_new_privs, and by no program."""
 
 
 def context(domain: str) -> str:
@@ -169,7 +173,7 @@ def context(domain: str) -> str:
 @pytest.fixture(scope="module")
 def payload(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The context of the sample's domain; building the host's policy anew takes seconds, and minutes where it is emulated."""
-    modules = {"nsjail_payload": selinux.SAMPLE, "nsjail_test": NO_NNP}
+    modules = {"nsjail_payload": selinux.SAMPLE, "nsjail_test": FORBIDDEN}
     files = [tmp_path_factory.mktemp("modules") / f"{name}.cil" for name in modules]
     for file, text in zip(files, modules.values(), strict=True):
         file.write_text(text)
@@ -220,11 +224,11 @@ def test_a_context_that_the_host_does_not_know_is_a_set_up_error() -> None:
 
 @enforcing
 def test_a_context_that_the_caller_may_not_give_is_a_set_up_error_with_the_missing_permission(payload: str) -> None:
-    with pytest.raises(SetupError, match="entrypoint") as raised:  # a domain of the host's, which /bin/true does not enter
-        nsjail_py.run(["/bin/true"], selinux=context("syslogd_t"))
+    with pytest.raises(SetupError, match="entrypoint") as raised:
+        nsjail_py.run(["/bin/true"], selinux=context("nsjail_test_entrypoint_t"))
     assert (raised.value.step, raised.value.errno) == ("label", errno.EACCES)
     with pytest.raises(SetupError, match="nnp_transition") as raised:
-        nsjail_py.run(["/bin/true"], selinux=context("nsjail_test_t"))
+        nsjail_py.run(["/bin/true"], selinux=context("nsjail_test_nnp_t"))
     assert (raised.value.step, raised.value.errno) == ("label", errno.EPERM)
 
 
