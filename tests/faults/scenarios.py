@@ -29,10 +29,12 @@ LOOK = "for fd in /proc/self/fd/*; do echo $fd; done\n" + "".join(
 """A program that says how it is confined: whatever failed, it never runs with less."""
 TOLD = ("Uid", "Gid", "Groups", "Sig", "Shd", "Cap", "NoNewPrivs", "Seccomp")
 BUSY = """
-import os, signal, socket
-signal.signal(15, lambda *a: os.write(1, b"term\\n"))
+import os, signal, socket, time
+terminated = []
+signal.signal(15, lambda *a: (os.write(1, b"term\\n"), terminated.append(1)))
 try: socket.socket()
 except PermissionError: print("denied", flush=True)
+while not terminated: time.sleep(0.005)
 while True: pass
 """
 
