@@ -114,9 +114,13 @@ def test_a_machine_that_dies_says_its_last_words(cache: Path, qemu: Path) -> Non
         boot()
 
 
+def port(name: str, text: str) -> str:
+    """A stand-in for qemu that writes `text` where the machine would have this port."""
+    return f"for word; do case $word in file,id={name},path=*) path=${{word#*path=}}; printf '{text}' >>\"${{path%%,*}}\" ;; esac; done"
+
+
 def status_port(text: str) -> str:
-    """A stand-in for qemu that writes `text` where the machine would write its status."""
-    return f"for word; do case $word in file,id=status,path=*) path=${{word#*path=}}; printf '{text}' >\"${{path%%,*}}\" ;; esac; done"
+    return port("status", text)
 
 
 def test_the_status_of_the_command_is_passed_on(cache: Path, qemu: Path) -> None:
@@ -170,6 +174,25 @@ def test_what_pytest_said_is_understood() -> None:
     assert hosts.understand(SAID) == hosts.Told(480, 1, 3, 754.2, {"no such package": 3}, ["tests/test_run.py::test_a"])
     assert hosts.understand("12 passed in 3.10s\n").failed == 0
     assert hosts.understand("Segmentation fault\n").failed == 1, "no news is bad news"
+
+
+def test_of_a_suite_that_was_broken_off_there_is_what_it_had_said() -> None:
+    said = (
+        "tests/a.py::test_b[x y] PASSED [ 1%]\ntests/a.py::test_c FAILED [ 2%]\ntests/a.py::test_d SKIPPED (no) [ 3%]\ntests/a.py::test_e "
+    )
+    told = hosts.understand(said)
+    assert (told.passed, told.failed, told.skipped) == (1, 2, 1)
+    assert told.failures == ["tests/a.py::test_c", "broken off behind tests/a.py::test_d"]
+
+
+def test_a_machine_that_is_given_up_has_its_row_all_the_same(cache: Path, qemu: Path, tmp_path: Path) -> None:
+    said = port("out", f"doctor\\n{hosts.SUITE}\\ntests/a.py::test_b PASSED\\n")
+    script(qemu, f"{said}; {status_port('up 3.2')}; exec sleep 1000")
+    document = tmp_path / "hosts.md"
+    document.write_text(f"{hosts.HEAD}\n{hosts.RULE}\n")
+    with pytest.raises(TroubleError, match="did not end within 1 s"):
+        hosts.suite(WHICH, "root", [], 1, document)
+    assert "| 1 | 1: " in document.read_text()
 
 
 def test_a_row_takes_the_place_of_its_predecessor_and_of_no_other() -> None:

@@ -12,6 +12,7 @@ from typing import BinaryIO, cast
 
 import images
 import machine
+from images import TroubleError
 from machine import Machine, Outcome, User
 
 DOCUMENT = images.TOP / "docs" / "hosts.md"
@@ -35,12 +36,12 @@ class Told:
 
 
 def understand(text: str) -> Told:
-    """The end of pytest's output. Nothing in it that can be understood counts as one failure."""
+    """The end of pytest's output. Where it was broken off: what it had said of each test until then, and that counts as one failure more."""
     ends = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error|skipped).* in [\d.]+s", line)]
-    counts = (
-        {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", ends[-1])} if ends else {"failed": 1}
-    )
-    seconds = re.search(r" in ([\d.]+)s", ends[-1]) if ends else None
+    if not ends:
+        return _broken_off(text)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", ends[-1])}
+    seconds = re.search(r" in ([\d.]+)s", ends[-1])
     reasons: dict[str, int] = {}
     for number, reason in re.findall(r"^SKIPPED \[(\d+)\] [^ ]+ (.*)$", text, re.M):
         reasons[reason] = reasons.get(reason, 0) + int(number)
@@ -49,8 +50,16 @@ def understand(text: str) -> Told:
     return Told(counts.get("passed", 0), failed, counts.get("skipped", 0), float(seconds[1]) if seconds else 0.0, reasons, failures)
 
 
+def _broken_off(text: str) -> Told:
+    verdicts = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.M)
+    names = {verdict: [name for name, one in verdicts if one == verdict] for verdict in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    failures = [*names["FAILED"], *names["ERROR"], f"broken off behind {verdicts[-1][0]}" if verdicts else "it said nothing"]
+    return Told(len(names["PASSED"]), len(failures), len(names["SKIPPED"]), 0.0, {}, failures)
+
+
 def row(which: Machine, release: str, user: str, date: str, told: Told, boot: float) -> str:
-    skipped = f"{told.skipped}: " + "; ".join(f"{reason} ({number})" for reason, number in told.reasons.items()) if told.skipped else "0"
+    reasons = "; ".join(f"{reason} ({number})" for reason, number in told.reasons.items())
+    skipped = f"{told.skipped}: {reasons}".removesuffix(": ")
     failed = f"{told.failed}: {', '.join(told.failures)}" if told.failed else "0"
     cells = [
         which.distro,
@@ -106,17 +115,23 @@ def suite(which: Machine, user: User, arguments: list[str], seconds: float, docu
     """One machine, one mode: runs the suite in it and writes down how it went. 1 if a test failed."""
     images.say(f"{which.distro}, kernel {which.kernel}, {user}")
     leave_out = ROOT_LEAVES_OUT if user == "root" else []
-    tests = ["./dev", "test", "-q", "-rfEs", "--tb=short", *leave_out, *arguments]
+    tests = ["./dev", "test", "-v", "-rfEs", "--tb=short", *leave_out, *arguments]
     script = './dev doctor; echo "$0"; exec "$@"'
     tee = _Tee(sys.stdout.buffer)
-    outcome: Outcome = machine.run(which, user, ["sh", "-c", script, SUITE, *tests], cast(BinaryIO, tee), seconds)
+    trouble = None
+    try:
+        outcome = machine.run(which, user, ["sh", "-c", script, SUITE, *tests], cast(BinaryIO, tee), seconds)
+    except TroubleError as error:
+        outcome, trouble = Outcome(1, 0.0), error
     doctor, _, said = tee.said.decode(errors="replace").partition(SUITE)
     told = understand(said)
-    if not arguments:  # else it was a part of the suite
+    if said and not arguments:  # else it was a part of the suite, or never began
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
         text = with_row(document.read_text(), row(which, which.release, user, date, told, outcome.boot))
         report = doctor[max(doctor.find("What this host offers"), 0) :]
         document.write_text(with_doctor(text, f"{which.distro}, kernel {which.kernel}, {user}", report))
+    if trouble:
+        raise trouble
     return outcome.status
 
 
