@@ -221,8 +221,6 @@ _Noreturn static void finish(const struct alone *alone) {
 		give_up(STATUS_LIMIT, "%s for %.3f s", clock_limit(report), (double)report->observed / 1e9);
 	if (alone->relay.stopped) /* however the program came to its end in the same moment */
 		exit(128 + alone->relay.stopped);
-	if (report->cause == CAUSE_CALLER)
-		exit(128 + SIGKILL);
 	if (limit)
 		give_up(STATUS_LIMIT, "%s", limit);
 	exit(report->signal > 0 ? 128 + report->signal : report->exit_code);
