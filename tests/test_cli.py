@@ -9,13 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, PATIENCE
 
 Cli = list[str]
 
 
 def call(cli: Cli, *args: str, **options: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*cli, *args], capture_output=True, timeout=60, **{"stdin": subprocess.DEVNULL, **options})  # type: ignore[call-overload,no-any-return]
+    return subprocess.run([*cli, *args], capture_output=True, timeout=60 * PATIENCE, **{"stdin": subprocess.DEVNULL, **options})  # type: ignore[call-overload,no-any-return]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from nsjail_py.options import EPILOG, parser
 
@@ -45,7 +45,7 @@ def test_the_page_of_commands_has_every_command() -> None:
 @pytest.mark.parametrize("block", PYTHON)
 def test_every_python_example_prints_what_it_says(block: str) -> None:
     says = re.findall(r"^ *print\(.*\)  # (.*)$", block, re.M)
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120 * PATIENCE, check=False)
     assert says and done.stdout.splitlines() == says, done.stderr
 
 
@@ -59,7 +59,7 @@ def test_every_shell_example_works(line: str, tmp_path: Path) -> None:
         "import sys, numpy\nprint(numpy.loadtxt(sys.argv[1], delimiter=',') if sys.argv[1:] else numpy.ones(2))"
     )
     command = line.replace("nsjail-py", f"'{sys.executable}' -m nsjail_py", 1)
-    done = subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300 * PATIENCE, check=False)
     assert (done.stdout or ">" in line) and done.returncode in ((0, 1) if line.split()[1] in MAY_FIND else (0,)), done.stderr
 
 
@@ -119,6 +119,6 @@ def test_the_shell_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
     assert blocks
     for block in blocks if os.geteuid() == 0 else [block for block in blocks if "bundle" not in block]:
         done = subprocess.run(
-            ["bash", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+            ["bash", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120 * PATIENCE, check=False
         )
         assert done.returncode == 0, (block, done.stderr)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import nsjail_py
 from nsjail_py import Verdict, aio
@@ -105,7 +106,7 @@ def test_asyncio_carries_input_and_output_and_limits() -> None:
 
 def test_death_of_the_caller_is_the_end_of_every_jail() -> None:
     source = "import nsjail_py, os\np = nsjail_py.Jail('untrusted').start(['/bin/sleep', '60'])\nprint(p.pid, flush=True)\nos.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=30 * PATIENCE, check=False)
     pid = int(done.stdout)
     deadline = time.monotonic() + 5
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
@@ -124,7 +125,7 @@ os.umask(0o777)
 os.chdir("/")
 print(nsjail_py.run_python("import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))").stdout)
 """
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60 * PATIENCE, check=False)
     assert done.stdout == "b'set()\\n'\n", done.stderr[-2000:]
 
 
@@ -140,7 +141,7 @@ seen = [nsjail_py.run(["/bin/cat"], input=b"in").stdout for _ in range(4)]
 result = nsjail_py.run_python("import os, sys; print(len(os.listdir('/proc/self/fd'))); print('err', file=sys.stderr)")
 os.write(100, repr((seen, result.stdout, result.stderr)).encode())
 """
-    assert subprocess.run([sys.executable, "-c", source], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", source], timeout=60 * PATIENCE, check=False).returncode == 0
     assert eval((tmp_path / "said").read_text()) == ([b"in"] * 4, b"4\n", b"err\n")
 
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import nsjail_py
 from nsjail_py import observe, policyfile, syscalls, why
@@ -213,16 +214,18 @@ def test_the_command_writes_a_policy_and_merges(cli: list[str], tmp_path: Path) 
     policy, seen = tmp_path / "p.toml", tmp_path / "seen.json"
     for args in ([], ["d"]):
         command = [*cli, "learn", "-o", str(policy), "--seen", str(seen), str(tmp_path / "s.py"), *args]
-        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=60 * PATIENCE, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"out\n")
         assert ('"mkdir"' in policy.read_text()) is bool(args)
-    done = subprocess.run([*cli, "learn", str(tmp_path / "s.py")], capture_output=True, timeout=60, check=False)
+    done = subprocess.run([*cli, "learn", str(tmp_path / "s.py")], capture_output=True, timeout=60 * PATIENCE, check=False)
     assert b'extends = "untrusted"' in done.stdout and done.returncode == 0
     seen.write_text("{}x")
-    done = subprocess.run([*cli, "learn", "--seen", str(seen), str(tmp_path / "s.py")], capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*cli, "learn", "--seen", str(seen), str(tmp_path / "s.py")], capture_output=True, timeout=60 * PATIENCE, check=False
+    )
     assert done.returncode == 125 and len(done.stderr.splitlines()) == 1
     (tmp_path / "s.py").write_text("raise SystemExit(3)")
-    done = subprocess.run([*cli, "learn", str(tmp_path / "s.py")], capture_output=True, timeout=60, check=False)
+    done = subprocess.run([*cli, "learn", str(tmp_path / "s.py")], capture_output=True, timeout=60 * PATIENCE, check=False)
     assert done.returncode == 1 and b"the sample failed" in done.stderr
 
 
@@ -281,11 +284,11 @@ def test_every_set_has_a_risk() -> None:
 def test_the_command_explains_a_report_and_refuses_what_is_none(cli: list[str], tmp_path: Path) -> None:
     (tmp_path / "s.py").write_text("import os\nos.fork()")
     subprocess.run(
-        [*cli, "run", "--report", str(tmp_path / "r.json"), str(tmp_path / "s.py")], capture_output=True, timeout=60, check=False
+        [*cli, "run", "--report", str(tmp_path / "r.json"), str(tmp_path / "s.py")], capture_output=True, timeout=60 * PATIENCE, check=False
     )
-    done = subprocess.run([*cli, "why", str(tmp_path / "r.json")], capture_output=True, timeout=60, check=False)
+    done = subprocess.run([*cli, "why", str(tmp_path / "r.json")], capture_output=True, timeout=60 * PATIENCE, check=False)
     assert done.returncode == 1 and b"@processes" in done.stdout and b"risk: " in done.stdout
-    done = subprocess.run([*cli, "why", "--json", str(tmp_path / "r.json")], capture_output=True, timeout=60, check=False)
+    done = subprocess.run([*cli, "why", "--json", str(tmp_path / "r.json")], capture_output=True, timeout=60 * PATIENCE, check=False)
     assert json.loads(done.stdout)["denials"][0]["what"] == "clone"
     for data in (
         "",
@@ -296,5 +299,5 @@ def test_the_command_explains_a_report_and_refuses_what_is_none(cli: list[str], 
         '{"verdict": "x", "denied": {}, "evidence": {}}',
     ):
         (tmp_path / "r.json").write_text(data)
-        done = subprocess.run([*cli, "why", str(tmp_path / "r.json")], capture_output=True, timeout=60, check=False)
+        done = subprocess.run([*cli, "why", str(tmp_path / "r.json")], capture_output=True, timeout=60 * PATIENCE, check=False)
         assert (done.returncode, len(done.stderr.splitlines())) == (125, 1), (data[:20], done.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import IS_ROOT, ROOT
+from conftest import IS_ROOT, PATIENCE, ROOT
 
 import nsjail_py
 from nsjail_py import Policy, doctor, policyfile, selftest, selftest_promises
@@ -85,7 +85,7 @@ def without(*names: str) -> tuple[str, ...]:
 
 
 def test_the_command_shows_every_promise_with_what_held_it(cli: list[str]) -> None:
-    done = subprocess.run([*cli, "selftest"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*cli, "selftest"], capture_output=True, text=True, timeout=60 * PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert set(lines) >= AREAS
@@ -95,7 +95,9 @@ def test_the_command_shows_every_promise_with_what_held_it(cli: list[str]) -> No
 
 
 def test_the_json_has_the_same(cli: list[str]) -> None:
-    done = subprocess.run([*cli, "selftest", "--policy", "trusted", "--json"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*cli, "selftest", "--policy", "trusted", "--json"], capture_output=True, text=True, timeout=60 * PATIENCE, check=False
+    )
     record = json.loads(done.stdout)
     assert (record["ok"], record["policy"], done.returncode) == (True, "trusted", 0), done.stdout
     assert [check["name"] for check in record["checks"]] == ALL
@@ -306,7 +308,7 @@ def outside(canaries: Canaries, attacks: list[str], scratch: Path) -> dict[str, 
         stdout=subprocess.PIPE,
         pass_fds=[canaries.inherited],
         extra_groups=[4242],
-        timeout=60,
+        timeout=60 * PATIENCE,
         check=True,
     )
     return json.loads(done.stdout)
