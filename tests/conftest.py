@@ -183,7 +183,8 @@ def settled() -> dict[str, list[str]]:
 
 def changes(before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, tuple[list[str], list[str]]]:
     """What there is more of, or others. Only less is no leak: a group that was busy when its jail ended goes with the next one."""
-    return {what: (before[what], after[what]) for what in before if Counter(after[what]) - Counter(before[what])}
+    added = {what: Counter(after[what]) - Counter(before[what]) for what in before}
+    return {what: (sorted(more.elements()), after[what]) for what, more in added.items() if more}
 
 
 @pytest.fixture
@@ -194,6 +195,24 @@ def leaves_nothing() -> Iterator[None]:
     deadline = time.monotonic() + 5  # a run that the test gave up is still being cleared away
     while (more := changes(before, traces())) and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert not more
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_suite_leaves_nothing() -> Iterator[None]:
+    """All tests of a file together, of what is ours: others of this machine come and go meanwhile."""
+
+    def ours() -> dict[str, list[str]]:
+        found = traces()
+        mounts = [line for line in found["mounts"] if ("nsjail" in line or "canary" in line) and "/nsjail_py/vm/" not in line]
+        return found | {"mounts": mounts, "temporary files": []}
+
+    settled()
+    before = ours()
+    yield
+    deadline = time.monotonic() + 15  # what is in stock stays for ten seconds
+    while (more := changes(before, ours())) and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not more
 
 

@@ -70,8 +70,8 @@ def test_no_descriptor_of_the_caller_reaches_the_program(cli: Cli, tmp_path: Pat
         "import os; print([(os.fstat(fd).st_mode >> 12, os.isatty(fd), os.fstat(fd).st_ino) for fd in range(3)])"
     )
     (tmp_path / "file").write_text("")
-    terminal, ours = os.openpty()
-    for stdin in (ours, os.pipe()[0], os.open(tmp_path / "file", os.O_RDWR), os.open("/dev/null", os.O_RDWR)):
+    (terminal, ours), (pipe, end) = os.openpty(), os.pipe()
+    for stdin in (ours, pipe, os.open(tmp_path / "file", os.O_RDWR), os.open("/dev/null", os.O_RDWR)):
         outside = os.fstat(stdin).st_ino
         done = call(cli, "run", str(tmp_path / "s.py"), stdin=stdin)
         seen = eval(done.stdout)
@@ -79,6 +79,7 @@ def test_no_descriptor_of_the_caller_reaches_the_program(cli: Cli, tmp_path: Pat
         assert outside not in [inode for *_, inode in seen]
         os.close(stdin)
     os.close(terminal)
+    os.close(end)
 
 
 def test_output_beyond_the_limit_is_cut_at_the_limit(cli: Cli, tmp_path: Path) -> None:
