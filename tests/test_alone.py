@@ -277,7 +277,8 @@ def ignore_nothing() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_are_passed_on_to_the_program(number: signal.Signals, plans: Path) -> None:
-    source = "import signal, sys, time\nfor n in (1, 2, 10, 15): signal.signal(n, lambda s, f: sys.exit(s))\nprint(1, flush=True)\ntime.sleep(60)"
+    source = "import signal, sys, time\nfor n in (1, 2, 10, 15): signal.signal(n, lambda s, f: sys.exit(s))\nprint(1, flush=True)\n"
+    source += "while True: time.sleep(0.01)"  # a signal just before a long one would wait for its end
     process = subprocess.Popen([PROGRAM, plans / "python", "--", PYTHON, "-c", source], stdout=subprocess.PIPE, preexec_fn=ignore_nothing)
     assert process.stdout is not None and process.stdout.readline() == b"1\n"
     process.send_signal(number)

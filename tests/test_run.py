@@ -169,7 +169,7 @@ def test_kill_signal_and_timeout_behave_as_popen_has_taught() -> None:
         assert process.wait(5).verdict is Verdict.killed
         process.kill()
     with jail.start_python(
-        "import signal, time\nsignal.signal(15, lambda *a: exit(3))\nprint(1, flush=True)\ntime.sleep(60)", stdout=PIPE
+        "import signal, time\nsignal.signal(15, lambda *a: exit(3))\nprint(1, flush=True)\nwhile True: time.sleep(0.01)", stdout=PIPE
     ) as process:
         assert process.stdout is not None and process.stdout.read(2) == b"1\n"
         process.terminate()

@@ -111,7 +111,7 @@ def test_a_job_can_be_killed_and_signalled(warm: Jail) -> None:
     process.kill()
     assert process.wait(5).verdict == "killed"
     handled = warm.start_python(
-        "import signal, time\nsignal.signal(15, lambda *_: (print('got it'), exit(3)))\nprint('ready', flush=True)\ntime.sleep(60)",
+        "import signal, time\nsignal.signal(15, lambda *_: (print('got it'), exit(3)))\nprint('ready', flush=True)\nwhile True: time.sleep(0.01)",
         stdout=nsjail_py.PIPE,
     )
     assert handled.stdout is not None
