@@ -175,6 +175,9 @@ class Process:
         if self._result is None:
             self._finalizer()
             self.template = None
+            for file in (self.stdout, self.stderr) if self._exchange else ():  # read to their end
+                if file is not None:
+                    file.close()
             self._ends.finish()
             if self._lost:
                 raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")

@@ -11,6 +11,7 @@ import select
 import stat
 import subprocess
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ class Exchange:
     """
 
     def __init__(self, process: Process, data: bytes | None) -> None:
-        self.process = process
+        self.process: Process = weakref.proxy(process)  # which has us: a handle that is dropped is to go at once
         self.limit = process.compiled.policy.limits.output
         self.input = memoryview(data or b"")
         self.output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import threading
 import time
+import weakref
 
 import pytest
 from conftest import IS_ROOT, PATIENCE
@@ -174,6 +176,19 @@ def test_kill_signal_and_timeout_behave_as_popen_has_taught() -> None:
         assert process.stdout is not None and process.stdout.read(2) == b"1\n"
         process.terminate()
         assert process.wait(5).exit_code == 3
+
+
+def test_a_run_that_is_over_holds_no_pipe_and_its_handle_goes_without_a_collector() -> None:
+    gc.disable()
+    try:
+        process = Jail("untrusted").start(["/bin/cat"], stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        assert process.communicate(b"text").stdout == process.communicate().stdout == b"text"
+        assert [file is not None and file.closed for file in (process.stdin, process.stdout, process.stderr)] == [True] * 3
+        gone = weakref.ref(process)
+        del process
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_dropped_handle_kills_its_run() -> None:
