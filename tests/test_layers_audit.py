@@ -145,7 +145,7 @@ def test_a_warm_interpreter_says_that_it_has_none() -> None:
 def test_the_benchmark_of_the_hook_compares_numpy_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     bench = runpy.run_path(str(ROOT / "benchmarks" / "audit.py"))
-    assert -0.9 < bench["cost"](bench["measure"](2)) < 9  # how much it is stands in README.md: a loaded machine says nothing of that
+    assert -0.9 < bench["cost"](bench["measure"](2)) < 9  # ./dev bench says how much it is: a loaded machine cannot
 
 
 def test_a_run_with_telemetry_leaves_nothing(leaves_nothing: None) -> None:
