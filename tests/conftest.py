@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -187,15 +187,20 @@ def changes(before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[s
     return {what: (sorted(more.elements()), after[what]) for what, more in added.items() if more}
 
 
+def nothing_more(before: dict[str, list[str]], look: Callable[[], dict[str, list[str]]], seconds: float) -> None:
+    """Waits so long for what is still being cleared away."""
+    deadline = time.monotonic() + seconds
+    while (more := changes(before, look())) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not more
+
+
 @pytest.fixture
 def leaves_nothing() -> Iterator[None]:
     """The test leaves no descriptor, process, namespace, mount, control group, shared memory or file."""
     before = settled()
     yield
-    deadline = time.monotonic() + 5  # a run that the test gave up is still being cleared away
-    while (more := changes(before, traces())) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not more
+    nothing_more(before, traces, 5)  # a run that the test gave up
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -210,10 +215,7 @@ def every_suite_leaves_nothing() -> Iterator[None]:
     settled()
     before = ours()
     yield
-    deadline = time.monotonic() + 15  # what is in stock stays for ten seconds
-    while (more := changes(before, ours())) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not more
+    nothing_more(before, ours, 15)  # what is in stock stays for ten seconds
 
 
 @pytest.fixture(params=["trusted", "moderate", "untrusted"])
