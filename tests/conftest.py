@@ -55,9 +55,18 @@ class BesideUs:
 BESIDE_US = pytest.StashKey[BesideUs]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the ordinary user's run came to is looked at last."""
-    items.sort(key=lambda item: item.path.name == "test_ordinary_user.py")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What only another user or another kind of host can show is none of this run's. What the ordinary user's run came to is looked at last."""
+    others = [item for item in items if any(mark.args[0] for mark in item.iter_markers("elsewhere"))]
+    config.hook.pytest_deselected(items=others)
+    items[:] = sorted((item for item in items if item not in others), key=lambda item: item.path.name == "test_ordinary_user.py")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for item in terminalreporter.stats.get("deselected", []):
+        for mark in item.iter_markers("elsewhere"):
+            if mark.args[0]:
+                terminalreporter.write_line(f"ELSEWHERE [1] {item.location[0]}:{item.location[1]}: {mark.kwargs['why']}")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

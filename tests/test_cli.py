@@ -193,7 +193,7 @@ def test_a_faulty_policy_file_is_125_with_one_line(cli: Cli, text: str, says: st
     assert says in done.stderr.decode() and "p.toml" in done.stderr.decode()
 
 
-@pytest.mark.skipif(IS_ROOT, reason="root can read every file, and lacks nothing that a policy could require")
+@pytest.mark.elsewhere(IS_ROOT, why="root can read every file, and lacks nothing that a policy could require")
 def test_what_an_ordinary_user_cannot_read_or_have_is_125_with_one_line(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "s.py").touch(mode=0o000)
     done = call(cli, "run", str(tmp_path / "s.py"))

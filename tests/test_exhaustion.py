@@ -160,7 +160,7 @@ ends()
     assert "ok" in said
 
 
-@pytest.mark.skipif(IS_ROOT, reason="root's processes are not counted")
+@pytest.mark.elsewhere(IS_ROOT, why="root's processes are not counted")
 def test_a_user_without_processes_gets_a_typed_error() -> None:
     said = starved("RLIMIT_NPROC", "(0, 1)", "[errno.EAGAIN]")
     assert "('clone', 'EAGAIN')" in said

@@ -28,6 +28,7 @@ SUITES = [
     "test_chaos.py",
     "test_exhaustion.py",
     "test_learn.py",
+    "test_withheld.py",
     "test_layers_audit.py",
     "test_oci.py",
 ]

@@ -166,12 +166,15 @@ SAID = """..F.s
 FAILED tests/test_run.py::test_a - assert 1 == 2
 SKIPPED [2] tests/test_programs.py:80: no such package
 SKIPPED [1] tests/test_x.py:8: no such package
+ELSEWHERE [1] tests/test_x.py:9: about version 1
 ========== 1 failed, 480 passed, 3 skipped in 754.20s (0:12:34) ==========
 """
 
 
 def test_what_pytest_said_is_understood() -> None:
-    assert hosts.understand(SAID) == hosts.Told(480, 1, 3, 754.2, {"no such package": 3}, ["tests/test_run.py::test_a"])
+    assert hosts.understand(SAID) == hosts.Told(
+        480, 1, 3, 754.2, {"no such package": 3}, ["tests/test_run.py::test_a"], {"about version 1": 1}
+    )
     assert hosts.understand("12 passed in 3.10s\n").failed == 0
     assert hosts.understand("Segmentation fault\n").failed == 1, "no news is bad news"
 
@@ -202,7 +205,10 @@ def test_a_row_takes_the_place_of_its_predecessor_and_of_no_other() -> None:
     for line in (*rows, rows[0]):
         document = hosts.with_row(document, line)
     assert document == f"# Hosts\n\n{hosts.HEAD}\n{hosts.RULE}\n{rows[1]}\n{rows[0]}\n\n## Doctor\n"
-    assert "| 480 | 1: tests/test_run.py::test_a | 3: no such package (3) | 12 s | 12.6 min |" in rows[0]
+    assert (
+        "| 480 | 1: tests/test_run.py::test_a | 3: no such package (3). Not for this host or user: about version 1 (1) | 12 s | 12.6 min |"
+        in rows[0]
+    )
 
 
 def test_what_doctor_said_takes_the_place_of_what_it_said_before() -> None:

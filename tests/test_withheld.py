@@ -94,7 +94,7 @@ def test_a_run_that_cannot_be_written_names_the_directory_and_the_setting() -> N
     assert "RuntimeDirectory=nsjail_py" in done.stderr
 
 
-@pytest.mark.skipif(IS_ROOT, reason="root may enter every directory")
+@pytest.mark.elsewhere(IS_ROOT, why="root may enter every directory")
 def test_a_home_that_cannot_be_entered_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ProtectHome=."""
     for name in ("NSJAIL_PY_CACHE", "CACHE_DIRECTORY", "XDG_CACHE_HOME"):

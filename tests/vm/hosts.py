@@ -6,7 +6,7 @@ import datetime
 import io
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -33,6 +33,7 @@ class Told:
     seconds: float
     reasons: dict[str, int]
     failures: list[str]
+    elsewhere: dict[str, int] = field(default_factory=dict)
 
 
 def understand(text: str) -> Told:
@@ -42,12 +43,24 @@ def understand(text: str) -> Told:
         return _broken_off(text)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", ends[-1])}
     seconds = re.search(r" in ([\d.]+)s", ends[-1])
-    reasons: dict[str, int] = {}
-    for number, reason in re.findall(r"^SKIPPED \[(\d+)\] [^ ]+ (.*)$", text, re.M):
-        reasons[reason] = reasons.get(reason, 0) + int(number)
     failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
     failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
-    return Told(counts.get("passed", 0), failed, counts.get("skipped", 0), float(seconds[1]) if seconds else 0.0, reasons, failures)
+    return Told(
+        counts.get("passed", 0),
+        failed,
+        counts.get("skipped", 0),
+        float(seconds[1]) if seconds else 0.0,
+        _reasons("SKIPPED", text),
+        failures,
+        _reasons("ELSEWHERE", text),
+    )
+
+
+def _reasons(word: str, text: str) -> dict[str, int]:
+    reasons: dict[str, int] = {}
+    for number, reason in re.findall(rf"^{word} \[(\d+)\] [^ ]+ (.*)$", text, re.M):
+        reasons[reason] = reasons.get(reason, 0) + int(number)
+    return reasons
 
 
 def _broken_off(text: str) -> Told:
@@ -58,8 +71,8 @@ def _broken_off(text: str) -> Told:
 
 
 def row(which: Machine, release: str, user: str, date: str, told: Told, boot: float) -> str:
-    reasons = "; ".join(f"{reason} ({number})" for reason, number in told.reasons.items())
-    skipped = f"{told.skipped}: {reasons}".removesuffix(": ")
+    skipped, elsewhere = ("; ".join(f"{reason} ({number})" for reason, number in each.items()) for each in (told.reasons, told.elsewhere))
+    skipped = f"{told.skipped}: {skipped}".removesuffix(": ") + (f". Not for this host or user: {elsewhere}" if elsewhere else "")
     failed = f"{told.failed}: {', '.join(told.failures)}" if told.failed else "0"
     cells = [
         which.distro,
