@@ -19,7 +19,7 @@ from setuptools.errors import CompileError
 PACKAGE = "nsjail_py"
 LAUNCHER = "nsjail-launcher"
 NATIVE = Path("native")
-EXTENSION_ONLY = {"probe.c", "template.c", "audit.c"}
+EXTENSION_ONLY = {"probe.c", "template.c", "snapshot.c", "audit.c"}
 LAUNCHER_ONLY = {
     "launcher.c",
     "shelf.c",

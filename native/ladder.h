@@ -124,6 +124,9 @@ int landlock_apply(const struct cell *cell);
 int filter_install(struct cell *cell, int *listener);
 long late(const struct cell *cell, long call, long a, long b, long c, long d, long e);
 
+/* snapshot.c */
+int memory_snapshot(void);
+
 /* job.c */
 _Noreturn void job_init(struct cell *cell, int reaper, void (*program)(void));
 void job_program(struct cell *cell, int *listener);

@@ -111,7 +111,17 @@ static PyObject *serve(PyObject *module, PyObject *arguments) {
 	Py_RETURN_NONE;
 }
 
+/* snapshot(): what this process has written until now is mapped from a file, as far as that can be done and is worth it. */
+static PyObject *snapshot(PyObject *module, PyObject *nothing) {
+	(void)module;
+	(void)nothing;
+	if (memory_snapshot() < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"snapshot", snapshot, METH_NOARGS, "Map what was written from a file, so that forks need not copy its page tables."},
     {"serve", serve, METH_VARARGS, "Make jobs; return in each."},
     {"take", take, METH_NOARGS, "Wait for the order: file name, source, arguments, environment."},
     {NULL, NULL, 0, NULL},

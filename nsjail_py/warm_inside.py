@@ -47,6 +47,7 @@ def template(preload: list[str]) -> Any:
         raise SystemExit(f"preload = {list(preload)}: these modules leave descriptors open: {sorted(left)}")
     gc.collect()
     gc.freeze()
+    extension.snapshot()
     return extension
 
 
