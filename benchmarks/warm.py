@@ -15,9 +15,11 @@ from start import protections
 from nsjail_py import Jail, launcher
 
 NUMPY = "import numpy; numpy.arange(10).sum()"
+PANDAS = "import pandas; pandas.Series(range(10)).sum()"
 HEAP = "x = bytearray(b'1' * (100 << 20))"
 BARE, IMPORT = "python3 -I -S -c pass, no jail", "python3 -c 'import numpy', no jail"
 JOB, NUMPY_JOB, UNPARKED = "warm job", "warm job with numpy", "warm job with numpy, none parked"
+PANDAS_JOB = "warm job with pandas"
 CHECKPOINT, RESTORE = "checkpoint of 100 MiB", "restore of 100 MiB"
 RATE, PARKED = "warm job with numpy, 8 threads", "a parked numpy job, private"
 TARGETS = (
@@ -39,6 +41,7 @@ RARE = {IMPORT, CHECKPOINT, RESTORE}
 def contestants(stack: ExitStack) -> dict[str, Peer]:
     bare = stack.enter_context(Jail("untrusted", preload=[]))
     numpy = stack.enter_context(Jail("untrusted", preload=["numpy"], hostname="numpy"))
+    pandas = stack.enter_context(Jail("untrusted", preload=["numpy", "pandas"], hostname="pandas"))
     unparked = stack.enter_context(Jail("untrusted", preload=["numpy"], stock=0, hostname="unparked"))
     cold = stack.enter_context(Jail("untrusted", hostname="cold"))
     session = stack.enter_context(numpy.session())
@@ -53,6 +56,7 @@ def contestants(stack: ExitStack) -> dict[str, Peer]:
         "run_python, no warm interpreter": Peer(lambda: cold.run_python("pass").check() and None, names),
         JOB: Peer(lambda: bare.run_python("pass").check() and None, "the same"),
         NUMPY_JOB: Peer(lambda: numpy.run_python(NUMPY).check() and None, "the same"),
+        PANDAS_JOB: Peer(lambda: pandas.run_python(PANDAS).check() and None, "the same"),
         UNPARKED: Peer(lambda: unparked.run_python(NUMPY).check() and None, "the same"),
         "cell of a session": Peer(lambda: session.run("1 + 1").check() and None, "the same; its cells share an interpreter"),
         CHECKPOINT: Peer(large.checkpoint, "the same"),

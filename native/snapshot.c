@@ -14,8 +14,8 @@
 
 enum {
 	MAX_REGIONS = 4096,
-	PIECE = 256,      /* pages that are there twice for a moment */
-	SMALL_GAP = 16,   /* pages that nobody has written to, which cost less than two mappings more */
+	PIECE = 256, /* pages that are there twice for a moment */
+	SMALL_GAP = 16, /* pages that nobody has written to, which cost less than two mappings more */
 	WORTH_IT = 8 << 10 /* KiB: a bare interpreter's 4,000 are copied sooner than they are found one by one */
 };
 #ifndef MFD_NOEXEC_SEAL
@@ -61,7 +61,8 @@ static int regions_read(void) {
 	ssize_t got;
 	while (count < MAX_REGIONS && (got = read(smaps, lines + have, sizeof lines - have)) > 0) {
 		char *line = lines, *end;
-		for (have += (size_t)got; count < MAX_REGIONS && (end = memchr(line, '\n', have)); have -= (size_t)(end + 1 - line), line = end + 1) {
+		for (have += (size_t)got; count < MAX_REGIONS && (end = memchr(line, '\n', have));
+		     have -= (size_t)(end + 1 - line), line = end + 1) {
 			*end = 0;
 			if (described(line, &region, &written)) {
 				regions[count++] = region;

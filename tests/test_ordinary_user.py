@@ -18,6 +18,7 @@ SUITES = [
     "test_bad_input.py",
     "test_stock.py",
     "test_warm.py",
+    "test_snapshot.py",
     "test_session.py",
     "test_stream.py",
     "test_embedding.py",
@@ -34,7 +35,7 @@ SUITES = [
 ]
 
 
-WITH_JOBS = {"test_warm.py", "test_chaos.py", "test_exhaustion.py", "test_session.py", "test_stream.py"}
+WITH_JOBS = {"test_warm.py", "test_snapshot.py", "test_chaos.py", "test_exhaustion.py", "test_session.py", "test_stream.py"}
 """All about warm jobs, which ./dev test --sanitize has only as root (ordinary.py)."""
 
 

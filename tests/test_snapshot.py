@@ -38,7 +38,9 @@ for at in range(0, len(large), 4096): large[at:at + 8] = at.to_bytes(8, "little"
 
 
 def process(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", PREPARED + code, _template.__file__], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARED + code, _template.__file__], capture_output=True, text=True, check=False, timeout=60
+    )
     assert (done.returncode, done.stdout) == (0, "same\n"), done.stdout + done.stderr
 
 

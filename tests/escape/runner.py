@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, PATIENCE
 from msgspec.structs import replace
 from test_stock import cells, parked, until
 
@@ -90,7 +90,7 @@ FILTERED = ("untrusted", "moderate", "no-landlock", "filter-only")
 UNFILTERED = ("no-filter", "bare", "trusted")
 SHOWN: set[str] = set()
 """Sources that have won outside."""
-LIMIT = 20.0
+LIMIT = 20.0 * PATIENCE
 """Seconds for one side of one attack."""
 
 
