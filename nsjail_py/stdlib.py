@@ -8,21 +8,19 @@ into functions, `os` alone would lead to nearly everything. Extensions have no t
 from __future__ import annotations
 
 import ast
-import contextlib
 import os
-import re
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from . import cython
 from .errors import PolicyError
 from .interpreter import TIMEOUT, WHERE, Interpreter
 
 OURS = tuple(str(Path(__file__).parent / name) for name in ("warm_inside.py", "executor_inside.py", "layers/audit_inside.py"))
 """What starts scripts inside. What a session imports, it lists itself: `socket` is among that."""
-DECIDING = (*OURS, __file__)
+DECIDING = (*OURS, __file__, cython.__file__)
 """Files of ours that decide what is needed."""
 ERRORS = ("traceback", "linecache", "warnings")
 """What an interpreter loads to tell of an error."""
@@ -35,9 +33,8 @@ LATER = {
     "sysconfig": ("_sysconfigdata*",),
 }
 """What modules import when they are used, and hardly do without; the last two by a computed name."""
-SHORTEST, MOST = 5, 1 << 20
-"""Characters of a name that is hardly in other words by chance; bytes of strings in one extension."""
-ZLIB = re.compile(rb"x[\x01\x5e\x9c\xda]")
+SHORTEST = 5
+"""Characters of a name that is hardly in other words by chance."""
 MISSING = """raise ModuleNotFoundError({words!r}, name={module!r})\n"""
 
 
@@ -93,13 +90,11 @@ def imports(path: str, module: str, *, deep: bool = False) -> Iterator[str]:
 
 
 def _strings(data: bytes) -> set[str]:
-    """Names of modules in an extension: whole strings, or anywhere in those that Cython puts together and compresses."""
+    """Names of modules in an extension: whole strings, or anywhere in those that Cython puts together."""
     names = {name.encode(): name for name in sys.stdlib_module_names}
     found = names.keys() & set(data.split(b"\0"))
-    for match in ZLIB.finditer(data):
-        with contextlib.suppress(zlib.error):
-            text = zlib.decompressobj().decompress(memoryview(data)[match.start() :], MOST)
-            found |= {name for name in names if len(name) >= SHORTEST and name in text}
+    for text in cython.texts(data):
+        found |= {name for name in names if len(name) >= SHORTEST and name in text}
     return {names[name] for name in found}
 
 

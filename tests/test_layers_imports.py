@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nsjail_py
+from nsjail_py import cython
 from nsjail_py.layers.imports import propose
 
 
@@ -134,6 +137,41 @@ def test_a_distribution_finds_what_it_imports() -> None:
     source = "import numpy\nprint(numpy.arange(3).sum(), 0 <= numpy.random.default_rng().random() < 1)\nimport sqlite3"
     result = nsjail_py.run_python(source, stdlib="needed", imports=["numpy"])
     assert result.stdout == b"3 True\n" and LINE % b"sqlite3" in result.stderr
+
+
+def squeezed(text: bytes) -> bytes:
+    """As Cython 3.3 stores strings: eight bits, then for each a byte, or how far back and how much."""
+    out, at = bytearray(), 0
+    while at < len(text):
+        flags, items = 0, bytearray()
+        for bit in range(8):
+            length = next((n for n in (250, 30, 8, 4) if n + 3 <= len(text) - at and text.find(text[at : at + n + 3], 0, at) >= 0), 0)
+            if at >= len(text) or length == 0:
+                flags |= 1 << bit
+                items += text[at : at + 1] or b"\0"
+                at += 1
+                continue
+            back = at - text.rfind(text[at : at + length + 3], 0, at) - length - 3
+            if back < 0x80:
+                items += bytes([back, length])
+            elif back - 0x80 < 1 << 9 and length < 1 << 5:
+                items += bytes([0x80 | (back - 0x80) & 0x7F, (back - 0x80) >> 2 & 0x60 | length])
+            else:
+                items += bytes([0x80 | (back - 0x80) & 0x7F, 0x80 | (back - 0x80) >> 7, length])
+            at += length + 3
+        out += bytes([flags]) + items
+    return bytes(out)
+
+
+@pytest.mark.parametrize("store", [bytes, zlib.compress, squeezed])
+def test_the_strings_of_an_extension_are_found_however_cython_stores_them(store: Callable[[bytes], bytes]) -> None:
+    text = b"A sentence that stands for the documentation of a module, and for names that are in it.".join(
+        bytes([97 + n % 26]) * 3 + f"some{n}_attribute".encode() for n in range(40)
+    ) + (b"cline_in_tracebackgetstatesecretsrandbits" + b"_" * 300) * 2  # fmt: skip
+    code = bytes(range(256)) * 20
+    found = b"".join(cython.texts(code + b"\0cython_runtime\0" + store(text) + b"\0" + code))
+    assert b"cline_in_tracebackgetstatesecretsrandbits___" in found
+    assert list(cython.texts(code + store(text))) == [], "it was not Cython that made this"
 
 
 def test_a_session_has_what_it_imports_itself() -> None:
