@@ -105,7 +105,7 @@ def _block(policy: Policy, host: Host, groups: list[Group], compiled: Compiled, 
         head.uid_base, head.uid_block, head.uid_blocks = launcher.UID_BASE, launcher.UID_BLOCK, launcher.UID_BLOCKS
     head.cgroup_kind = launcher.KINDS[host.cgroup]
     if host.cgroup == "v2":
-        head.controllers = block.string(_controllers(Path(groups[0].mount)))
+        head.controllers = block.string(_controllers(launcher.current().claim.directories["unified"]))
     head.plan.offset, head.plan.count = block.put(plan), len(plan)
     sources = [*compiled.sources, *([stamp(program)] if program else [])]
     block.table(head.sources, "struct saved_file", ({"size": s, "mtime_ns": t, "path": block.string(p)} for p, s, t in sources))
@@ -124,9 +124,9 @@ def _block(policy: Policy, host: Host, groups: list[Group], compiled: Compiled, 
     return _with_checksum(block.finish())
 
 
-def _controllers(base: Path) -> str:
-    have = (base / "cgroup.controllers").read_text().split()
-    return " ".join(f"+{name}" for name in cgroups.WANTED if name in have)
+def _controllers(group: Path) -> str:
+    """Those that a group of a launcher of ours has, which so far can be handed on."""
+    return " ".join(f"+{name}" for name in (group / "cgroup.controllers").read_text().split())
 
 
 def _visible(policy: Policy) -> list[str]:

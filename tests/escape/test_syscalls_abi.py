@@ -150,7 +150,8 @@ def test_a_program_for_32_bits_says_nothing(programs: Path) -> None:
 
 def test_the_filter_is_on_every_thread_and_no_two_threads_exec(programs: Path) -> None:
     """The one exec that is let through is not to be won by a race."""
-    assert unjailed(programs, "threads").endswith(b"0\n"), "outside one of them wins, and prints that its call returned"
+    won = any(unjailed(programs, "threads").endswith(b"0\n") for _ in range(5))  # now and then two end each other
+    assert won, "outside one of them wins, and prints that its call returned"
     for wall in ("untrusted", "no-landlock"):
         result = jailed(programs, WALLS[wall], "threads").check()
         assert result.stdout.split(b"\n")[:-1] == [b"1 1"] * 8

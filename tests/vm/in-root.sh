@@ -7,7 +7,8 @@ DEV_VENV=$venv /src/dev setup
 "$venv/bin/python" - <<'PYTHON' >/tmp/requirements
 import tomllib
 with open("/src/pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")
+    project = tomllib.load(file)
+print(*project["build-system"]["requires"], *project["project"]["dependencies"], *project["project"]["optional-dependencies"]["warm"], sep="\n")
 PYTHON
 "$venv/bin/pip" download -q -d /opt/nsjail_py/wheels -r /tmp/requirements
 rm /tmp/requirements
