@@ -25,8 +25,8 @@ ADVICE = "set NSJAIL_PY_CACHE to a directory of your own, or in a systemd unit C
 def directory(kind: str) -> Path:
     """The cache directory for one kind of thing (`roots`, `filters`), made when it is missing.
 
-    NSJAIL_PY_CACHE, else below $CACHE_DIRECTORY (systemd's CacheDirectory=), else /var/cache/nsjail_py for root, else below $XDG_CACHE_HOME
-    or ~/.cache. Raises SetupError where it is not ours.
+    NSJAIL_PY_CACHE, else below $CACHE_DIRECTORY (systemd's CacheDirectory=; where that is noexec, in /var/tmp), else /var/cache/nsjail_py
+    for root, else below $XDG_CACHE_HOME or ~/.cache. Raises SetupError where it is not ours, or where nothing may be executed.
     """
     base = _base()
     for path in (base, base / kind):
@@ -38,7 +38,16 @@ def directory(kind: str) -> Path:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             reason = f"{path} must be a directory that belongs to uid {os.geteuid()} and that nobody else can write"
             raise SetupError("cache directory", detail=reason, advice="remove it, or set NSJAIL_PY_CACHE to a directory of your own")
+    if kind == "roots" and _is_noexec(base):
+        reason = f"{base / kind} is on a file system that is mounted noexec, and the programs of a root have to be executed there"
+        raise SetupError("cache directory", detail=reason, advice=ADVICE)
     return base / kind
+
+
+def _is_noexec(path: Path) -> bool:
+    """mount(8). Of what is not there yet: where it would be made."""
+    there = next(one for one in (path, *path.parents) if os.path.exists(one))
+    return bool(os.statvfs(there).f_flag & os.ST_NOEXEC)
 
 
 def write(path: Path, data: bytes) -> None:
@@ -117,6 +126,8 @@ def _base() -> Path:
         return Path(chosen).absolute()
     if given := os.environ.get("CACHE_DIRECTORY"):
         first = Path(given.split(":")[0])
+        if _is_noexec(first):  # as systemd has it for DynamicUser=, which comes with a /var/tmp of the unit's own
+            return Path(f"/var/tmp/nsjail_py-{os.geteuid()}")
         return first if first.name.startswith("nsjail_py") else first / "nsjail_py"
     if os.geteuid() == 0:
         return Path("/var/cache/nsjail_py")

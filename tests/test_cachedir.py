@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import IS_ROOT
 
 from nsjail_py import PIPE, Jail, SetupError, cachedir, run
 
@@ -50,6 +53,28 @@ def test_a_cache_that_others_could_write_is_refused(base: Path, spoil) -> None:
     spoil(cachedir.directory("roots"))
     with pytest.raises(SetupError, match="NSJAIL_PY_CACHE"):
         cachedir.directory("roots")
+
+
+def on_noexec(top: Path, variable: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code where nothing below top may be executed."""
+    user = [] if IS_ROOT else ["--user", "--map-root-user"]
+    script = 'mount -t tmpfs -o noexec,mode=700 none "$0" && exec "$@"'
+    command = ["unshare", *user, "--mount", "sh", "-c", script, str(top), sys.executable, "-c", code]
+    environment = {name: value for name, value in os.environ.items() if name != "NSJAIL_PY_CACHE"} | {variable: str(top)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_root_is_not_built_where_nothing_may_be_executed(tmp_path: Path) -> None:
+    code = "from nsjail_py import cachedir; cachedir.directory('filters'); cachedir.directory('roots')"
+    said = on_noexec(tmp_path, "NSJAIL_PY_CACHE", code).stderr.splitlines()[-1]
+    assert f"cache directory ({tmp_path}/roots is on a file system that is mounted noexec" in said and "set NSJAIL_PY_CACHE" in said
+
+
+def test_a_units_cache_where_nothing_may_be_executed_gives_way_to_var_tmp(tmp_path: Path) -> None:
+    """DynamicUser=."""
+    code = "import os; from nsjail_py import cachedir; print(cachedir._base()); os.environ['CACHE_DIRECTORY'] = '/var/tmp/unit'; print(cachedir._base())"
+    said = on_noexec(tmp_path, "CACHE_DIRECTORY", code).stdout.split()
+    assert said == ["/var/tmp/nsjail_py-0", "/var/tmp/unit/nsjail_py"]
 
 
 def test_a_reader_sees_the_old_content_or_the_new(base: Path) -> None:

@@ -539,13 +539,12 @@ def test_a_bare_group_with_a_stranger_in_it_is_not_used_and_the_stranger_stays(b
     stranger = subprocess.Popen([*enter, "sleep", "999"])
     while str(stranger.pid) not in (group / "cgroup.procs").read_text().split():
         time.sleep(0.05)
-    said = subprocess.run(
-        [*enter, sys.executable, "-c", "import os\nif os.fork(): os.wait(); os._exit(0)\n" + RUN],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert said.stdout.startswith("ok: the program exited with 0 rootless"), said.stdout
-    assert str(stranger.pid) in (group / "cgroup.procs").read_text().split()
-    stranger.kill()
-    stranger.wait()
+    where = "print(*nsjail_py.launcher.current().claim.directories.values())"  # none, or in a scope of his manager's, if that runs
+    code = f"import os\nif os.fork(): os.wait(); os._exit(0)\n{RUN}{where}"
+    try:
+        said = subprocess.run([*enter, sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert said.startswith("ok: the program exited with 0") and group.name not in said.splitlines()[-1], said
+        assert str(stranger.pid) in (group / "cgroup.procs").read_text().split()
+    finally:
+        stranger.kill()
+        stranger.wait()
