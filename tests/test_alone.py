@@ -32,6 +32,7 @@ PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 UNTRUSTED = nsjail_py.policy("untrusted")
 COUNTED = bool(_host()[0])
 """Whether the launcher alone makes control groups here: not as an ordinary user, and not in a group that was delegated."""
+counted = pytest.mark.elsewhere(not COUNTED, why="the launcher alone makes no control groups for a user, or in a delegated one")
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +420,7 @@ def test_whoever_is_killed_leaves_no_process(victim: str, running: tuple[subproc
     assert status == (-signal.SIGKILL if victim == "caller" else SETUP)
 
 
-@pytest.mark.elsewhere(not COUNTED, why="the launcher alone makes no control groups for a user, or in a delegated one")
+@counted
 def test_control_groups_of_a_killed_caller_go_with_the_next(running: tuple[subprocess.Popen[bytes], list[int]], plans: Path) -> None:
     process, processes = running
     process.kill()
@@ -492,7 +493,7 @@ def test_a_plan_whose_control_groups_are_not_here_does_not_start(field: str, tmp
     assert not left_behind(before)
 
 
-@pytest.mark.elsewhere(not COUNTED, why="the launcher alone makes no control groups for a user, or in a delegated one")
+@counted
 def test_processes_and_memory_are_counted_together(tmp_path: Path) -> None:
     save(override(nsjail_py.policy("moderate"), memory="64M"), tmp_path / "python", PYTHON)
     source = "import os\nfor _ in range(3):\n  if os.fork() == 0: x = bytearray(b'1' * (30 << 20)); os.read(0, 1)\nos.wait()"
@@ -500,7 +501,7 @@ def test_processes_and_memory_are_counted_together(tmp_path: Path) -> None:
     assert process.returncode == LIMIT and b"memory" in process.stderr
 
 
-@pytest.mark.elsewhere(not COUNTED, why="the launcher alone makes no control groups for a user, or in a delegated one")
+@counted
 def test_the_groups_of_a_caller_that_cannot_be_looked_at_are_not_taken_for_a_dead_one_s(plans: Path) -> None:
     ours = [top / cgroups._name() for top in {directory.parent for directory in launcher.current().claim.directories.values()}]
     for directory in ours:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from conftest import IS_ROOT
@@ -26,7 +26,13 @@ LACK = (
     or ("" if IS_ROOT else "only root loads profiles")
     or ("" if PARSER else "apparmor_parser is not installed: apt install apparmor")
 )
-real = pytest.mark.skipif(bool(LACK), reason=LACK)
+
+
+def real(test: Any) -> Any:
+    """Under AppArmor."""
+    return pytest.mark.elsewhere(bool(DOCTOR), why=DOCTOR)(pytest.mark.skipif(bool(LACK), reason=LACK)(test))  # type: ignore[no-any-return]
+
+
 ABI_4 = Path("/etc/apparmor.d/abi/4.0")
 USER = next((entry.pw_name for entry in pwd.getpwall() if 1000 <= entry.pw_uid < 60000), "")
 ASK = "print(open('/proc/self/attr/apparmor/current').read().strip())"
@@ -148,7 +154,13 @@ NO_SELINUX = (
     or ("" if IS_ROOT else "only root loads modules of policy")
     or ("" if shutil.which("semodule") else "semodule is not installed: apt install policycoreutils")
 )
-enforcing = pytest.mark.skipif(bool(NO_SELINUX), reason=NO_SELINUX)
+
+
+def enforcing(test: Any) -> Any:
+    lack = label.lacks()["selinux"]
+    return pytest.mark.elsewhere(bool(lack), why=f"doctor: {lack}")(pytest.mark.skipif(bool(NO_SELINUX), reason=NO_SELINUX)(test))  # type: ignore[no-any-return]
+
+
 CONTEXT = "print(open('/proc/self/attr/current').read().strip('\\0\\n'))"
 FORBIDDEN = """\
 (typeattribute nsjail_test)

@@ -219,11 +219,22 @@ def in_unit(*settings: str) -> str:
 
 @real
 def test_the_launcher_alone_has_its_control_groups_in_a_unit_that_is_not_delegated() -> None:
-    """What test_alone.py promises of them, which a run in a delegated unit leaves out."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "elsewhere", "tests/test_alone.py"]
+    """What test_alone.py and test_saved.py promise of them, which a run in a delegated unit leaves out."""
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "elsewhere",
+        "tests/test_alone.py",
+        "tests/test_saved.py",
+    ]
     command = ["systemd-run", "--wait", "--pipe", "--quiet", "--collect", "-p", f"WorkingDirectory={Path(__file__).parent.parent}"]
     done = subprocess.run([*command, "--", *tests], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout
 
 
 @real
