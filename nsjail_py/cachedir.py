@@ -18,6 +18,8 @@ UNUSED = 7 * 86400.0
 """Seconds without a mark after which an entry goes."""
 AGAIN = 3600.0
 """Seconds after which a process marks what it goes on using."""
+EXECUTED = ("roots", "images")
+"""Kinds of things whose programs are executed where they are kept."""
 _marked: dict[Path, float] = {}
 ADVICE = "set NSJAIL_PY_CACHE to a directory of your own, or in a systemd unit CacheDirectory=nsjail_py (nsjail_py-USER with User=)"
 
@@ -26,7 +28,7 @@ def directory(kind: str) -> Path:
     """The cache directory for one kind of thing (`roots`, `filters`), made when it is missing.
 
     NSJAIL_PY_CACHE, else below $CACHE_DIRECTORY (systemd's CacheDirectory=; where that is noexec, in /var/tmp), else /var/cache/nsjail_py
-    for root, else below $XDG_CACHE_HOME or ~/.cache. Raises SetupError where it is not ours, or where nothing may be executed.
+    for root, else below $XDG_CACHE_HOME or ~/.cache. Raises SetupError where it is not ours, or its programs may not be executed.
     """
     base = _base()
     for path in (base, base / kind):
@@ -38,7 +40,7 @@ def directory(kind: str) -> Path:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             reason = f"{path} must be a directory that belongs to uid {os.geteuid()} and that nobody else can write"
             raise SetupError("cache directory", detail=reason, advice="remove it, or set NSJAIL_PY_CACHE to a directory of your own")
-    if kind == "roots" and _is_noexec(base):
+    if kind in EXECUTED and _is_noexec(base):
         reason = f"{base / kind} is on a file system that is mounted noexec, and the programs of a root have to be executed there"
         raise SetupError("cache directory", detail=reason, advice=ADVICE)
     return base / kind

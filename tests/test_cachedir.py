@@ -64,10 +64,11 @@ def on_noexec(top: Path, variable: str, code: str) -> subprocess.CompletedProces
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_root_is_not_built_where_nothing_may_be_executed(tmp_path: Path) -> None:
-    code = "from nsjail_py import cachedir; cachedir.directory('filters'); cachedir.directory('roots')"
+@pytest.mark.parametrize("kind", ["roots", "images"])
+def test_a_root_is_not_built_where_nothing_may_be_executed(kind: str, tmp_path: Path) -> None:
+    code = f"from nsjail_py import cachedir; cachedir.directory('filters'); cachedir.directory({kind!r})"
     said = on_noexec(tmp_path, "NSJAIL_PY_CACHE", code).stderr.splitlines()[-1]
-    assert f"cache directory ({tmp_path}/roots is on a file system that is mounted noexec" in said and "set NSJAIL_PY_CACHE" in said
+    assert f"cache directory ({tmp_path}/{kind} is on a file system that is mounted noexec" in said and "set NSJAIL_PY_CACHE" in said
 
 
 def test_a_units_cache_where_nothing_may_be_executed_gives_way_to_var_tmp(tmp_path: Path) -> None:
