@@ -28,11 +28,17 @@ LACK = (
 )
 
 
-def real(test: Any) -> Any:
-    """Under AppArmor."""
-    return pytest.mark.elsewhere(bool(DOCTOR), why=DOCTOR)(pytest.mark.skipif(bool(LACK), reason=LACK)(test))  # type: ignore[no-any-return]
+def under(module: str, lack: str) -> Callable[[Any], Any]:
+    """Tests for hosts with this security module; skipped where something else for them is missing."""
+    other = label.lacks()[module]
+
+    def marked(test: Any) -> Any:
+        return pytest.mark.elsewhere(bool(other), why=f"doctor: {other}")(pytest.mark.skipif(bool(lack), reason=lack)(test))
+
+    return marked
 
 
+real = under("apparmor", LACK)
 ABI_4 = Path("/etc/apparmor.d/abi/4.0")
 USER = next((entry.pw_name for entry in pwd.getpwall() if 1000 <= entry.pw_uid < 60000), "")
 ASK = "print(open('/proc/self/attr/apparmor/current').read().strip())"
@@ -154,13 +160,7 @@ NO_SELINUX = (
     or ("" if IS_ROOT else "only root loads modules of policy")
     or ("" if shutil.which("semodule") else "semodule is not installed: apt install policycoreutils")
 )
-
-
-def enforcing(test: Any) -> Any:
-    lack = label.lacks()["selinux"]
-    return pytest.mark.elsewhere(bool(lack), why=f"doctor: {lack}")(pytest.mark.skipif(bool(NO_SELINUX), reason=NO_SELINUX)(test))  # type: ignore[no-any-return]
-
-
+enforcing = under("selinux", NO_SELINUX)
 CONTEXT = "print(open('/proc/self/attr/current').read().strip('\\0\\n'))"
 FORBIDDEN = """\
 (typeattribute nsjail_test)

@@ -122,7 +122,7 @@ print("same")
 """)
 
 
-@pytest.mark.elsewhere(not IS_ROOT, why="only root can open what another process has mapped")
+@pytest.mark.elsewhere(not IS_ROOT, why="only root can open a file by where it is mapped")
 def test_the_file_can_be_changed_by_nobody() -> None:
     process("""
 _template.snapshot()

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -211,29 +211,17 @@ except nsjail_py.JailError as error:
 USER = next((entry.pw_name for entry in pwd.getpwall() if 1000 <= entry.pw_uid < 60000), "")
 
 
-def in_unit(*settings: str) -> str:
+def in_unit(*settings: str, code: Iterable[str] = ("-c", RUN)) -> subprocess.CompletedProcess[str]:
     properties = [word for setting in settings for word in ("-p", setting)]
-    command = ["systemd-run", "--wait", "--pipe", "--quiet", "--collect", *properties, "--", sys.executable, "-c", RUN]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    command = ["systemd-run", "--wait", "--pipe", "--quiet", "--collect", *properties, "--", sys.executable, *code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @real
 def test_the_launcher_alone_has_its_control_groups_in_a_unit_that_is_not_delegated() -> None:
     """What test_alone.py and test_saved.py promise of them, which a run in a delegated unit leaves out."""
-    tests = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "elsewhere",
-        "tests/test_alone.py",
-        "tests/test_saved.py",
-    ]
-    command = ["systemd-run", "--wait", "--pipe", "--quiet", "--collect", "-p", f"WorkingDirectory={Path(__file__).parent.parent}"]
-    done = subprocess.run([*command, "--", *tests], capture_output=True, text=True, check=False)
+    tests = "-m pytest -q -p no:cacheprovider -m elsewhere tests/test_alone.py tests/test_saved.py"
+    done = in_unit(f"WorkingDirectory={Path(__file__).parent.parent}", code=tests.split())
     assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout
 
 
@@ -258,7 +246,7 @@ def test_the_launcher_alone_has_its_control_groups_in_a_unit_that_is_not_delegat
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_setting_that_forbids_something_is_named(settings: list[str], remedy: str) -> None:
-    assert remedy in in_unit(*settings)
+    assert remedy in in_unit(*settings).stdout
 
 
 @real
@@ -277,14 +265,14 @@ def test_a_setting_that_forbids_something_is_named(settings: list[str], remedy: 
     ids=lambda value: " ".join(value),
 )
 def test_a_jail_runs_under_the_rest(settings: list[str]) -> None:
-    assert in_unit(*settings).startswith("ok: the program exited with 0 root cgroup2")
+    assert in_unit(*settings).stdout.startswith("ok: the program exited with 0 root cgroup2")
 
 
 @real
 @pytest.mark.parametrize(("delegate", "got"), [("yes", "delegated cgroup2"), ("no", "rootless rusage")])
 def test_a_jail_runs_as_a_dynamic_user(delegate: str, got: str) -> None:
     name = f"nsjail-test-{secrets.token_hex(4)}"
-    said = in_unit("DynamicUser=yes", f"User={name}", f"CacheDirectory={name}", f"Delegate={delegate}")
+    said = in_unit("DynamicUser=yes", f"User={name}", f"CacheDirectory={name}", f"Delegate={delegate}").stdout
     shutil.rmtree(f"/var/cache/private/{name}")
     os.unlink(f"/var/cache/{name}")
     assert said.startswith(f"ok: the program exited with 0 {got}")
