@@ -144,7 +144,8 @@ def _imports(shown: View, seen: Observation, found: interpreter.Interpreter) -> 
     """The distributions that opened files belong to; one that another requires is not named again."""
     owners: dict[str, str] = {}
     for one in metadata.distributions(path=list(found.search)):
-        owners |= {_source(str(one.locate_file(file))): one.metadata["Name"] for file in one.files or ()}
+        paths = (_source(str(one.locate_file(file))) for file in one.files or ())
+        owners |= dict.fromkeys(paths, one.metadata["Name"])  # which is parsed anew whenever it is asked for
     first: dict[str, str] = {}
     for path, file in sorted(seen.files.items(), key=lambda item: (len(item[0]), item[0])):
         if any(is_below(path, place) for place in found.search) and (owner := owners.get(_source(path))):
