@@ -59,7 +59,10 @@ int groups_clear(const struct cell *cell) {
 		return 0;
 	if (setgroups(0, NULL) < 0)
 		return -1;
-	return getgroups(0, NULL) == 0 ? 0 : -1;
+	int left = getgroups(0, NULL);
+	if (left > 0)
+		errno = EPERM;
+	return left == 0 ? 0 : -1;
 }
 
 int identity_take(const struct plan *plan) {

@@ -172,6 +172,19 @@ def test_each_run_has_a_peak_of_its_own() -> None:
     assert modest.peak_memory < 100 << 20
 
 
+def test_a_run_has_no_more_swap_than_memory() -> None:
+    """Version 1 limits both together, version 2 swap alone."""
+    claim = launcher.current().claim
+    files = {"memory.limit_in_bytes": 64 << 20, "memory.memsw.limit_in_bytes": 64 << 20, "memory.max": 64 << 20, "memory.swap.max": 0}
+    with nsjail_py.Jail("moderate", memory="64M").start(["/bin/sleep", "60"]) as process:
+        assert process.pid
+        cells = [path for top in claim.directories.values() for path in top.glob("cell-*") if (path / "cgroup.procs").read_text()]
+        told = {name: int((path / name).read_text()) for path in cells for name in files if (path / name).exists()}
+    assert told.keys() >= {"v1": {"memory.limit_in_bytes"}, "v2": {"memory.max"}, "none": set[str]()}[claim.kind]
+    assert claim.swap == any("sw" in name for name in told)
+    assert told == {name: files[name] for name in told}
+
+
 def test_the_group_of_a_run_is_the_root_of_what_it_sees() -> None:
     seen = nsjail_py.run_python("print(open('/proc/self/cgroup').read(), end='')", proc="masked").check().stdout.decode()
     ours = [group for group in cgroups.memberships(seen) if not group.controllers or {"memory", "pids"} & set(group.controllers)]

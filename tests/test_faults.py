@@ -13,12 +13,16 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from conftest import IS_ROOT
 from faults.scenarios import SCENARIOS, Take, judge, take
-from faults.shim import Point, Shim
+from faults.shim import NATIVE, PRETENDED, Point, Shim
 
-from nsjail_py import JailError, launcher, run
+from nsjail_py import JailError, SetupError, launcher, run
 
 THOROUGH = (errno.ENOMEM, errno.EPERM, errno.EMFILE, errno.EIO, errno.ENOSYS, errno.EACCES)
+READ_BACK = {"setgroups": "groups", "setresgid": "identity", "setresuid": "identity", "capset": "capabilities"}
+"""Calls that give something up, and the step that looks whether it is gone."""
+MAKES_MEMORY = {"malloc", "calloc", "realloc", "reallocarray", "free", "strdup", "asprintf", "fopen", "fdopen", "opendir", "fdopendir"}
 NEW_TO = {"shared": (), "own": ("shared",), "ended": ("shared", "own")}
 """The suite tries a call once: in the first scenario that makes it."""
 
@@ -105,3 +109,44 @@ def test_the_program_of_a_cell_that_is_never_made_whole_does_not_run(shim: Shim,
         for _ in range(10):
             taken = take(shim, SCENARIOS["own"], point, errno.EPERM, untroubled["own"].left)
             assert judge(taken, untroubled["own"], "own") == "typed", (point, taken.outcomes, os.uname().release)
+
+
+@pytest.fixture
+def another_group() -> Iterator[None]:
+    """The launcher has a group beside its own, which no program may keep."""
+    kept = os.getgroups()
+    if IS_ROOT:
+        os.setgroups([*kept, 54321])
+    yield
+    if IS_ROOT:
+        os.setgroups(kept)
+
+
+@pytest.mark.parametrize("call", [call for call in READ_BACK if IS_ROOT or call != "setgroups"])
+def test_what_is_only_said_to_be_given_up_is_noticed(call: str, shim: Shim, untroubled: dict[str, Take], another_group: None) -> None:
+    """In init as in the program's process: the call answers that it has worked, and has not."""
+    name = call if call != "capset" else "syscall"
+    points = {p.role: p for p in reversed(untroubled["own"].log) if p.cell == 1 and p.call == name and call in (p.call, p.name)}
+    assert set(points) == ({"init"} if call == "setgroups" else {"init", "program"})
+    for point in points.values():
+        end, *later = (taken := take(shim, SCENARIOS["own"], point, PRETENDED)).outcomes
+        assert taken.hit
+        assert isinstance(end.end, SetupError), end
+        assert (end.end.step, end.end.errno, end.output) == (READ_BACK[call], errno.EPERM, ())
+        assert all(one.end == ("ok", 0, None, ()) for one in later)
+
+
+def test_the_launcher_kills_by_descriptor_and_nobody_by_number(shim: Shim, untroubled: dict[str, Take]) -> None:
+    """A number may be somebody else's by then. Init's own numbers are those of children that it has not waited for."""
+    called = {point.name for taken in untroubled.values() for point in taken.log if point.role == "launcher"}
+    assert "pidfd_send_signal" in called
+    assert not called & {"kill", "killpg", "tgkill", "tkill", "raise"}
+
+
+def test_nothing_between_the_clone_and_the_exec_asks_for_memory(shim: Shim) -> None:
+    """Rungs of the ladder are files that include ladder.h and are not the launcher's."""
+    ladder = {path.stem for path in NATIVE.glob("*.c") if '#include "ladder.h"' in path.read_text()} & set(shim.uses)
+    assert {"inside", "mounts", "user", "reaper"} <= ladder
+    asking = {name: MAKES_MEMORY & used for name, used in shim.uses.items()}
+    assert asking["run"], "the launcher itself does, between two cells"
+    assert {name: asking[name] for name in ladder if asking[name]} == {}

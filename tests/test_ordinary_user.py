@@ -12,6 +12,7 @@ SUITES = [
     "escape",
     "test_run.py",
     "test_holes.py",
+    "test_rootfs.py",
     "test_cli.py",
     "test_alone.py",
     "test_saved.py",

@@ -8,7 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { LOG = 65536 };
+enum { LOG = 65536, PRETENDED = 0xffff };
+enum fate { DONE, FAILED, FAKED };
 
 /* As in shim.py. */
 struct entry {
@@ -18,7 +19,7 @@ struct entry {
 struct control {
 	uint32_t role, cell, call, nth; /* what is to fail; nth 0: all of them */
 	int64_t sub;
-	uint32_t error; /* 0: nothing */
+	uint32_t error; /* 0: nothing; PRETENDED: it is not made, and says that it was */
 	uint32_t seen, hit; /* hit: where in the log, from 1 on */
 	uint32_t count;
 	struct entry log[LOG];
@@ -35,21 +36,24 @@ __attribute__((constructor)) static void attach(void) {
 	close(fd);
 }
 
-static int due(uint32_t call, int64_t sub) {
+static enum fate due(uint32_t call, int64_t sub) {
 	uint32_t at = __atomic_fetch_add(&control->count, 1, __ATOMIC_SEQ_CST);
 	if (at < LOG)
 		control->log[at] = (struct entry){role, cell, call, 0, sub};
 	if (!control->error || control->call != call || control->role != role || control->cell != cell || control->sub != sub ||
 	    (__atomic_add_fetch(&control->seen, 1, __ATOMIC_SEQ_CST) != control->nth && control->nth))
-		return 0;
+		return DONE;
 	control->hit = at + 1;
+	if (control->error == PRETENDED)
+		return FAKED;
 	errno = (int)control->error;
-	return 1;
+	return FAILED;
 }
 
 long faulty_syscall(long number, long a, long b, long c, long d, long e, long f) {
-	if (due(CALL_syscall, number))
-		return -1;
+	enum fate fate = due(CALL_syscall, number);
+	if (fate != DONE)
+		return fate == FAKED ? 0 : -1;
 	if (number == SYS_clone3 && role == 0)
 		cell++;
 	long result = syscall(number, a, b, c, d, e, f);
