@@ -17,7 +17,7 @@ cat >"$work/apt.conf" <<APT
 Dir::Etc::sourcelist "$work/sources.list"; Dir::Etc::sourceparts "/dev/null";
 Dir::Etc::preferences "/dev/null"; Dir::Etc::preferencesparts "/dev/null";
 Dir::State::lists "$work/lists"; Dir::State::status "/dev/null"; Dir::Cache "$work/cache";
-APT::Default-Release "$suite"; APT::Sandbox::User "root"; Acquire::Languages "none"; APT::Architecture "amd64";
+Acquire::Check-Valid-Until "false"; APT::Default-Release "$suite"; APT::Sandbox::User "root"; Acquire::Languages "none"; APT::Architecture "amd64";
 APT
 export APT_CONFIG="$work/apt.conf"
 apt-get -qq update

@@ -6,7 +6,7 @@ set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
 # What a machine has that somebody else set up; what the project needs comes from the provisioning script.
-base=systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod,procps,iproute2,login,passwd,sudo,openssh-server,rsync,ca-certificates
+base=systemd-sysv,mount,dbus,dbus-user-session,libpam-systemd,udev,kmod,procps,iproute2,login,passwd,sudo,openssh-server,rsync,ca-certificates
 # What only costs time in a machine that lives for minutes.
 useless="apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer man-db.timer
     systemd-timesyncd.service systemd-pstore.service getty@tty1.service serial-getty@ttyS0.service systemd-journal-flush.service
@@ -79,8 +79,9 @@ work=$(mktemp -d "$(dirname -- "$out")/root.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM HUP
 echo "  its packages, and the virtual environment of the suite"
+# A mirror may stand still (snapshot.debian.org): what it has is signed all the same.
 mmdebstrap --variant=apt --include="$base,$(packages_of "$security")" --skip=cleanup/reproducible \
-    --aptopt='Acquire::Languages "none"' --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/man/*' \
+    --aptopt='Acquire::Languages "none"' --aptopt='Acquire::Check-Valid-Until "false"' --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
     --customize-hook="sh '$here/build-root.sh' --inside \"\$1\" '$checkout'" \
     "$suite" "$work/root" "${DEV_VM_MIRROR:-http://deb.debian.org/debian}"

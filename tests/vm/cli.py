@@ -15,7 +15,7 @@ import machine
 from images import TroubleError
 from machine import Machine
 
-DEFAULT_KERNELS = {"debian12": "6.1", "debian13": "6.12", "debian13-selinux": "6.12"}
+DEFAULT_KERNELS = {"debian12": "6.1", "debian13": "6.12", "debian13-selinux": "6.12", "debian-testing": "testing"}
 
 
 def _vm(arguments: argparse.Namespace) -> int:

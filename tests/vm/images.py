@@ -22,9 +22,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsjail_py" / "vm"
-DISTROS = {"debian12": "bookworm", "debian13": "trixie", "debian13-selinux": "trixie"}
+DISTROS = {"debian12": "bookworm", "debian13": "trixie", "debian13-selinux": "trixie", "debian-testing": "forky"}
 """Machines that can be built here, and their Debian suites."""
-KERNELS = {"6.1": "bookworm", "6.12": "trixie", "backports": "trixie-backports"}
+KERNELS = {"6.1": "bookworm", "6.12": "trixie", "backports": "trixie-backports", "testing": "forky"}
 """Kernels that any of them can be booted with, and the suites that have them."""
 NEEDED = 6 << 30
 """Bytes that must be free before a build begins; an image takes about 1.5 GB."""
