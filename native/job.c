@@ -15,6 +15,9 @@
 
 static int pass_on(int descriptor) { return descriptor < 0 ? 0 : fcntl(descriptor, F_SETFD, 0); }
 
+/* The template waits for nobody, and ignores their ends. */
+static int children_are_waited_for(void) { return signal(SIGCHLD, SIG_DFL) == SIG_ERR ? -1 : 0; }
+
 static int born(const struct cell *cell) {
 	struct cell_message message = {.kind = CELL_BORN};
 	int self = sys_pidfd_open(getpid());
@@ -43,7 +46,7 @@ _Noreturn void job_init(struct cell *cell, int reaper, void (*program)(void)) {
 	int kept[] = {cell->launcher, cell->orders, reaper};
 	cell->failures = cell->launcher;
 	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 3));
-	signal(SIGCHLD, SIG_DFL);
+	step(cell, STEP_REAPER, children_are_waited_for());
 	step(cell, STEP_CLONE, born(cell));
 	step(cell, STEP_SESSION, session_new());
 	step(cell, STEP_KEYRING, keyring_new());
@@ -90,7 +93,7 @@ void job_program(struct cell *cell, int *listener) {
 	cell->failures = cell->orders;
 	cell->secret = 0;
 	cell->ruleset = -1;
-	signal(SIGCHLD, SIG_DFL);
+	step(cell, STEP_PROGRAM_PROCESS, children_are_waited_for());
 	step(cell, STEP_CGROUP_JOIN, groups_join(cell));
 	if (plan->namespaces & CLONE_NEWCGROUP)
 		step(cell, STEP_CGROUP_NAMESPACE, unshare(CLONE_NEWCGROUP));

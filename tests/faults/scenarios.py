@@ -20,13 +20,15 @@ from conftest import PATIENCE
 import nsjail_py
 from nsjail_py import Jail, JailError, LauncherDied, SetupError, launcher, reports
 
-from .shim import Point, Shim
+from .shim import ROLES, Point, Shim
 
 IS_ROOT = os.geteuid() == 0
 LOOK = "for fd in /proc/self/fd/*; do echo $fd; done\n" + "".join(
     f'while read -r line; do echo "{name} $line"; done < /proc/self/{name}\n' for name in ("status", "limits", "mountinfo")
 )
 """A program that says how it is confined: whatever failed, it never runs with less."""
+CONFINED = "print('ran'); print(*(line for line in open('/proc/self/status') if line[:3] in ('Cap', 'Uid', 'NoN', 'Sec')))\n"
+"""The same in Python, in short."""
 TOLD = ("Uid", "Gid", "Groups", "Sig", "Shd", "Cap", "NoNewPrivs", "Seccomp")
 BUSY = """
 import os, signal, socket, time
@@ -142,8 +144,7 @@ def own() -> list[Outcome]:
     """A directory of the host's, mapped to the jail's user, and a script."""
     with _directory() as path:
         jail = Jail("untrusted", stock=0, workdir=path)
-        source = "print('ran'); print(*(line for line in open('/proc/self/status') if line[:3] in ('Cap', 'Uid', 'NoN', 'Sec')))\n"
-        outcomes = [outcome(jail, None, source + "open('canary', 'x').close()"), outcome(jail, None, source)]
+        outcomes = [outcome(jail, None, CONFINED + "open('canary', 'x').close()"), outcome(jail, None, CONFINED)]
         first = outcomes[0]
         assert os.path.exists(f"{path}/canary") == bool(first.output), first
     return outcomes
@@ -166,7 +167,13 @@ def ended() -> list[Outcome]:
     return [outcome(jail, None, BUSY, poke=True), outcome(jail, ["/bin/sh", "-c", "echo next"])]
 
 
-SCENARIOS: dict[str, Callable[[], list[Outcome]]] = {"shared": shared, "own": own, "ended": ended}
+def warm() -> list[Outcome]:
+    """A template, the two jobs that it is tried with, and two for the caller."""
+    with Jail("untrusted", preload=[], stock=0, hostname="warm") as jail:
+        return [outcome(jail, None, CONFINED) for _ in range(2)]
+
+
+SCENARIOS: dict[str, Callable[[], list[Outcome]]] = {"shared": shared, "own": own, "ended": ended, "warm": warm}
 
 
 def take(shim: Shim, scenario: Callable[[], list[Outcome]], point: Point | None, error: int, most: tuple[int, ...] = (0, 0, 0)) -> Take:
@@ -195,8 +202,20 @@ def left() -> tuple[int, ...]:
     for init in waiting:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(init), signal.SIGKILL)
-    descriptors = len(os.listdir(f"/proc/{current.pid}/fd")) if IS_ROOT else 0
-    return (len(waiting), descriptors, sum(len(list(os.walk(top))) for top in current.claim.directories.values()))
+    return (
+        len(waiting),
+        _descriptors(current.pid) if IS_ROOT else 0,
+        sum(len(list(os.walk(top))) for top in current.claim.directories.values()),
+    )
+
+
+def _descriptors(pid: int) -> int:
+    """Without the shared parts of roots, which stay for ten seconds."""
+    count = 0
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += not os.readlink(f"/proc/{pid}/fd/{number}").startswith("mnt:")
+    return count
 
 
 EXEC = "execveat"
@@ -233,6 +252,13 @@ AFTER_EXEC = {
     "recvmsg": "asked again: what is not received stays where it is",
 }
 """The same, once the program runs."""
+SNAPSHOT = {
+    "open": "a template whose memory cannot be mapped from a file has it as it was",
+    "read": "as open",
+    "mmap": "as open",
+    "memfd_create": "as open",
+}
+"""The same, of a template that is quick and no less jailed."""
 INIT = {"read": "init looks again at the next signal"}
 RESULT = {
     EXEC: "exec_failed",  # a result by design: the file may not be a program
@@ -267,6 +293,8 @@ def judge(taken: Take, base: Take, scenario: str) -> str:
         return f"WRONG: the next run does not work: {taken.outcomes[-1].end!r}"
     if IS_ROOT and point.call not in ("waitid", "unlinkat") and more(taken.left, base.left):
         return f"WRONG: left behind (cells, descriptors, groups): {taken.left}, without the fault {base.left}"
+    if point.role in ROLES[3:]:
+        return _judge_job(taken, base)
     failed = [number for number, (got, wanted) in enumerate(zip(taken.outcomes, base.outcomes, strict=True)) if got != wanted]
     cell = failed[0] + 1 if point.role == "launcher" and failed else point.cell
     executed = [call.cell for call in taken.log[: taken.hit - 1] if call.name == EXEC]
@@ -277,19 +305,11 @@ def judge(taken: Take, base: Take, scenario: str) -> str:
     if point.name in TOLD_NESTED and wrong and all(_only_nested(got, wanted) for got, wanted in wrong):
         return "told"
     if not wrong:
-        # A hard limit that is in the way is one that stands already; the second call sees to that.
-        stands = point.call == "prlimit64" and taken.error == errno.EPERM
-        allowed = (
-            stock or stands or point.name in ALWAYS or (ran and point.name in AFTER_EXEC) or (point.role == "init" and point.name in INIT)
-        )
-        # A launcher that is gone before it has taken anything is replaced without a word. A kernel may lack keyrings altogether.
-        allowed |= (point.role, point.cell) == ("launcher", 0) or (point.name, taken.error) == ("keyctl", errno.ENOSYS)
-        # Filters withhold it so, and then beneath.c goes step by step.
-        allowed |= (point.name, taken.error) == ("openat2", errno.ENOSYS)
+        allowed = stock or _by_design(taken) or (ran and point.name in AFTER_EXEC) or (point.role == "init" and point.name in INIT)
+        # A launcher that is gone before it has taken anything is replaced without a word.
+        allowed |= (point.role, point.cell) == ("launcher", 0)
         # In "own" there is a child that brings an id map, too: what reads is not the program, and nobody misses its end.
         allowed |= (scenario, point.role, point.name) in (("own", "program", "read"), ("own", "init", "waitpid"))
-        # A hard limit that is there already may be as low as the policy's.
-        allowed |= (point.name, taken.error) == ("prlimit64", errno.EPERM)
         return "harmless" if allowed else "WRONG: nothing came of it"
     if len(wrong) > 1:
         return f"WRONG: more than one run failed: {[got.end for got, _ in wrong]!r}"
@@ -315,6 +335,34 @@ def judge(taken: Take, base: Take, scenario: str) -> str:
     if got.end.errno not in (taken.error, OTHER_ERRNO.get(point.name)) and got.end.step != "lost":
         return f"WRONG: another errno: {got.end!r}"
     return "lost" if got.end.step == "lost" else "typed"
+
+
+def _by_design(taken: Take) -> bool:
+    """Whether it may come to nothing."""
+    assert taken.point
+    return taken.point.name in ALWAYS or (taken.point.name, taken.error) in {
+        ("keyctl", errno.ENOSYS),  # a kernel may lack keyrings altogether
+        ("openat2", errno.ENOSYS),  # filters withhold it so, and then beneath.c goes step by step
+        ("prlimit64", errno.EPERM),  # a hard limit that is in the way is one that stands already; the second call sees to that
+    }
+
+
+def _judge_job(taken: Take, base: Take) -> str:
+    """Of a call that a template or a job makes: no job runs that lacks anything, and only a template's own end costs another job."""
+    point = taken.point
+    assert point
+    wrong = [got for got, wanted in zip(taken.outcomes, base.outcomes, strict=True) if got != wanted]
+    if not wrong:
+        allowed = _by_design(taken) or (point.role == "template" and point.name in SNAPSHOT)
+        return "harmless" if allowed else "WRONG: nothing came of it"
+    if any(not isinstance(got.end, SetupError) or got.output for got in wrong):
+        return f"WRONG: {[(got.end, got.output) for got in wrong]!r:.200}"
+    ends = [got.end for got in wrong if isinstance(got.end, SetupError)]
+    if point.role == "template" and all(end.step in ("template", "lost", "clone") for end in ends):
+        return "typed"
+    if len(ends) > 1:
+        return f"WRONG: more than one run failed: {ends!r}"
+    return "typed" if ends[0].errno == taken.error else f"WRONG: another errno: {ends[0]!r}"
 
 
 def _only_nested(got: Outcome, wanted: Outcome) -> bool:

@@ -1,5 +1,6 @@
-/* A launcher in which one chosen call fails. Every libc function that the launcher's own objects call and that can fail goes through
- * due() first (shim.py makes the table and the wrappers); what is to fail is said in a page that the test shares with all processes. */
+/* A launcher, and a template's extension, in which one chosen call fails. Every libc function that our own objects call and that can fail
+ * goes through due() first (shim.py makes the table and the wrappers); what is to fail is said in a page that the test shares with all
+ * processes. A template has it by descriptor, since it is in a jail; a job's reaper is executed in one, and has none. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
@@ -25,18 +26,24 @@ struct control {
 	struct entry log[LOG];
 };
 
+enum role { LAUNCHER, INIT, PROGRAM, TEMPLATE, JOB_INIT, JOB };
+
 static struct control *control;
-static uint32_t role, cell; /* 0: launcher, 1: init, 2: program; and the how-manieth cell */
+static uint32_t role = FIRST_ROLE, cell; /* and the how-manieth cell */
 
 __attribute__((constructor)) static void attach(void) {
-	int fd = open(CONTROL, O_RDWR | O_CLOEXEC);
+	int fd = FIRST_ROLE == TEMPLATE ? PASSED : open(CONTROL, O_RDWR | O_CLOEXEC);
+	if (fd < 0)
+		return;
 	control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (fd < 0 || control == MAP_FAILED)
+	if (control == MAP_FAILED)
 		abort();
 	close(fd);
 }
 
 static enum fate due(uint32_t call, int64_t sub) {
+	if (!control)
+		return DONE;
 	uint32_t at = __atomic_fetch_add(&control->count, 1, __ATOMIC_SEQ_CST);
 	if (at < LOG)
 		control->log[at] = (struct entry){role, cell, call, 0, sub};
@@ -54,7 +61,7 @@ long faulty_syscall(long number, long a, long b, long c, long d, long e, long f)
 	enum fate fate = due(CALL_syscall, number);
 	if (fate != DONE)
 		return fate == FAKED ? 0 : -1;
-	if (number == SYS_clone3 && role == 0)
+	if (number == SYS_clone3 && role == LAUNCHER)
 		cell++;
 	long result = syscall(number, a, b, c, d, e, f);
 	if (number == SYS_clone3 && result == 0)

@@ -1,4 +1,4 @@
-"""The launcher built so that any one call of it can be made to fail, and what it called is known."""
+"""The launcher, and the extension of templates, built so that any one call of them can be made to fail, and what they called is known."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import contextlib
 import errno
 import mmap
 import os
+import shutil
 import struct
 import subprocess
+import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 NATIVE = HERE.parent.parent / "native"
 CC = os.environ.get("COVERING_CC", "gcc")
-ROLES = ("launcher", "init", "program")
+ROLES = ("launcher", "init", "program", "template", "job's init", "job")
+IN_EXTENSION = ("template", "snapshot")
+PASSED = 6
+"""The number by which a template knows the page: the next after those that it has anyway."""
 CANNOT_FAIL = frozenset(
     [
         "__errno_location",
@@ -52,6 +58,8 @@ CANNOT_FAIL = frozenset(
         "geteuid",
         "getpid",
         "getppid",
+        "_setjmp",
+        "_longjmp",
     ]
 )
 """What the launcher calls and has no failure. Everything else is made to fail: a call that is new, too."""
@@ -89,6 +97,14 @@ class Point(NamedTuple):
         return f"{self.role}{self.cell or ''} {self.name} {self.nth}"
 
 
+BECOMES = {
+    # Shares the template's memory until its exec, and the template waits for that long.
+    "clone": "uint32_t kept = role; cell++; role = JOB_INIT; long result = {really}; role = kept; return result;",
+    "fork": "long result = {really}; if (result == 0 && role == JOB_INIT) role = JOB; return result;",
+}
+"""Calls after which somebody is another."""
+
+
 def _wrapper(name: str) -> str:
     sub, failed = SUB.get(name, "0"), "0" if name in NULL_ON_FAILURE else "-1"
     exempt = "a == 1 ? DONE : " if name == "clock_gettime" else ""  # CLOCK_MONOTONIC, which is no call into the kernel
@@ -98,26 +114,29 @@ def _wrapper(name: str) -> str:
     return (
         f'long real_{name}(long, ...) __asm__("{name}");\n'
         f"long faulty_{name}(long a, long b, long c, long d, long e, long f) {{\n"
-        f"\t{fate}\n\tif (fate == FAKED) return 0;\n\tif (fate == FAILED) {fail}\n\treturn {really};\n}}\n"
+        f"\t{fate}\n\tif (fate == FAKED) return 0;\n\tif (fate == FAILED) {fail}\n"
+        f"\t{BECOMES.get(name, 'return {really};').format(really=really)}\n}}\n"
     )
 
 
 class Shim:
-    """The program, and the page through which it is told what to do."""
+    """The programs, and the page through which they are told what to do."""
 
     def __init__(self, directory: Path) -> None:
-        self.program, control = directory / "nsjail-launcher", directory / "control"
+        self.program, self.extension = directory / "nsjail-launcher", directory / "_template.abi3.so"
+        self.control = directory / "control"
         self.uses: dict[str, set[str]] = {}
         """What each file of native/ has from elsewhere, by its stem."""
-        self.calls = self._build(directory, control)
-        control.write_bytes(b"")
-        os.truncate(control, HEAD.size + LOG * ENTRY.size)
-        with control.open("r+b") as file:
+        self.calls = self._build(directory)
+        self.control.write_bytes(b"")
+        os.truncate(self.control, HEAD.size + LOG * ENTRY.size)
+        with self.control.open("r+b") as file:
             self.page = mmap.mmap(file.fileno(), 0)
 
-    def _build(self, directory: Path, control: Path) -> list[str]:
-        sources = sorted(path for path in NATIVE.glob("*.c") if path.name not in ("probe.c", "template.c", "audit.c"))
-        flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-stack-protector"]
+    def _build(self, directory: Path) -> list[str]:
+        sources = sorted(path for path in NATIVE.glob("*.c") if path.name not in ("probe.c", "audit.c"))
+        flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-stack-protector", "-fPIC", "-fvisibility=hidden"]
+        flags.append(f"-I{sysconfig.get_path('include')}")
         objects = [directory / f"{path.stem}.o" for path in sources]
         compilers = [subprocess.Popen([CC, *flags, "-c", s, "-o", o]) for s, o in zip(sources, objects, strict=True)]
         assert [compiler.wait() for compiler in compilers] == [0] * len(sources)
@@ -126,7 +145,8 @@ class Shim:
             symbols = [line.split()[-2:] for line in _output("nm", path).splitlines()]
             self.uses[path.stem] = {name for kind, name in symbols if kind == "U"}
             defined |= {name for kind, name in symbols if kind != "U"}
-        calls = sorted(name for name in set().union(*self.uses.values()) - defined - CANNOT_FAIL if "llvm" not in name)
+        others = {name for name in set().union(*self.uses.values()) - defined - CANNOT_FAIL if "llvm" not in name}
+        calls = sorted(name for name in others if not name.lstrip("_").startswith(("Py", "GLOBAL_OFFSET_TABLE")))
         renamed = directory / "renamed"
         renamed.write_text("".join(f"{name} faulty_{name}\n" for name in calls))
         for path in objects:
@@ -134,8 +154,32 @@ class Shim:
         table = "".join(f"#define CALL_{name} {number}\n" for number, name in enumerate(calls))
         shim = directory / "shim.c"
         shim.write_text(table + (HERE / "shim.c").read_text() + "".join(map(_wrapper, sorted(set(calls) - {"syscall"}))))
-        subprocess.run([CC, *flags, "-fno-builtin", f'-DCONTROL="{control}"', "-static", shim, *objects, "-o", self.program], check=True)
+        flags += ["-fno-builtin", f'-DCONTROL="{self.control}"', f"-DPASSED={PASSED}"]
+        launcher = [path for path in objects if path.stem not in IN_EXTENSION]
+        subprocess.run([CC, *flags, "-DFIRST_ROLE=LAUNCHER", "-static", shim, *launcher, "-o", self.program], check=True)
+        subprocess.run([CC, *flags, "-DFIRST_ROLE=TEMPLATE", "-shared", shim, *objects, "-o", self.extension], check=True)
         return calls
+
+    @contextlib.contextmanager
+    def templates(self) -> Iterator[None]:
+        """Meanwhile they are started with our extension, and with the page."""
+        from nsjail_py import launcher, warm
+
+        here, order, submit = warm.HERE, warm.compile_order, launcher.submit
+        shutil.copy(here / "warm_inside.py", self.extension.parent)
+        page = os.open(self.control, os.O_RDWR | os.O_CLOEXEC)
+        os.fchmod(page, 0o666)  # a template's user is another
+
+        def with_page(plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int = 0) -> object:
+            return submit(plan, order, [*descriptors, *([page] if template else [])], stock, template)
+
+        warm.HERE, warm.compile_order = self.extension.parent, lambda *given: order(*given[:4], range(PASSED + 1))
+        launcher.submit = with_page  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            warm.HERE, warm.compile_order, launcher.submit = here, order, submit
+            os.close(page)
 
     def arm(self, point: Point | None, error: int = errno.ENOMEM) -> None:
         """From now on the log is empty, and this call fails."""
@@ -155,7 +199,7 @@ class Shim:
         points = []
         for number in range(min(HEAD.unpack_from(self.page)[8], LOG)):
             role, cell, call, _, sub = ENTRY.unpack_from(self.page, HEAD.size + number * ENTRY.size)
-            key = (ROLES[min(role, 2)], cell, self.calls[call], sub)
+            key = (ROLES[min(role, len(ROLES) - 1)], cell, self.calls[call], sub)
             seen[key] += 1
             points.append(Point(*key, seen[key]))
         return points
