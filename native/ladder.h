@@ -6,7 +6,10 @@
 #include <signal.h>
 #include <sys/types.h>
 
-enum { MAX_MAPS = 16 }; /* id-mapped mounts in one cell */
+enum {
+	MAX_MAPS = 16,     /* id-mapped mounts in one cell */
+	MAX_LIBRARIES = 8  /* files that stay open in a job */
+};
 
 /* What a cell knows of itself. Its processes are copies of the launcher, so this is set before the clone and passed along. */
 struct cell {
@@ -27,6 +30,7 @@ struct cell {
 	int next_map;
 	int proc;               /* the host's /proc, until the descriptors are cleared */
 	int ruleset;            /* Landlock's, ready to be applied */
+	int libraries[MAX_LIBRARIES], library_count; /* of a job: what libraries of its template hold open of themselves */
 	uint64_t secret;        /* what tells our own late system calls from the program's */
 	uint64_t *stamp;        /* when the program's exec began: shared with the launcher */
 	uint32_t flags;         /* enum report_flag */

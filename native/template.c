@@ -20,7 +20,7 @@
 enum { STACK = 131072 };
 
 static struct cell cell;
-static int reaper_fd, listener = -1, awaited;
+static int reaper_fd, listener = -1, awaited, libraries[MAX_LIBRARIES], library_count;
 static jmp_buf in_job;
 
 static void jump(void) { _longjmp(in_job, 1); }
@@ -43,7 +43,14 @@ static int job_make(int control, const struct plan *plan, char *stack) {
 		return -1;
 	if (job.kind == CELL_JOB && count == 2) {
 		awaited = job.value != 0;
-		cell = (struct cell){.plan = plan, .launcher = sockets[0], .orders = sockets[1], .rootless = 1, .scratch = -1, .app = -1};
+		cell = (struct cell){.plan = plan,
+		                     .launcher = sockets[0],
+		                     .orders = sockets[1],
+		                     .rootless = 1,
+		                     .scratch = -1,
+		                     .app = -1,
+		                     .library_count = library_count};
+		memcpy(cell.libraries, libraries, sizeof libraries);
 		if (clone(init_main, stack + STACK, CLONE_NEWPID | CLONE_VM | CLONE_VFORK | SIGCHLD, NULL) < 0)
 			clone_failed(sockets[0], errno);
 	}
@@ -84,15 +91,25 @@ static PyObject *take(PyObject *module, PyObject *nothing) {
 	                     (Py_ssize_t)file->size, texts(order, order->argv), texts(order, order->environment));
 }
 
-/* serve(control, reaper, plan): descriptors of the launcher's socket, of the reaper's executable, and of the jobs' plan. Returns in a
- * job, which is then in its jail and has given everything up, whether somebody waits for it already; and None in the template when the
+static int libraries_take(PyObject *numbers) {
+	Py_ssize_t count = PyTuple_Size(numbers);
+	if (count > MAX_LIBRARIES)
+		PyErr_Format(PyExc_ValueError, "%zd descriptors are left open; at most %d can be", count, MAX_LIBRARIES);
+	for (; library_count < count && !PyErr_Occurred(); library_count++)
+		libraries[library_count] = (int)PyLong_AsLong(PyTuple_GetItem(numbers, library_count));
+	return PyErr_Occurred() ? -1 : 0;
+}
+
+/* serve(control, reaper, plan, libraries): descriptors of the launcher's socket, of the reaper's executable, of the jobs' plan, and those
+ * that jobs keep, all of them above the numbers that a program may be given. Returns in a job, which is then in its jail and has given everything up, whether somebody waits for it already; and None in the template when the
  * launcher is gone. */
 static PyObject *serve(PyObject *module, PyObject *arguments) {
 	struct cell_message serving = {.kind = CELL_SERVING};
 	static _Alignas(16) char stack[STACK];
 	int control, plan_fd;
+	PyObject *kept;
 	(void)module;
-	if (!PyArg_ParseTuple(arguments, "iii", &control, &reaper_fd, &plan_fd))
+	if (!PyArg_ParseTuple(arguments, "iiiO!", &control, &reaper_fd, &plan_fd, &PyTuple_Type, &kept) || libraries_take(kept) < 0)
 		return NULL;
 	const struct plan *plan = plan_map(plan_fd);
 	/* Nobody waits for the jobs' inits here: the launcher sees their ends. */

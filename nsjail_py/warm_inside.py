@@ -23,32 +23,64 @@ import types
 from typing import Any, NoReturn
 
 EXTENSION, REAPER, PLAN, CONTROL = 3, 4, 5, 999
+PROGRAMS = 1000
+"""Descriptors below are for a job's program to be given: MAX_FD_NUMBER of native/plan.h."""
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """1 while modules are loaded, since threads would not survive the fork; no job sees it."""
 
 
-def template(preload: list[str]) -> Any:
-    """The extension, when everything is loaded and nothing is in a fork's way."""
+def template(preload: list[str]) -> tuple[Any, tuple[int, ...]]:
+    """The extension, when everything is loaded and nothing is in a fork's way; and the descriptors that libraries go on to need."""
     loader = importlib.machinery.ExtensionFileLoader("_template", f"/proc/self/fd/{EXTENSION}")
     extension: Any = importlib.util.module_from_spec(importlib.util.spec_from_loader("_template", loader))  # type: ignore[arg-type]
     loader.exec_module(extension)
     sys.modules.pop("_template", None)  # a job sees no module that its view does not have
     os.close(EXTENSION)
+    taken = take_numbers()
     for name in preload:
         importlib.import_module(name)
     rehearse()
     rehearse_failure()
+    for number in taken:
+        os.close(number)
     for name in ONE_THREAD:
         os.environ.pop(name, None)
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         raise SystemExit(f"preload = {list(preload)}: these modules start threads, which no fork carries over")
-    left = [name for name in os.listdir("/proc/self/fd") if int(name) not in (0, 1, 2, REAPER, PLAN, CONTROL)]
-    if len(left) > 1:  # the listing's own
-        raise SystemExit(f"preload = {list(preload)}: these modules leave descriptors open: {sorted(left)}")
+    kept = left_open(preload)
     gc.collect()
     gc.freeze()
     extension.snapshot()
-    return extension
+    return extension, kept
+
+
+def take_numbers() -> list[int]:
+    """All numbers that a program may be given: what a module opens and keeps open has a higher one, in the template as in its jobs."""
+    taken: list[int] = []
+    with contextlib.suppress(OSError):  # as many as there may be
+        while not taken or taken[-1] < PROGRAMS:
+            taken.append(os.dup(0))
+    return taken
+
+
+def left_open(preload: list[str]) -> tuple[int, ...]:
+    """What libraries hold open of themselves: libffi maps its own file again for each page of closures, by a number that it keeps. A job has
+    it by the same one. Anything else would be the same file in all jobs, and is refused."""
+    with open("/proc/self/maps") as file:
+        regions = [line.rstrip("\n").split(maxsplit=5) for line in file]
+    mapped = {region[-1] for region in regions if region[1] == "r-xp"}
+    kept, strange = [], []
+    for number in sorted(map(int, os.listdir("/proc/self/fd"))):
+        if number in (0, 1, 2, REAPER, PLAN, CONTROL):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            path = os.readlink(f"/proc/self/fd/{number}")
+            (kept if number >= PROGRAMS and path in mapped else strange).append((number, path))
+    if strange:
+        raise SystemExit(f"preload = {list(preload)}: these modules leave descriptors open: {', '.join(path for _, path in strange)}")
+    for number, _ in kept:
+        os.set_inheritable(number, False)
+    return tuple(number for number, _ in kept)
 
 
 def rehearse() -> None:
@@ -168,8 +200,8 @@ def flushed(status: int) -> int:
 
 
 if __name__ == "__main__":
-    extension = template(sys.argv[1:])
-    awaited = extension.serve(CONTROL, REAPER, PLAN)
+    extension, libraries = template(sys.argv[1:])
+    awaited = extension.serve(CONTROL, REAPER, PLAN, libraries)
     if awaited is None:
         os._exit(0)
     known_environment = [name + b"=" + value for name, value in os.environb.items()]

@@ -129,19 +129,21 @@ print(nsjail_py.run_python("import signal; print(signal.pthread_sigmask(signal.S
     assert done.stdout == "b'set()\\n'\n", done.stderr[-2000:]
 
 
-def test_the_caller_is_never_forked() -> None:
+WAYS = {
+    "cold": "nsjail_py.run(['/bin/true']).check()\nnsjail_py.run_python('pass').check()",
+    "warm": "with nsjail_py.Jail('untrusted', preload=[]) as jail, jail.session() as session:\n  jail.run_python('pass').check()\n  session.run('1').check()",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_caller_is_never_forked(way: str) -> None:
     """With its threads and its heap. The launcher is spawned; what an interpreter is asked about itself is a subprocess, which is no copy either."""
-    source = """
+    source = f"""
 import sys
 started = []
 sys.addaudithook(lambda event, _: started.append(event) if event in ("os.fork", "os.forkpty", "os.posix_spawn") else None)
 import nsjail_py
-nsjail_py.run(["/bin/true"]).check()
-nsjail_py.run_python("pass").check()
-with nsjail_py.Jail("untrusted", preload=[]) as jail:
-    jail.run_python("pass").check()
-    with jail.session() as session:
-        session.run("1").check()
+{WAYS[way]}
 print(started)
 """
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60 * PATIENCE, check=False)

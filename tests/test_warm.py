@@ -17,6 +17,7 @@ from conftest import PATIENCE
 from msgspec.structs import replace
 
 import nsjail_py
+import nsjail_py.warm
 from nsjail_py import Jail, JailError, Mount, PolicyError, Result, launcher
 
 
@@ -202,6 +203,38 @@ def test_a_closed_jail_ends_its_jobs_and_leaves_nothing() -> None:
 )
 def test_what_cannot_be_preloaded_is_told(preload: list[str], said: str) -> None:
     with pytest.raises(JailError, match=said), Jail("untrusted", preload=preload) as jail:
+        jail.run_python("print(1)")
+
+
+def opening(path: str, monkeypatch: pytest.MonkeyPatch, top: Path) -> None:
+    """From now on the modules of a template open this (an expression) and keep it open."""
+    here, wanted = nsjail_py.warm.HERE, "    rehearse()\n    rehearse_failure()\n"
+    text = (here / "warm_inside.py").read_text()
+    assert wanted in text
+    (top / "warm_inside.py").write_text(text.replace(wanted, f"{wanted}    os.open({path}, os.O_RDONLY)\n"))
+    (top / "_template.abi3.so").symlink_to(here / "_template.abi3.so")
+    monkeypatch.setattr(nsjail_py.warm, "HERE", top)
+
+
+def test_a_library_that_holds_its_own_file_open_has_it_in_each_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As libffi does from 3.5 on. The program's own descriptors have the numbers that they always have."""
+    opening("next(line.split()[-1] for line in open('/proc/self/maps') if 'r-xp' in line and 'libc' in line)", monkeypatch, tmp_path)
+    read, write = os.pipe()
+    look = "import os\nfor n in range(3, 1100):\n  try: print(n, os.path.basename(os.readlink(f'/proc/self/fd/{n}'))[:4])\n  except OSError: pass"
+    with Jail("untrusted", preload=[]) as jail:
+        for _ in range(2):
+            told = jail.run_python(look, pass_fds=[write]).check().stdout.decode().splitlines()
+            assert len(told) == 2
+            assert told[0] == f"{write} pipe"
+            assert int(told[1].split()[0]) >= 1000
+            assert told[1].endswith(" libc")
+    os.close(read)
+    os.close(write)
+
+
+def test_any_other_descriptor_that_a_module_leaves_open_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opening("'/etc/ld.so.cache'", monkeypatch, tmp_path)
+    with pytest.raises(JailError, match=r"leave descriptors open: /etc/ld\.so\.cache"), Jail("untrusted", preload=[]) as jail:
         jail.run_python("print(1)")
 
 
