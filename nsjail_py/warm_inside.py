@@ -69,7 +69,8 @@ def left_open(preload: list[str]) -> tuple[int, ...]:
     with open("/proc/self/maps") as file:
         regions = [line.rstrip("\n").split(maxsplit=5) for line in file]
     mapped = {region[-1] for region in regions if region[1] == "r-xp"}
-    kept, strange = [], []
+    kept: list[tuple[int, str]] = []
+    strange: list[tuple[int, str]] = []
     for number in sorted(map(int, os.listdir("/proc/self/fd"))):
         if number in (0, 1, 2, REAPER, PLAN, CONTROL):
             continue
