@@ -64,8 +64,8 @@ def take_numbers() -> list[int]:
 
 
 def left_open(preload: list[str]) -> tuple[int, ...]:
-    """What libraries hold open of themselves: libffi maps its own file again for each page of closures, by a number that it keeps. A job has
-    it by the same one. Anything else would be the same file in all jobs, and is refused."""
+    """What libraries hold open of themselves: libffi maps its own file again for each page of closures, by a number that it keeps. A job
+    has it by the same one. Anything else would be the same file in all jobs, and is refused."""
     with open("/proc/self/maps") as file:
         regions = [line.rstrip("\n").split(maxsplit=5) for line in file]
     mapped = {region[-1] for region in regions if region[1] == "r-xp"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 
 import pytest
 from conftest import ROOT
@@ -103,7 +104,8 @@ BYPASSES = {
     "a module that is loaded already": ("import sys\nprint(sys.modules['posix'].getpid() > 0)", b"True"),
     "_posixsubprocess, which raises no event": (
         "import _posixsubprocess as p, os\nr, w = os.pipe()\n"
-        "try: print(p.fork_exec([b'/bin/true'], [b'/bin/true'], True, (w,), None, None, -1, -1, -1, -1, -1, -1, r, w, False, False, 0, None, None, None, -1, None, False))\n"
+        "try: print(p.fork_exec([b'/bin/true'], [b'/bin/true'], True, (w,), None, None, -1, -1, -1, -1, -1, -1, r, w, False, False, 0, None, None, None, -1, None"
+        f"{', False' if sys.version_info < (3, 14) else ''}))\n"
         "except OSError as error: print('refused', error.errno)",
         b"refused 1",
     ),
