@@ -79,8 +79,8 @@ static int removed(const char *path) {
 static int is_stale(const char *name, const char *here) {
 	char pid[32], seen[64];
 	unsigned long long start, now;
-	if (strncmp(name, PREFIX, strlen(PREFIX)) ||
-	    sscanf(name + strlen(PREFIX), "%31[0-9].%llu.%63[0-9-].", pid, &start, seen) != 3 || strcmp(seen, here))
+	if (strncmp(name, PREFIX, strlen(PREFIX)) != 0 ||
+	    sscanf(name + strlen(PREFIX), "%31[0-9].%llu.%63[0-9-].", pid, &start, seen) != 3 || strcmp(seen, here) != 0)
 		return 0;
 	errno = 0;
 	now = started(pid);

@@ -97,12 +97,19 @@ static int same_name(const char *variable, const char *other) {
 	return !strncmp(variable, other, length) && (other[length] == '=' || !other[length]);
 }
 
+/* Full of zeros. */
+static void *room(size_t size) {
+	void *made = calloc(1, size);
+	if (!made)
+		give_up(STATUS_SETUP, "order: %s", strerror(errno));
+	return made;
+}
+
 /* The plan's variables; those that are passed on as we have them take the place of its own. */
 static char **environment_make(const struct saved *saved) {
 	const uint64_t *fixed = at(saved, saved->environment.offset), *passed = at(saved, saved->passed.offset);
-	char **made = calloc(saved->environment.count + saved->passed.count + 1, sizeof *made);
+	char **made = room(((size_t)saved->environment.count + saved->passed.count + 1) * sizeof *made);
 	uint32_t count = 0;
-	demand(made ? 0 : -1, "order");
 	for (uint32_t i = 0; i < saved->passed.count; i++)
 		for (char **own = environ; *own; own++)
 			if (strchr(*own, '=') && same_name(*own, at(saved, (uint32_t)passed[i]))) {
@@ -129,8 +136,7 @@ struct order *order_make(struct saved *saved, char **arguments) {
 	size_t size = (sizeof(struct order) + sizeof numbers + texts + 7) / 8 * 8;
 	if (size > MAX_BLOCK)
 		give_up(STATUS_SETUP, "order: arguments and environment are too long");
-	struct order *order = calloc(1, size);
-	demand(order ? 0 : -1, "order");
+	struct order *order = room(size);
 	*order = (struct order){.magic = ORDER_MAGIC, .version = FORMAT_VERSION, .size = (uint32_t)size};
 	uint32_t table = sizeof *order, count = 0;
 	order->descriptors = (struct span){.offset = table, .count = PIPES};

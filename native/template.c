@@ -125,7 +125,7 @@ static PyObject *serve(PyObject *module, PyObject *arguments) {
 	while (job_make(control, plan, stack) == 0)
 		;
 	PyOS_AfterFork_Parent();
-	Py_RETURN_NONE;
+	return Py_NewRef(Py_None);
 }
 
 /* snapshot(): what this process has written until now is mapped from a file, as far as that can be done and is worth it. */
@@ -134,7 +134,7 @@ static PyObject *snapshot(PyObject *module, PyObject *nothing) {
 	(void)nothing;
 	if (memory_snapshot() < 0)
 		return PyErr_SetFromErrno(PyExc_OSError);
-	Py_RETURN_NONE;
+	return Py_NewRef(Py_None);
 }
 
 static PyMethodDef methods[] = {
