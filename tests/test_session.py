@@ -137,7 +137,7 @@ def test_figures_come_as_pictures(session: Session) -> None:
 
 
 def test_an_interrupt_is_a_keyboard_interrupt_for_the_cell(session: Session) -> None:
-    timer = threading.Timer(0.3, session.interrupt)
+    timer = threading.Timer(0.3 * PATIENCE, session.interrupt)
     timer.start()
     cell = session.run("x = 4\nimport time\nwhile True: time.sleep(0.01)")
     assert cell.error and cell.error[0] == "KeyboardInterrupt"

@@ -152,8 +152,8 @@ class Script:
 
 def decode(data: bytes) -> tuple[str, str]:
     """The encoding and the text, by the rules of PEP 263. Raises SyntaxError for an encoding that is unknown or does not fit."""
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
     try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return encoding, data.decode(encoding)
     except (ValueError, LookupError) as error:
         raise SyntaxError(f"(unicode error) {error}") from None
