@@ -135,10 +135,10 @@ class Shim:
 
     def _build(self, directory: Path) -> list[str]:
         sources = sorted(path for path in NATIVE.glob("*.c") if path.name not in ("probe.c", "audit.c"))
-        flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-stack-protector", "-fPIC", "-fvisibility=hidden"]
+        flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-stack-protector", "-fPIC"]
         flags.append(f"-I{sysconfig.get_path('include')}")
         objects = [directory / f"{path.stem}.o" for path in sources]
-        compilers = [subprocess.Popen([CC, *flags, "-c", s, "-o", o]) for s, o in zip(sources, objects, strict=True)]
+        compilers = [subprocess.Popen([CC, *flags, "-fvisibility=hidden", "-c", s, "-o", o]) for s, o in zip(sources, objects, strict=True)]
         assert [compiler.wait() for compiler in compilers] == [0] * len(sources)
         defined: set[str] = set()
         for path in objects:
