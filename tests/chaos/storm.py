@@ -227,6 +227,8 @@ class Storm:
 
     def finish(self) -> None:
         """The last caller tells whether a next run works and what is left; one more sweeps up after those that were killed."""
+        if not self.listen(0.1):  # struck at the last moment
+            self.replace()
         while not self.running and self.listen(0.1) and time.monotonic() - self.started < PATIENCE:
             pass
         assert self.caller.stdin
