@@ -174,8 +174,10 @@ static pid_t pid_of(int pidfd) {
 static void born(struct launcher *launcher, struct run *run, int pidfd) {
 	run->init = pidfd;
 	run->pid = pid_of(pidfd);
-	if (watch(launcher, run->init, EVENT_INIT, run) < 0)
-		return run_spoil(run, STEP_CLONE, errno);
+	if (watch(launcher, run->init, EVENT_INIT, run) < 0) {
+		run_spoil(run, STEP_CLONE, errno);
+		return unwatch(launcher, &run->init); /* nobody hears it: its end is that of its socket, as if it had not been born */
+	}
 	if (run->doomed)
 		run_kill(run, CAUSE_NONE);
 }

@@ -170,7 +170,7 @@ def test_a_spent_template_is_replaced_and_its_last_job_goes_on(monkeypatch: pyte
 
 
 CLOSED = """
-import sys, time
+import ctypes, sys, time  # whose library may keep a file open
 sys.path.insert(0, {tests!r})
 import nsjail_py
 from conftest import changes, settled, traces
