@@ -320,7 +320,9 @@ def test_the_two_calls_that_pass_every_filter_do_nothing(probe: str, policy: str
     answers, result = make(probe, policyfile.load(policy), [(335,)])
     assert result.signal == signal.SIGILL or (result.denied == {"syscall 335": 1} and answers == {335: -errno.EPERM})
     answers, result = make(probe, policyfile.load(policy), [(336,)])
-    assert answers in ({336: -errno.ENXIO}, {336: -errno.EPROTO}) or (result.denied == {"syscall 336": 1} and answers == {336: -errno.EPERM})
+    assert answers in ({336: -errno.ENXIO}, {336: -errno.EPROTO}) or (
+        result.denied == {"syscall 336": 1} and answers == {336: -errno.EPERM}
+    )
 
 
 @pytest.mark.parametrize("policy", FILTERED)
