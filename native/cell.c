@@ -184,7 +184,7 @@ static void born(struct launcher *launcher, struct run *run, int pidfd) {
 
 /* A job's process asks for its groups, and goes into them by itself: since Linux 6.0 a move of somebody else waits for a grace period of
  * RCU, ten milliseconds and more, in which we would hear nobody. It is alone in its thread group, so version 1 takes it as a task. */
-static void groups_give(const struct launcher *launcher, const struct run *run) {
+static void groups_give(const struct launcher *launcher, struct run *run) {
 	const char *file = launcher->hello.cgroup_kind == CGROUP_V1 ? "tasks" : "cgroup.procs";
 	struct cell_order given = {.kind = CELL_GROUPS};
 	int files[GROUPS], count = 0;
@@ -197,7 +197,8 @@ static void groups_give(const struct launcher *launcher, const struct run *run) 
 		else
 			count++;
 	}
-	message_send(NULL, run->program, &given, sizeof given, files, given.value ? 0 : count);
+	if (message_send(NULL, run->program, &given, sizeof given, files, given.value ? 0 : count) < 0 && errno != EPIPE)
+		run_spoil(run, STEP_CGROUP_JOIN, errno); /* it would wait for its answer */
 	while (count > 0)
 		close(files[--count]);
 }

@@ -122,9 +122,9 @@ def test_the_program_of_a_cell_that_is_never_made_whole_does_not_run(shim: Shim,
             assert judge(taken, untroubled["own"], "own") == "typed", (point, taken.outcomes, os.uname().release)
 
 
-def test_a_job_that_cannot_be_watched_is_told(shim: Shim, untroubled: dict[str, Take]) -> None:
-    """Its channel, its clock, its sockets, its init: what is not heard would be waited for without an end."""
-    points = [p for p in of_a_job(untroubled["warm"].log) if p.name == "epoll_ctl:1"]
+def test_a_job_that_cannot_be_watched_or_answered_is_told(shim: Shim, untroubled: dict[str, Take]) -> None:
+    """Its channel, its clock, its sockets, its init, its control groups: what is not heard would be waited for without an end."""
+    points = [p for p in of_a_job(untroubled["warm"].log) if p.name in ("epoll_ctl:1", "sendmsg") and p.role == "launcher"]
     assert len(points) > 4
     for point in points:
         taken = take(shim, SCENARIOS["warm"], point, errno.ENOSPC, untroubled["warm"].left)
