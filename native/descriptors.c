@@ -108,3 +108,11 @@ int descriptors_keep(int *kept, int count) {
 	}
 	return (int)syscall(SYS_close_range, next, ~0U, 0);
 }
+
+/* Closes all but three, and what a job's libraries hold open. */
+int descriptors_keep_also(const struct cell *cell, const int three[3]) {
+	int kept[3 + MAX_LIBRARIES];
+	memcpy(kept, three, 3 * sizeof *kept);
+	memcpy(kept + 3, cell->libraries, sizeof cell->libraries);
+	return descriptors_keep(kept, 3 + cell->library_count);
+}

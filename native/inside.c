@@ -126,9 +126,7 @@ int init_is_ready(const struct cell *cell) {
 
 /* The program's descriptors will take the low numbers, as they come. */
 int descriptors_clear(struct cell *cell) {
-	int kept[3 + MAX_LIBRARIES] = {cell->orders, cell->app, cell->ruleset};
-	memcpy(kept + 3, cell->libraries, sizeof cell->libraries);
-	if (descriptors_keep(kept, 3 + cell->library_count) < 0)
+	if (descriptors_keep_also(cell, (int[]){cell->orders, cell->app, cell->ruleset}) < 0)
 		return -1;
 	int orders = descriptor_high(cell->orders);
 	if (orders < 0)

@@ -43,10 +43,8 @@ _Noreturn static void become_reaper(struct cell *cell, int reaper, pid_t program
 /* program is called in the job's process, and does not return. */
 _Noreturn void job_init(struct cell *cell, int reaper, void (*program)(void)) {
 	const struct plan *plan = cell->plan;
-	int kept[3 + MAX_LIBRARIES] = {cell->launcher, cell->orders, reaper};
-	memcpy(kept + 3, cell->libraries, sizeof cell->libraries);
 	cell->failures = cell->launcher;
-	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 3 + cell->library_count));
+	step(cell, STEP_DESCRIPTORS, descriptors_keep_also(cell, (int[]){cell->launcher, cell->orders, reaper}));
 	step(cell, STEP_REAPER, children_are_waited_for());
 	step(cell, STEP_CLONE, born(cell));
 	step(cell, STEP_SESSION, session_new());

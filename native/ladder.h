@@ -103,6 +103,7 @@ int message_send(const struct cell *cell, int socket, const void *message, size_
 int launcher_ask(int socket, enum cell_message_kind what, enum cell_order_kind done, int *descriptors, int *count);
 int descriptors_place(const struct cell *cell, const struct order *order, const int *descriptors);
 int descriptors_keep(int *kept, int count);
+int descriptors_keep_also(const struct cell *cell, const int three[3]);
 int descriptor_high(int descriptor);
 
 /* blocks.c */

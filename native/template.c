@@ -101,8 +101,8 @@ static int libraries_take(PyObject *numbers) {
 }
 
 /* serve(control, reaper, plan, libraries): descriptors of the launcher's socket, of the reaper's executable, of the jobs' plan, and those
- * that jobs keep, all of them above the numbers that a program may be given. Returns in a job, which is then in its jail and has given everything up, whether somebody waits for it already; and None in the template when the
- * launcher is gone. */
+ * that jobs keep, all of them above the numbers that a program may be given. Returns in a job, which is then in its jail and has given
+ * everything up, whether somebody waits for it already; and None in the template when the launcher is gone. */
 static PyObject *serve(PyObject *module, PyObject *arguments) {
 	struct cell_message serving = {.kind = CELL_SERVING};
 	static _Alignas(16) char stack[STACK];

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sysconfig
@@ -170,11 +171,13 @@ class Shim:
         page = os.open(self.control, os.O_RDWR | os.O_CLOEXEC)
         os.fchmod(page, 0o666)  # a template's user is another
 
-        def with_page(plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int = 0) -> object:
+        def with_page(
+            plan: bytes, order: bytes, descriptors: list[int], stock: int, template: int = 0
+        ) -> tuple[launcher.Launcher, socket.socket]:
             return submit(plan, order, [*descriptors, *([page] if template else [])], stock, template)
 
         warm.HERE, warm.compile_order = self.extension.parent, lambda *given: order(*given[:4], range(PASSED + 1))
-        launcher.submit = with_page  # type: ignore[assignment]
+        launcher.submit = with_page
         try:
             yield
         finally:
