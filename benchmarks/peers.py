@@ -63,9 +63,11 @@ def _runtime(name: str, command: list[str]) -> Once:
     return lambda: jail.run(command).check()
 
 
-def timed(stack: ExitStack, source: str) -> Once:
+def timed(stack: ExitStack, source: str, *arguments: str) -> Once:
     """A program of its own that does it once for each line that it reads, and takes its own time: the pipe to it does not count."""
-    caller = stack.enter_context(subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    caller = stack.enter_context(
+        subprocess.Popen([sys.executable, "-c", source, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    )
     stack.callback(caller.stdin.close)
 
     def once() -> float:
@@ -87,6 +89,30 @@ for _ in sys.stdin:
     print((time.perf_counter() - begin) * 1000, flush=True)
 """
 """CPython's own way to a fresh interpreter that has its modules. A program without a file: else each child imports it anew."""
+
+
+FORKED = """
+import gc, os, sys, time
+source = sys.argv[1]
+def run(): exec(compile(source, "job", "exec"), {})
+run(); run()
+gc.collect(); gc.freeze()
+for _ in sys.stdin:
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        run()
+        os.read(ours, 1)
+        run()
+        os._exit(0)
+    time.sleep(0.01)
+    begin = time.perf_counter()
+    os.write(theirs, b"1")
+    os.waitpid(child, 0)
+    print((time.perf_counter() - begin) * 1000, flush=True)
+    os.close(ours); os.close(theirs)
+"""
+"""What no warm job can be quicker than: a fork that has rehearsed and waits, runs a program, and ends."""
 
 
 def programs(command: list[str]) -> dict[str, Peer]:

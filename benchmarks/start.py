@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import venv
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 
 from peers import Once, Peer, programs, spawn, timed
@@ -56,6 +59,21 @@ def alone(stack: ExitStack) -> Once:
     return spawn([str(Path(nsjail_py.__file__).with_name("nsjail-launcher")), str(plan), "--", *TRUE])
 
 
+def installed(stack: ExitStack) -> str:
+    """The interpreter of an environment with the package, what it needs, and nothing else: a developer's has modules that those load, too."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    venv.create(folder, symlinks=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "nsjail_py.pth").write_text(f"{Path(nsjail_py.__file__).parent.parent}\n")
+    for requirement in metadata.requires("nsjail_py") or ():
+        if "extra ==" in requirement:
+            continue
+        distribution = metadata.distribution(re.split(r"[^\w.-]", requirement)[0])
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            (site / top).symlink_to(Path(str(distribution.locate_file(top))))
+    return str(folder / "bin" / "python")
+
+
 def contestants(stack: ExitStack) -> dict[str, Peer]:
     """The jails of this project differ in a name, so that one's stock is not the other's."""
     stocked, cold = Jail("untrusted", stock=2), Jail("untrusted", stock=0, hostname="cold")
@@ -70,7 +88,7 @@ def contestants(stack: ExitStack) -> dict[str, Peer]:
         ALONE: Peer(alone(stack), "the same"),
         **programs(TRUE),
         PYTHON: Peer(spawn([sys.executable, "-c", "pass"]), "nothing"),
-        COMMAND: Peer(spawn([sys.executable, "-m", "nsjail_py", "exec", "--", *TRUE], compiled), "the same as from stock"),
+        COMMAND: Peer(spawn([installed(stack), "-m", "nsjail_py", "exec", "--", *TRUE], compiled), "the same as from stock"),
     }
 
 

@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from peers import FORKSERVER, Once, Peer, spawn, timed
+from peers import FORKED, FORKSERVER, Once, Peer, spawn, timed
 from rows import Row, Target
 from start import protections
 
@@ -53,6 +53,8 @@ def contestants(stack: ExitStack) -> dict[str, Peer]:
         BARE: Peer(spawn([sys.executable, "-I", "-S", "-c", "pass"]), "nothing"),
         IMPORT: Peer(spawn([sys.executable, "-c", "import numpy"]), "nothing"),
         "CPython's forkserver, no jail": Peer(timed(stack, FORKSERVER), "nothing"),
+        "a fork that waits, no jail": Peer(timed(stack, FORKED, "pass"), "nothing"),
+        "a fork with numpy that waits, no jail": Peer(timed(stack, FORKED, NUMPY), "nothing"),
         "run_python, no warm interpreter": Peer(lambda: cold.run_python("pass").check() and None, names),
         JOB: Peer(lambda: bare.run_python("pass").check() and None, "the same"),
         NUMPY_JOB: Peer(lambda: numpy.run_python(NUMPY).check() and None, "the same"),

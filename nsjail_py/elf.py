@@ -10,7 +10,6 @@ import functools
 import os
 import stat
 import struct
-import subprocess
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -110,6 +109,8 @@ def loader(path: str) -> str | None:
 @functools.lru_cache(maxsize=1)
 def cached_libraries() -> dict[str, str]:
     """Library name -> path, as the host's loader knows them (ldconfig -p)."""
+    import subprocess
+
     try:
         env = {"PATH": "/sbin:/usr/sbin:/bin:/usr/bin", "LC_ALL": "C"}
         listing = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, env=env, timeout=10, check=False).stdout

@@ -7,9 +7,7 @@ Inside, the base interpreter runs under its real path: a virtual environment is 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from . import cachedir
+from .digest import sha256
 from .errors import PolicyError
 
 OLDEST = (3, 8)
@@ -85,7 +84,7 @@ def _inspect(path: str, stamps: tuple[Stamp, ...]) -> Interpreter:
         found = _convert(path, facts())
         if found.executable.startswith(f"{os.path.realpath(found.prefix).rstrip('/')}/bin/python"):  # not a program that embeds Python
             return found
-    kept = cachedir.directory("interpreters") / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    kept = cachedir.directory("interpreters") / f"{sha256(os.fsencode(path)).hexdigest()[:32]}.json"
     if (known := _recall(kept, stamps)) is not None:
         return known
     found = _convert(path, _ask(path))
@@ -131,6 +130,7 @@ def facts() -> dict[str, Any]:
 def _ask(path: str) -> dict[str, Any]:
     """Run the interpreter once, with a clean environment. Old ones must be able to say how old they are."""
     import inspect as source
+    import subprocess
 
     script = (
         f"from __future__ import annotations\nfrom typing import Any\n{source.getsource(facts)}\nimport json\nprint(json.dumps(facts()))\n"

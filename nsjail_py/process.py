@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-import subprocess
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -126,9 +125,15 @@ class Process:
         """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
         while not self.reported:
             if not ready([self.channel.fileno()], timeout):
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+                raise self.expired(timeout)
             self.hear()
         return self._finish()
+
+    def expired(self, timeout: float | None) -> Exception:
+        """What says that the run was not over within timeout seconds."""
+        from subprocess import TimeoutExpired
+
+        return TimeoutExpired(self.args, timeout or 0.0)
 
     def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Result:
         """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired; it may be called again then."""

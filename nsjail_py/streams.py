@@ -9,7 +9,6 @@ import contextlib
 import os
 import select
 import stat
-import subprocess
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,8 @@ from .errors import PolicyError, during
 if TYPE_CHECKING:
     from .process import Process
 
-PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
+PIPE, STDOUT, DEVNULL = -1, -2, -3
+"""Those of subprocess, which is loaded late, since a command and most servers do not need it."""
 Stream = int | IO[Any] | None
 CHUNK = 65536
 OF_A_RUN = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
@@ -185,7 +185,7 @@ class Exchange:
         while not self.process.reported:
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self.wait(rest):
-                raise subprocess.TimeoutExpired(self.process.args, timeout or 0.0)
+                raise self.process.expired(timeout)
 
     def wait(self, timeout: float | None) -> bool:
         """Moves what can be moved, waiting for it up to timeout seconds; false when there was nothing."""

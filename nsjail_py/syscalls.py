@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import tomllib
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from .digest import sha256
 from .errors import PolicyError, Unavailable
 from .suggest import did_you_mean
 
@@ -330,7 +330,7 @@ def _key(syscalls: Syscalls) -> str | None:
     files = [(path, path.stat()) for path in (Path(library), Path(binding.origin))]
     identity = [(str(path), status.st_size, status.st_mtime_ns) for path, status in files]
     parts = msgspec.msgpack.encode((FORMAT, machine, identity, syscalls, _text()), order="deterministic")
-    return hashlib.sha256(parts).hexdigest()
+    return sha256(parts).hexdigest()
 
 
 def _cached(key: str) -> Path:
@@ -346,7 +346,7 @@ def _restore(path: Path) -> Filter | None:
     except OSError:
         return None
     digest, body = data[:32], data[32:]
-    if hashlib.sha256(path.name.encode() + body).digest() != digest:
+    if sha256(path.name.encode() + body).digest() != digest:
         return None
     return msgspec.msgpack.decode(body, type=Filter)
 
@@ -356,7 +356,7 @@ def _keep(path: Path, compiled: Filter) -> None:
     body = msgspec.msgpack.encode(compiled)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
-        fresh.write_bytes(hashlib.sha256(path.name.encode() + body).digest() + body)
+        fresh.write_bytes(sha256(path.name.encode() + body).digest() + body)
         fresh.replace(path)
     except OSError:
         fresh.unlink(missing_ok=True)

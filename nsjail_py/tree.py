@@ -7,7 +7,6 @@ noted beside the trees, with the stamps of what it was made from: asking again c
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import sys
@@ -19,6 +18,7 @@ import msgspec
 
 from . import cachedir, elf
 from .compiled import PATH, SYSTEM
+from .digest import sha256
 from .errors import PolicyError
 from .interpreter import Interpreter, Stamp, stamp
 
@@ -238,7 +238,7 @@ def _inside(path: str, site: str, chosen: Iterable[object]) -> str:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(msgspec.json.encode((FORMAT, ETC, links(), value))).hexdigest()[:32]
+    return sha256(msgspec.json.encode((FORMAT, ETC, links(), value))).hexdigest()[:32]
 
 
 def links() -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -311,3 +312,12 @@ def test_the_environment_of_the_command_does_not_cross(cli: Cli) -> None:
     assert b"A=1" in done.stdout
     assert b"PASSED=y" in done.stdout
     assert b"SECRET" not in done.stdout
+
+
+def test_the_command_loads_nothing_that_a_usual_run_does_not_need() -> None:
+    source = (
+        "import sys, nsjail_py.cli; nsjail_py.cli.main(['exec', '--', 'true'])\n"
+        "print({'_hashlib', 'subprocess', 'asyncio', 'pyseccomp', 'tempfile', 'email'} & sys.modules.keys())"
+    )
+    subprocess.run([sys.executable, "-c", source], capture_output=True, check=True)  # the first one fills the cache
+    assert subprocess.run([sys.executable, "-c", source], capture_output=True, check=True).stdout == b"set()\n"

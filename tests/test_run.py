@@ -162,6 +162,10 @@ def test_a_handle_streams_both_ways_and_ends_with_a_result() -> None:
         assert process.wait(5).ok
 
 
+def test_the_names_of_streams_are_those_of_subprocess() -> None:
+    assert (PIPE, STDOUT, DEVNULL) == (subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL)
+
+
 def test_kill_signal_and_timeout_behave_as_popen_has_taught() -> None:
     jail = Jail("untrusted")
     with jail.start_python("import time; time.sleep(60)") as process:
