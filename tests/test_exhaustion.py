@@ -206,7 +206,7 @@ def test_a_full_cache_is_a_typed_error_that_leaves_nothing(options: str, tmp_pat
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="a small file system has to be mounted")
-@pytest.mark.skipif(KERNEL < (6, 3, 0), reason="a file system in memory cannot be shown with other ids before Linux 6.3")
+@pytest.mark.elsewhere(KERNEL < (6, 3, 0), why="a file system in memory cannot be shown with other ids before Linux 6.3")
 def test_a_full_work_directory_or_output_file_is_the_programs_affair(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     said = program(

@@ -44,8 +44,8 @@ def test_what_debian_is_given_is_what_dev_would_install() -> None:
         assert package in lacking[1] and package in given
 
 
-@pytest.mark.skipif(
-    shutil.which("vagrant") is None and "CI" not in os.environ, reason="vagrant is not installed (./dev test installs it where CI is set)"
+@pytest.mark.elsewhere(
+    shutil.which("vagrant") is None and "CI" not in os.environ, why="vagrant is not installed (./dev test installs it where CI is set)"
 )
 def test_vagrant_finds_the_file_valid(tmp_path: Path) -> None:
     environment = {

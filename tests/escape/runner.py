@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -105,10 +105,15 @@ def with_starts(walls: Iterable[str]) -> list[str]:
     return [name for wall in walls for name in (wall, *(f"{wall}/{start}" for start in STARTS.get(wall, ())))]
 
 
-def cases(attacks: Iterable[Attack]) -> Any:
-    """Each attack with each of its walls, started in each way; the id reads as the promise."""
+def cases(attacks: Iterable[Attack], lack: Callable[[Attack, str], str] = lambda attack, wall: "") -> Any:
+    """Each attack with each of its walls, started in each way; the id reads as the promise. lack: why a wall cannot hold on this kernel."""
+
+    def marks(attack: Attack, wall: str) -> pytest.MarkDecorator:
+        why = lack(attack, wall)
+        return pytest.mark.elsewhere(bool(why), why=why)
+
     rows = [
-        pytest.param(attack, wall, id=f"{attack.promise.replace(' ', '_')}-{wall}")
+        pytest.param(attack, wall, id=f"{attack.promise.replace(' ', '_')}-{wall}", marks=marks(attack, wall))
         for attack in attacks
         for wall in (*with_starts(attack.walls), *(f"{wall}/alone" for wall in attack.walls if wall in ALONE))
     ]
