@@ -87,12 +87,13 @@ def left_open(preload: list[str]) -> tuple[int, ...]:
 def rehearse() -> None:
     """What a first run fills in lazily is there before the fork; and in a job that waits, the memory that any run writes to is its own
     already, and need not be copied while somebody waits."""
-    module = fresh_main("/app/rehearsal.py")
+    module = prepared("rehearsal.py", [b"python3", b"-s", b"/app/rehearsal.py"])
     source = b"import sys\nclass C:\n    def f(self, x=1): return [x for x in range(9)]\nC().f()\nprint(f'{6 * 7}', end='', file=nowhere)"
     module.nowhere = io.StringIO()
     run(source, module)
     sys.modules.pop("__main__", None)
     linecache.cache.clear()
+    threads_left()
     flushed(0)
 
 
@@ -117,9 +118,13 @@ def make_unique() -> None:
         loaded["uuid"]._last_timestamp = None
 
 
-def fresh_main(path: str) -> Any:
+def prepared(name: str, arguments: list[bytes]) -> Any:
+    """The module that runs, when the interpreter is as `python NAME ARGUMENTS` would have it."""
+    sys.orig_argv = [os.fsdecode(argument) for argument in arguments]
+    sys.argv = sys.orig_argv[2:]
+    sys.path[0] = "/app"
     main: Any = types.ModuleType("__main__")
-    main.__file__, main.__builtins__ = path, __builtins__
+    main.__file__, main.__builtins__ = f"/app/{name}", __builtins__
     sys.modules["__main__"] = main
     return main
 
@@ -135,10 +140,7 @@ def job(name: str, source: bytes, arguments: list[bytes], environment: list[byte
     if environment != known_environment:
         os.environb.clear()
         os.environb.update(dict(variable.split(b"=", 1) for variable in environment))
-    sys.orig_argv = [os.fsdecode(argument) for argument in arguments]
-    sys.argv = sys.orig_argv[2:]
-    sys.path[0] = "/app"
-    main = fresh_main(f"/app/{name}")
+    main = prepared(name, arguments)
     status = 1
     try:
         run(source, main)
@@ -184,10 +186,14 @@ def hint(error: BaseException) -> None:
 
 def end(status: int) -> int:
     """What an interpreter does before its end, but for taking itself apart."""
-    if threading.active_count() > 1 or threading._threading_atexits:  # type: ignore[attr-defined]
+    if threads_left():
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     return flushed(status)
+
+
+def threads_left() -> bool:
+    return threading.active_count() > 1 or bool(threading._threading_atexits)  # type: ignore[attr-defined]
 
 
 def flushed(status: int) -> int:

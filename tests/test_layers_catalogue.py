@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from nsjail_py.layers import tables
 from nsjail_py.layers.catalogue import payloads
@@ -21,6 +21,10 @@ FAMILIES = {
     *("attributes", "frames", "tracebacks", "generators", "format", "codecs", "pickles", "ctypes", "audit", "imports", "gc", "descriptors"),
     *("decorators", "metaclasses", "encodings", "native"),
 }
+
+
+LONGER = min(PATIENCE, 4.0)
+"""As long as an emulated machine takes; not ten times as long, since some payloads never end."""
 
 
 def chosen(*names: str) -> list[object]:
@@ -33,7 +37,7 @@ def chosen(*names: str) -> list[object]:
 def full() -> Iterator[Report]:
     """Every payload, with nothing in its way and under the policy `untrusted`, which has no layer of Python in it."""
     before = set(os.listdir("/var/tmp")), set(os.listdir(tempfile.gettempdir()))
-    yield report("untrusted", layers=[POLICY])
+    yield report("untrusted", layers=[POLICY], patience=LONGER)
     left = (set(os.listdir("/var/tmp")) | set(os.listdir(tempfile.gettempdir()))) - before[0] - before[1]
     assert not [name for name in left if "canary" in name]
 
@@ -50,7 +54,7 @@ def few() -> Report:
         "memoryview-after-free",
         "cached-module-environ",
     ]
-    return report("untrusted", only=chosen(*names))
+    return report("untrusted", only=chosen(*names), patience=LONGER)
 
 
 def marks(found: Report, name: str) -> dict[str, str]:
@@ -134,7 +138,7 @@ def test_an_honest_program_runs_under_each_layer(layer: str, tmp_path: Path) -> 
 
 
 def test_a_policy_that_does_not_claim_to_stop_it_is_shown_to_let_it_through() -> None:
-    found = report("trusted", only=chosen("open-read", "open-write", "os-environ", "subprocess-run"), layers=[POLICY])
+    found = report("trusted", only=chosen("open-read", "open-write", "os-environ", "subprocess-run"), layers=[POLICY], patience=LONGER)
     assert {row.payload.name: row.outcomes[POLICY].effects for row in found.rows} == {
         "open-read": ("read the file",),
         "open-write": (),
@@ -146,7 +150,9 @@ def test_a_policy_that_does_not_claim_to_stop_it_is_shown_to_let_it_through() ->
 def test_the_scan_of_a_policy_is_a_part_of_it() -> None:
     from nsjail_py.policyfile import load, override
 
-    found = report(override(load("trusted"), scan="refuse"), only=chosen("open-read", "reexported-linecache"), layers=[POLICY])
+    found = report(
+        override(load("trusted"), scan="refuse"), only=chosen("open-read", "reexported-linecache"), layers=[POLICY], patience=LONGER
+    )
     assert [tables.mark(row.outcomes[POLICY]) for row in found.rows] == ["stopped", "PASSED"]
     assert "refused by the scan" in found.rows[0].outcomes[POLICY].detail
 
@@ -159,7 +165,19 @@ def test_a_policy_that_cannot_be_run_has_no_score() -> None:
 
 
 def test_the_command_prints_a_table_and_writes_a_page(cli: list[str], tmp_path: Path) -> None:
-    command = [*cli, "layers", "report", "--only", "open-read", "--only", "utf7-source", "--html", tmp_path / "r.html"]
+    command = [
+        *cli,
+        "layers",
+        "report",
+        "--patience",
+        str(LONGER),
+        "--only",
+        "open-read",
+        "--only",
+        "utf7-source",
+        "--html",
+        tmp_path / "r.html",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "policy untrusted: 2 of 2 stopped" in done.stdout and "open-read" in done.stdout
@@ -169,25 +187,33 @@ def test_the_command_prints_a_table_and_writes_a_page(cli: list[str], tmp_path: 
     reader.handle_starttag = lambda tag, attributes: tags.append(tag)  # type: ignore[method-assign]
     reader.feed(page)
     assert tags.count("tr") == 3 and "script" not in tags and "http" not in page.replace("http-equiv", "")
-    done = subprocess.run([*cli, "layers", "report", "--only", "open-read", "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*cli, "layers", "report", "--patience", str(LONGER), "--only", "open-read", "--json"], capture_output=True, text=True, check=False
+    )
     said = json.loads(done.stdout)
     assert said["scores"]["policy"] == {"stopped": 1, "of": 1} and said["rows"][0]["layers"]["none"]["effects"] == ["read the file"]
 
 
 def test_the_command_says_when_a_policy_lets_something_through(cli: list[str]) -> None:
     done = subprocess.run(
-        [*cli, "layers", "report", "--policy", "trusted", "--only", "open-read"], capture_output=True, text=True, check=False
+        [*cli, "layers", "report", "--patience", str(LONGER), "--policy", "trusted", "--only", "open-read"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1 and "policy trusted: 0 of 1 stopped" in done.stdout
     done = subprocess.run([*cli, "layers", "report", "--only", "open-rea"], capture_output=True, text=True, check=False)
     assert done.returncode == 125 and 'did you mean "open-read"' in done.stderr
+    for factor in ("0", "nan", "long"):
+        done = subprocess.run([*cli, "layers", "report", "--patience", factor], capture_output=True, text=True, check=False)
+        assert done.returncode == 125 and f"--patience: '{factor}' is no number from 1 to 1000" in done.stderr, done
 
 
 def test_what_a_payload_says_is_escaped_in_the_page() -> None:
     from msgspec.structs import replace
 
     evil = replace(chosen("open-read")[0], code="raise ValueError('<script>alert(1)</script>')")
-    page = tables.html(report("untrusted", only=[evil], layers=[POLICY]))
+    page = tables.html(report("untrusted", only=[evil], layers=[POLICY], patience=LONGER))
     assert "<script" not in page and "&lt;script&gt;" in page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import traceback
@@ -35,6 +36,9 @@ def parser() -> Parser:
     report = actions.add_parser("report", help="the bypass catalogue under each layer", description=REPORT)
     report.add_argument("--policy", default="untrusted", metavar="NAME|FILE", help="the policy that the payloads meet (default: untrusted)")
     report.add_argument("--only", action="append", default=[], metavar="NAME", help="only this payload, or this family; again for more")
+    report.add_argument(
+        "--patience", type=_factor, default=1.0, metavar="FACTOR", help="how many times as long a payload may take (default: 1)"
+    )
     report.add_argument("--html", metavar="FILE", help="write a page with what each layer said")
     report.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
     report.add_argument("--json", action="store_true", help="print one JSON object")
@@ -102,6 +106,13 @@ def command_imports(options: argparse.Namespace) -> int:
     return FOUND if found.unresolved else 0
 
 
+def _factor(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 1 <= (factor := float(text)) <= 1000:
+            return factor
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 1000")
+
+
 def command_report(options: argparse.Namespace) -> int:
     from nsjail_py.suggest import did_you_mean
 
@@ -114,7 +125,7 @@ def command_report(options: argparse.Namespace) -> int:
         if name not in known:
             raise PolicyError(f"--only: no payload and no family {name!r}{did_you_mean(name, known)}")
     chosen = [one for one in payloads() if not options.only or one.name in options.only or one.family in options.only]
-    done = report(options.policy, only=chosen, progress=_progress)
+    done = report(options.policy, only=chosen, patience=options.patience, progress=_progress)
     for file, form in ((options.html, tables.html), (options.markdown, tables.markdown)):
         if file:
             Path(file).write_text(form(done), encoding="utf-8", errors="backslashreplace")

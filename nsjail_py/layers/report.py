@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import math
 import os
 import platform
 import secrets
@@ -136,7 +137,7 @@ class Canaries:
     def survived(self, output: bytes) -> bool:
         return f"SURVIVED {self.tokens['end']}".encode() in output
 
-    def job(self, payload: Payload, layer: str, *, bounded: bool) -> bytes:
+    def job(self, payload: Payload, layer: str, patience: float, *, bounded: bool) -> bytes:
         return msgspec.json.encode(
             {
                 "layer": layer,
@@ -144,8 +145,8 @@ class Canaries:
                 "directory": str(self.work),
                 "bounded": bounded,
                 "path": [str(HERE.parent), self.places["DIR"]] if bounded else [],
-                "processor": 1 if payload.family == "exhaustion" else 8,
-                "linger": 0.3 if payload.name in LINGERING else 0,
+                "processor": math.ceil(patience * (1 if payload.family == "exhaustion" else 8)),
+                "linger": 0.3 * patience if payload.name in LINGERING else 0,
                 "audit": AUDIT if layer == "native audit hook" else {},
                 "end": self.tokens["end"],
             }
@@ -165,7 +166,7 @@ def canaries(variable: str = "") -> Iterator[Canaries]:
 # ---------------------------------------------------------------- one payload
 
 
-def within(payload: Payload, layer: str) -> Outcome:
+def within(payload: Payload, layer: str, patience: float = 1.0) -> Outcome:
     """A layer of Python, or none, in a process of its own."""
     with canaries() as made:
         environment = {
@@ -186,22 +187,22 @@ def within(payload: Payload, layer: str) -> Outcome:
         ) as process:
             late = ""
             try:
-                output, _ = process.communicate(made.job(payload, layer, bounded=True), TIMEOUT)
+                output, _ = process.communicate(made.job(payload, layer, patience, bounded=True), TIMEOUT * patience)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 output, _ = process.communicate()
-                late = f"still running after {TIMEOUT:g} s"
+                late = f"still running after {TIMEOUT * patience:g} s"
         return _outcome(made, output, process.returncode, late)
 
 
-def jailed(payload: Payload, policy: Policy, jail: Jail) -> Outcome:
+def jailed(payload: Payload, policy: Policy, jail: Jail, patience: float = 1.0) -> Outcome:
     """A whole policy: its scan of the payload, then its jail. Ending the program inside ends no application: that is outside."""
     source = (HERE / "application.py").read_bytes()
     with canaries(os.environ.get(VARIABLE, "")) as made:
         try:
             if policy.python.scan == "refuse":
                 before_run(policy, payload.source(made.places), "payload.py")
-            result = jail.run_python(source, input=made.job(payload, NONE, bounded=False), filename="application.py")
+            result = jail.run_python(source, input=made.job(payload, NONE, patience, bounded=False), filename="application.py")
         except ScriptRefused as refused:
             return Outcome(tuple(made.effects(b"")), str(refused))
         except LauncherDied as error:
@@ -259,9 +260,13 @@ def report(
     *,
     only: Iterable[Payload] | None = None,
     layers: Iterable[str] = (*LAYERS, POLICY),
+    patience: float = 1.0,
     progress: Callable[[int, int], object] = lambda done, of: None,
 ) -> Report:
-    """Runs the payloads (`only` some of them) under the layers. Raises PolicyError, and SetupError where the policy cannot be run here."""
+    """Runs the payloads (`only` some of them) under the layers. Raises PolicyError, and SetupError where the policy cannot be run here.
+
+    patience: how many times as long as usual each may take, on a slow machine; never longer than the policy lets it.
+    """
     loaded = policy if isinstance(policy, Policy) else load(policy)
     chosen = list(payloads() if only is None else only)
     skipped = {payload.name: reason for payload in chosen if (reason := missing(payload))}
@@ -270,21 +275,22 @@ def report(
     if util.find_spec("RestrictedPython") is None and "RestrictedPython" in wanted:
         wanted.remove("RestrictedPython")
     # Endless payloads end earlier than the policy has it; the application, which is ours, is not scanned.
-    times = {"cpu_time": min(loaded.limits.cpu_time or PATIENCE, PATIENCE), "wall_time": min(loaded.limits.wall_time or TIMEOUT, TIMEOUT)}
+    most = {"cpu_time": PATIENCE * patience, "wall_time": TIMEOUT * patience}
+    times = {name: min(getattr(loaded.limits, name) or seconds, seconds) for name, seconds in most.items()}
     brief = override(loaded, scan="off", **times)
     jails = {need: Jail(override(brief, imports=(*loaded.python.imports, need)) if need else brief) for need in _distributions(run)}
     done = itertools.count(1)
 
     def one(payload: Payload) -> Row:
-        row = Row(payload, {NONE: within(payload, NONE)})
+        row = Row(payload, {NONE: within(payload, NONE, patience)})
         texts = by_text(payload, row.outcomes[NONE])
         for layer in wanted:
             if layer in TEXT:
                 row.outcomes[layer] = texts[layer]
             elif layer == POLICY:
-                row.outcomes[layer] = jailed(payload, loaded, jails[payload.needs if payload.needs != "x86_64" else ""])
+                row.outcomes[layer] = jailed(payload, loaded, jails[payload.needs if payload.needs != "x86_64" else ""], patience)
             else:
-                row.outcomes[layer] = within(payload, layer)
+                row.outcomes[layer] = within(payload, layer, patience)
         progress(next(done), len(run))
         return row
 
