@@ -6,6 +6,7 @@ Each is bounded by itself, far below what this machine has, and is shown to reac
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import IS_ROOT, PATIENCE
 import nsjail_py
 from nsjail_py import Verdict, launcher
 
-from .runner import WALLS, Attack, inside, outside, processes_with
+from .runner import WALLS, Attack, inside, outside, processes_with, status
 
 M = 1 << 20
 STARTED = pytest.mark.parametrize("start", ["", "/warm"], ids=["exec", "warm"])
@@ -187,7 +188,7 @@ def test_rolling_forks_are_all_gone_when_the_run_is_over() -> None:
     deadline = time.monotonic() + 20 * PATIENCE  # the bounded ones outside come to their end
     while processes_with(marker) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not processes_with(marker)
+    assert not {pid: (status(pid), Path(f"/proc/{pid}/wchan").read_text()) for pid in processes_with(marker)}
 
 
 def test_a_flood_of_denied_calls_ends_the_run() -> None:

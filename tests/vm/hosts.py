@@ -128,7 +128,7 @@ def suite(which: Machine, user: User, arguments: list[str], seconds: float, docu
     """One machine, one mode: runs the suite in it and writes down how it went. 1 if a test failed."""
     images.say(f"{which.distro}, kernel {which.kernel}, {user}")
     leave_out = ROOT_LEAVES_OUT if user == "root" else []
-    tests = ["./dev", "test", "-v", "-rfEs", "--tb=short", *leave_out, *arguments]
+    tests = ["./dev", "test", "-v", "-rfEs", "--tb=short", "--durations=30", *leave_out, *arguments]
     script = './dev doctor; echo "$0"; exec "$@"'
     tee = _Tee(sys.stdout.buffer)
     trouble = None
