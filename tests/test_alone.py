@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, PATIENCE
 
 import nsjail_py
 from nsjail_py import cgroups, launcher
@@ -337,7 +337,7 @@ def test_a_signal_ends_a_run_whose_output_nobody_takes(attempt: int, stuck: subp
 def test_a_signal_without_a_meaning_reaches_a_program_whose_output_nobody_takes(stuck: subprocess.Popen[bytes]) -> None:
     stuck.send_signal(signal.SIGUSR1)
     time.sleep(0.3)
-    stuck.communicate(timeout=10)
+    stuck.communicate(timeout=10 * PATIENCE)
     assert stuck.returncode == 3
 
 

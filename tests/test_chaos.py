@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT, importing_ours
+from conftest import IS_ROOT, PATIENCE, importing_ours
 
 import nsjail_py
 from nsjail_py import launcher
@@ -35,7 +35,7 @@ def test_a_launcher_that_somebody_has_stopped_does_not_hold_its_caller(monkeypat
     launcher.shutdown()
     assert not Path(f"/proc/{stopped}").exists()
     with pytest.raises(nsjail_py.LauncherDied):
-        process.wait(timeout=5)
+        process.wait(timeout=5 * PATIENCE)
     deadline = time.monotonic() + 5
     while Path(f"/proc/{program}").exists():
         assert time.monotonic() < deadline, "the jail goes on without its launcher"

@@ -223,7 +223,7 @@ def test_a_killed_launcher_is_125_with_one_line(cli: Cli, tmp_path: Path) -> Non
         assert process.stdout is not None and process.stdout.readline() == b"up\n"
         (launcher,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(launcher), signal.SIGKILL)
-        said = process.communicate(timeout=10)[1]
+        said = process.communicate(timeout=10 * PATIENCE)[1]
     assert process.returncode == 125 and len(said.splitlines()) == 1 and b"launcher ended" in said
 
 
@@ -277,7 +277,7 @@ def test_closed_standard_streams_do_no_harm(cli: Cli, script: Path) -> None:
 
 def test_a_reader_that_leaves_ends_the_program(cli: Cli) -> None:
     command = " ".join([*cli, "exec", "--output", "1T", "--", "/usr/bin/yes", "| head -1"])
-    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=30, check=False)
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=30 * PATIENCE, check=False)
     assert done.stdout == b"y\n"
 
 

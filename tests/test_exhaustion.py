@@ -19,15 +19,15 @@ KERNEL = hostinfo.probe().kernel
 HEAD = """
 import contextlib, errno, os, resource, sys, time
 import nsjail_py
-from conftest import changes, settled, traces
+from conftest import PATIENCE, changes, settled, traces
 from nsjail_py import Jail, SetupError, launcher
 
 cold, stock, warm = Jail("untrusted", stock=0), Jail("untrusted", stock=2), Jail("untrusted", preload=[], stock=1)
 KINDS = {
-    "cold": lambda: cold.run(["/bin/echo", "1"], timeout=20),
-    "script": lambda: cold.run_python("print(1)", timeout=20),
-    "stock": lambda: stock.run(["/bin/echo", "1"], timeout=20),
-    "warm": lambda: warm.run_python("print(1)", timeout=20),
+    "cold": lambda: cold.run(["/bin/echo", "1"], timeout=20 * PATIENCE),
+    "script": lambda: cold.run_python("print(1)", timeout=20 * PATIENCE),
+    "stock": lambda: stock.run(["/bin/echo", "1"], timeout=20 * PATIENCE),
+    "warm": lambda: warm.run_python("print(1)", timeout=20 * PATIENCE),
 }
 seen = set()
 
@@ -47,7 +47,7 @@ def ends():
     warm.close()
     launcher.shutdown()
     now = settled()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 5 * PATIENCE
     while changes(before, now) and time.monotonic() < deadline:
         now = traces()
     assert not changes(before, now), changes(before, now)
@@ -135,7 +135,7 @@ pid = launcher.current().pid
 soft, hard = resource.prlimit(pid, resource.RLIMIT_AS)
 resource.prlimit(pid, resource.RLIMIT_AS, (0, hard))
 KINDS["new"] = Jail("untrusted", stock=0, hostname="new").run
-KINDS["new"] = lambda run=KINDS["new"]: run(["/bin/echo", "1"], timeout=20)
+KINDS["new"] = lambda run=KINDS["new"]: run(["/bin/echo", "1"], timeout=20 * PATIENCE)
 attempt("new", [errno.ENOMEM])
 resource.prlimit(pid, resource.RLIMIT_AS, (soft, hard))
 assert launcher.current().pid == pid, "it goes on"

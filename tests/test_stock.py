@@ -136,7 +136,7 @@ def test_a_run_that_meets_a_stopped_jail_is_held_to_its_limits() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.2)
     process.kill()
-    assert process.wait(timeout=5).verdict == "killed"
+    assert process.wait(timeout=5 * PATIENCE).verdict == "killed"
 
 
 def test_what_may_change_on_the_host_is_looked_at_anew(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, PATIENCE
 
 import nsjail_py
 from nsjail_py import PIPE, Jail, Verdict, launcher
@@ -162,7 +162,7 @@ def test_a_signal_to_all_stays_inside(target: int, wall: str, victim: subprocess
     code = f"import os, signal, subprocess, sys, time; c = subprocess.Popen(['sleep', '60'])\nif os.fork() == 0:\n  if {target}: os.setsid()\n  {KILL_ALL.format(target=target)}; os._exit(0)\nprint('killed', flush=True) if c.wait() else None"
     alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"] if target == -1 else []
     if target == -1:
-        done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, timeout=20, check=False)
+        done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, timeout=20 * PATIENCE, check=False)
         assert b"killed" in done.stdout, done
     else:
         group = subprocess.Popen(["sleep", "60"], process_group=0)

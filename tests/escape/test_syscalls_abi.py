@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from msgspec.structs import replace
 
 import nsjail_py
@@ -53,11 +54,11 @@ def table(output: bytes) -> dict[int, int]:
 
 
 def jailed(programs: Path, policy: Policy, *args: object) -> nsjail_py.Result:
-    return Jail(policy).run([str(programs / "syscalls"), *map(str, args)], timeout=30)
+    return Jail(policy).run([str(programs / "syscalls"), *map(str, args)], timeout=30 * PATIENCE)
 
 
 def unjailed(programs: Path, *args: object) -> bytes:
-    return subprocess.run([str(programs / "syscalls"), *map(str, args)], capture_output=True, check=False, timeout=30).stdout
+    return subprocess.run([str(programs / "syscalls"), *map(str, args)], capture_output=True, check=False, timeout=30 * PATIENCE).stdout
 
 
 @pytest.mark.parametrize("argument", [ALL_ONES, HIGH], ids=["all bits set", "high bits set"])
