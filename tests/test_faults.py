@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import IS_ROOT
-from faults.scenarios import SCENARIOS, Take, judge, take
+from faults.scenarios import SCENARIOS, Take, judge, large, take
 from faults.shim import NATIVE, PRETENDED, ROLES, Point, Shim
 
 from nsjail_py import JailError, SetupError, launcher, run
@@ -129,6 +129,14 @@ def test_a_job_that_cannot_be_watched_or_answered_is_told(shim: Shim, untroubled
     for point in points:
         taken = take(shim, SCENARIOS["warm"], point, errno.ENOSPC, untroubled["warm"].left)
         assert judge(taken, untroubled["warm"], "warm") == "typed", (point, taken.outcomes)
+
+
+def test_a_template_whose_memory_cannot_be_mapped_from_a_file_serves_as_it_is(shim: Shim) -> None:
+    base = take(shim, large, None, 0)
+    for call in ("pread", "pwrite"):
+        point = next(point for point in base.log if (point.role, point.call) == ("template", call))
+        taken = take(shim, large, point, errno.EIO, base.left)
+        assert taken.hit and taken.outcomes == base.outcomes, (point, taken.outcomes)
 
 
 @pytest.fixture

@@ -155,9 +155,17 @@ def test_a_killed_tool_takes_its_machine_along(cache: Path, qemu: Path, tmp_path
     tool.send_signal(signal.SIGKILL)
     tool.wait()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() and time.monotonic() < deadline:
+    while (left := command_line(pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert not left
+
+
+def command_line(pid: int) -> bytes:
+    """Empty when it is gone, or waits to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 # ---------------------------------------------------------------- docs/hosts.md

@@ -173,6 +173,12 @@ def warm() -> list[Outcome]:
         return [outcome(jail, None, CONFINED) for _ in range(2)]
 
 
+def large() -> list[Outcome]:
+    """A job of a template that has enough in its memory for it to be mapped from a file."""
+    with Jail("untrusted", preload=["asyncio", "unittest", "xml.dom.minidom", "email.mime.text"], stock=0, hostname="large") as jail:
+        return [outcome(jail, None, CONFINED)]
+
+
 SCENARIOS: dict[str, Callable[[], list[Outcome]]] = {"shared": shared, "own": own, "ended": ended, "warm": warm}
 
 
@@ -257,6 +263,9 @@ SNAPSHOT = {
     "read": "as open",
     "mmap": "as open",
     "memfd_create": "as open",
+    "pread": "as open",
+    "pwrite": "as open",
+    **dict.fromkeys(("sscanf", "__isoc99_sscanf", "__isoc23_sscanf"), "as open"),
 }
 """The same, of a template that is quick and no less jailed."""
 INIT = {"read": "init looks again at the next signal"}
