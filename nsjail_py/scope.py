@@ -11,6 +11,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from .advice import SCARCE
+from .errors import during
+
 SECONDS = 5.0
 """That the manager may take to answer, and to move the process."""
 PAUSE = 0.002
@@ -26,7 +29,7 @@ def delegates(unit: str) -> bool:
     """Whether the user's manager has handed over the group of this unit of its own. It leaves no mark, as the system's manager does."""
     program = shutil.which("systemctl", path=PATH)
     command = [program or "", "--user", "show", "--property=Delegate", "--value", "--", unit]
-    return program is not None and _answer(command, {"XDG_RUNTIME_DIR": f"/run/user/{os.geteuid()}"}).stdout.strip() == "yes"
+    return program is not None and _answer(command, {"XDG_RUNTIME_DIR": f"/run/user/{os.geteuid()}"}) == (0, "yes")
 
 
 def ask(pid: int) -> None:
@@ -43,25 +46,34 @@ def ask(pid: int) -> None:
     manager = ["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]
     call = ["StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", "4", *properties, "0"]
     options = [f"--address=unix:path={bus}", "--quiet", f"--timeout={SECONDS:.0f}", "--allow-interactive-authorization=no"]
-    done = _answer([program, *options, "call", *manager, *call], {})
-    if done.returncode:
-        raise RefusedError(f"the user manager refuses one: {' '.join(done.stderr.split())}", "")
+    status, said = _answer([program, *options, "call", *manager, *call], {})
+    if status:
+        raise RefusedError(f"the user manager refuses one: {said}", "")
     _wait(pid, name)
 
 
-def _answer(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env={"PATH": PATH, "LANG": "C", **environment},
-            timeout=2 * SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", f"no answer: {error}")
+def _answer(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """A program's status and words. Raises SetupError where no descriptor, memory or process is left for it: that is no answer."""
+    # One that subprocess opens itself is lost in Python 3.11.2 when there is none left for a pipe behind it.
+    with during("launcher"), open(os.devnull, "rb") as null:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=null,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,  # one pipe, for the same reason
+                text=True,
+                env={"PATH": PATH, "LANG": "C", **environment},
+                timeout=2 * SECONDS,
+                check=False,
+            )
+        except OSError as error:
+            if error.errno in SCARCE:
+                raise
+            return 1, f"no answer: {error}"
+        except subprocess.TimeoutExpired as error:
+            return 1, f"no answer: {error}"
+    return done.returncode, " ".join(done.stdout.split())
 
 
 def _wait(pid: int, name: str) -> None:

@@ -97,6 +97,24 @@ ends()
     assert f"('{'streams' if launcher == 'running' else 'launcher'}', 'EMFILE')" in said and "ok" in said
 
 
+def test_a_question_to_the_host_that_cannot_be_asked_is_an_error_and_no_answer() -> None:
+    """Or a caller who is short of descriptors for a moment would go without control groups to his end."""
+    said = program("""
+from nsjail_py import scope
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+here = len(os.listdir("/proc/self/fd"))
+for most in range(3, 20):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try: seen.add(scope._answer(["/bin/echo", " yes "], {}))
+    except SetupError as error: seen.add((error.step, errno.errorcode[error.errno]))
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+assert len(os.listdir("/proc/self/fd")) == here
+seen.add(scope._answer(["/no/such/program"], {})[0])
+ends()
+""")
+    assert said == "('launcher', 'EMFILE') (0, 'yes') 1\n"
+
+
 STARVED = """
 held = cold.start(["/bin/cat"], stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE)
 assert held.pid
