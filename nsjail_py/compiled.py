@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import cachedir, cpuset, hostinfo, label, landlock, plan, rootfs
 from ._native import lib
-from .errors import PolicyError, Unavailable
+from .errors import PolicyError, Unavailable, during
 from .result import Protection
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def _for_python(policy: Policy, host: Host) -> Compiled:
     below = (*SYSTEM, found.prefix)
     points = _mountpoints(policy, below) if policy.root == "minimal" else ()
     chosen = policy.python
-    root = tree.python_tree(found, chosen.imports, points, chosen.without, whole=chosen.whole)
+    with during("minimal root"):
+        root = tree.python_tree(found, chosen.imports, points, chosen.without, whole=chosen.whole)
     return _compile(policy, host, root, str(found.executable), None, with_files=True)
 
 
@@ -109,7 +110,8 @@ def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int
     if policy.root == "minimal":
         from . import tree
 
-        root = tree.program_tree(path, _mountpoints(policy, SYSTEM))
+        with during("minimal root"):
+            root = tree.program_tree(path, _mountpoints(policy, SYSTEM))
     visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
     inside = path if visible else f"/app/{os.path.basename(path)}"
     return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
@@ -121,7 +123,8 @@ def for_any(policy: Policy, host: Host, inside: str) -> Compiled:
     if policy.root == "minimal":
         from . import tree
 
-        root = tree.library_tree(_mountpoints(policy, SYSTEM))
+        with during("minimal root"):
+            root = tree.library_tree(_mountpoints(policy, SYSTEM))
     return _compile(policy, host, root, inside, ("/bin/sh", inside), with_files=False)
 
 

@@ -13,6 +13,8 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from .errors import passes
+
 CACHE_FILE = "/etc/ld.so.cache"
 PT_LOAD, PT_DYNAMIC, PT_INTERP = 1, 2, 3
 DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
@@ -81,7 +83,11 @@ def may_show(path: str) -> bool:
     """Whether a file that another file merely names may be copied for it: a regular ELF file that everybody, or only we, may read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError):
+    except ValueError:
+        return False
+    except OSError as error:
+        if passes(error):
+            raise
         return False
     try:
         return may_show_open(descriptor)
@@ -101,7 +107,11 @@ def loader(path: str) -> str | None:
     """The dynamic loader that a program names; None for a static one or a script."""
     try:
         needs = read(path)
-    except (OSError, ValueError):
+    except ValueError:
+        return None
+    except OSError as error:
+        if passes(error):
+            raise
         return None
     return needs.loader if needs else None
 
@@ -114,7 +124,11 @@ def cached_libraries() -> dict[str, str]:
     try:
         env = {"PATH": "/sbin:/usr/sbin:/bin:/usr/bin", "LC_ALL": "C"}
         listing = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, env=env, timeout=10, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired:
+        return {}
+    except OSError as error:
+        if passes(error):
+            raise
         return {}
     found: dict[str, str] = {}
     for line in listing.splitlines():

@@ -45,17 +45,24 @@ class SetupError(JailError):
         self.step, self.errno, self.detail, self.advice = step, errno, detail, advice
 
 
+def passes(error: OSError) -> bool:
+    """Whether the system has run out of something, which says nothing about what was looked at."""
+    from .advice import SCARCE
+
+    return error.errno in SCARCE
+
+
 @contextlib.contextmanager
 def during(step: str) -> Iterator[None]:
     """What the system has run out of is a SetupError of this step; any other error stays what it is."""
     try:
         yield
     except OSError as error:
-        from .advice import SCARCE
+        from .advice import advice
 
-        if error.errno not in SCARCE:
+        if not passes(error):
             raise
-        raise SetupError(step, error.errno, str(error.filename or ""), SCARCE[error.errno]) from None
+        raise SetupError(step, error.errno or 0, str(error.filename or ""), advice(step, error.errno or 0)) from None
 
 
 class Unavailable(SetupError):

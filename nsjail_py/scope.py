@@ -11,8 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from .advice import SCARCE
-from .errors import during
+from .errors import during, passes
 
 SECONDS = 5.0
 """That the manager may take to answer, and to move the process."""
@@ -68,7 +67,7 @@ def _answer(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
                 check=False,
             )
         except OSError as error:
-            if error.errno in SCARCE:
+            if passes(error):
                 raise
             return 1, f"no answer: {error}"
         except subprocess.TimeoutExpired as error:

@@ -115,6 +115,32 @@ ends()
     assert said == "('launcher', 'EMFILE') (0, 'yes') 1\n"
 
 
+def test_a_root_is_built_whole_or_not_at_all() -> None:
+    """What cannot be opened for a moment is not what the host lacks, and the cache would keep it."""
+    said = program("""
+from nsjail_py import compiled, elf
+def built(folder):
+    os.environ["NSJAIL_PY_CACHE"] = folder
+    for known in (compiled._for_program, elf.cached_libraries): known.cache_clear()
+    top = cold.compiled_for("/bin/bash").tree
+    return sorted(os.path.relpath(os.path.join(here, name), top) for here, _, names in os.walk(top) for name in names)
+cache = os.environ["NSJAIL_PY_CACHE"]
+whole, known = built(f"{cache}/whole"), elf.cached_libraries()
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+for most in range(5, 24):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try: built(f"{cache}/{most}")
+    except SetupError as error: seen.add((error.step, errno.errorcode.get(error.errno)))
+    try: assert elf.cached_libraries() == known, most
+    except OSError as error: seen.add(errno.errorcode[error.errno])
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert built(f"{cache}/{most}") == whole, most
+os.environ["NSJAIL_PY_CACHE"] = cache
+ends()
+""")
+    assert said == "('minimal root', 'EMFILE') EMFILE\n"
+
+
 STARVED = """
 held = cold.start(["/bin/cat"], stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE)
 assert held.pid
