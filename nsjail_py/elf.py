@@ -122,8 +122,15 @@ def cached_libraries() -> dict[str, str]:
     import subprocess
 
     try:
-        env = {"PATH": "/sbin:/usr/sbin:/bin:/usr/bin", "LC_ALL": "C"}
-        listing = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, env=env, timeout=10, check=False).stdout
+        listing = subprocess.run(
+            ["ldconfig", "-p"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # Python 3.11.2 loses the first pipe when there is no descriptor left for a second
+            text=True,
+            env={"PATH": "/sbin:/usr/sbin:/bin:/usr/bin", "LC_ALL": "C"},
+            timeout=10,
+            check=False,
+        ).stdout
     except subprocess.TimeoutExpired:
         return {}
     except OSError as error:
