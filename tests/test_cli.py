@@ -317,7 +317,8 @@ def test_the_environment_of_the_command_does_not_cross(cli: Cli) -> None:
 def test_the_command_loads_nothing_that_a_usual_run_does_not_need() -> None:
     source = (
         "import sys, nsjail_py.cli; nsjail_py.cli.main(['exec', '--', 'true'])\n"
-        "print({'_hashlib', 'subprocess', 'asyncio', 'pyseccomp', 'tempfile', 'email'} & sys.modules.keys())"
+        "asked = {'subprocess'} if 'nsjail_py.scope' in sys.modules else set()\n"  # a user's systemd, for a control group
+        "print(({'_hashlib', 'subprocess', 'asyncio', 'pyseccomp', 'tempfile', 'email'} & sys.modules.keys()) - asked)"
     )
     subprocess.run([sys.executable, "-c", source], capture_output=True, check=True)  # the first one fills the cache
     assert subprocess.run([sys.executable, "-c", source], capture_output=True, check=True).stdout == b"set()\n"
