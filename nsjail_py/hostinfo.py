@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from ._native import lib
+from .errors import during
 
 CALLS = {
     "clone3": lib.PROBE_CLONE3,
@@ -136,9 +137,11 @@ def systemd_lack() -> str:
 
 
 def read(path: Path) -> str:
-    """The text of a small file of the kernel; empty where it is not to be had."""
+    """The text of a small file of the kernel; empty where it is not to be had. Raises SetupError where this process has run out of
+    something: a lack that passes must not become one of the host's."""
     try:
-        return path.read_text(errors="replace").strip()
+        with during("host"):
+            return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 

@@ -100,19 +100,20 @@ ends()
 def test_a_question_to_the_host_that_cannot_be_asked_is_an_error_and_no_answer() -> None:
     """Or a caller who is short of descriptors for a moment would go without control groups to his end."""
     said = program("""
-from nsjail_py import scope
+from nsjail_py import hostinfo, scope
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 here = len(os.listdir("/proc/self/fd"))
 for most in range(3, 20):
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    try: seen.add(scope._answer(["/bin/echo", " yes "], {}))
-    except SetupError as error: seen.add((error.step, errno.errorcode[error.errno]))
-    finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for ask in (lambda: scope._answer(["/bin/echo", " yes "], {}), lambda: hostinfo.read(hostinfo.Path("/proc/sys/kernel/ostype"))):
+        try: seen.add(ask())
+        except SetupError as error: seen.add((error.step, errno.errorcode[error.errno]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 assert len(os.listdir("/proc/self/fd")) == here
 seen.add(scope._answer(["/no/such/program"], {})[0])
 ends()
 """)
-    assert said == "('launcher', 'EMFILE') (0, 'yes') 1\n"
+    assert said == "('host', 'EMFILE') ('launcher', 'EMFILE') (0, 'yes') 1 Linux\n"
 
 
 def test_a_root_is_built_whole_or_not_at_all() -> None:
