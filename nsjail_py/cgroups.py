@@ -342,11 +342,16 @@ def _hand_on(group: Path) -> None:
         if missing := [name for name in REQUIRED if name not in given]:
             control.write_text(" ".join(f"+{name}" for name in missing))
     except OSError as error:
+        if error.errno in PASSING:
+            raise
         raise _NoneError(f"{control}: {error.strerror}", "run in a group of its own, with Delegate=yes") from None
     for name in WANTED:
         if name in have and name not in given:
-            with contextlib.suppress(OSError):  # then the claim has no file of it
+            try:
                 control.write_text(f"+{name}")
+            except OSError as error:  # then the claim has no file of it
+                if error.errno in PASSING:
+                    raise
 
 
 # ---------------------------------------------------------------- directories
