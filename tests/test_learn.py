@@ -193,8 +193,10 @@ def test_a_caller_that_does_not_answer_ends_with_its_limit() -> None:
     with jail.start_python("print(1)", stdout=nsjail_py.PIPE) as process:
         watch = observe.Watch(process, "/app/main.py")
         assert watch.listener >= 0
-        assert process.wait(20).verdict == "wall_time"
-        os.close(watch.listener)
+        try:
+            assert process.wait(20 * PATIENCE).verdict == "wall_time"
+        finally:
+            os.close(watch.listener)
 
 
 def test_observation_leaves_nothing(leaves_nothing: None) -> None:
