@@ -58,11 +58,11 @@ def during(step: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        from .advice import advice
+        from .advice import SCARCE
 
         if not passes(error):
             raise
-        raise SetupError(step, error.errno or 0, str(error.filename or ""), advice(step, error.errno or 0)) from None
+        raise SetupError(step, error.errno or 0, str(error.filename or ""), SCARCE[error.errno or 0]) from None
 
 
 class Unavailable(SetupError):
