@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from .errors import during, passes
+from .errors import during
 
 SECONDS = 5.0
 """That the manager may take to answer, and to move the process."""
@@ -53,9 +53,9 @@ def ask(pid: int) -> None:
 
 def _answer(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """A program's status and words. Raises SetupError where no descriptor, memory or process is left for it: that is no answer."""
-    # One that subprocess opens itself is lost in Python 3.11.2 when there is none left for a pipe behind it.
-    with during("launcher"), open(os.devnull, "rb") as null:
-        try:
+    try:
+        # One that subprocess opens itself is lost in Python 3.11.2 when there is none left for a pipe behind it.
+        with during("launcher"), open(os.devnull, "rb") as null:
             done = subprocess.run(
                 command,
                 stdin=null,
@@ -66,12 +66,8 @@ def _answer(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
                 timeout=2 * SECONDS,
                 check=False,
             )
-        except OSError as error:
-            if passes(error):
-                raise
-            return 1, f"no answer: {error}"
-        except subprocess.TimeoutExpired as error:
-            return 1, f"no answer: {error}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, f"no answer: {error}"
     return done.returncode, " ".join(done.stdout.split())
 
 
