@@ -26,7 +26,7 @@ from .suggest import did_you_mean
 if TYPE_CHECKING:
     from .policy import Syscalls
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's key: raise it when the same policy compiles to other bytes."""
 MACHINES = ("x86_64", "aarch64")
 """Where argument numbers are as syscalls.toml says; s390x, for one, swaps the first two of clone."""
@@ -45,6 +45,7 @@ LATE = (
     "dup3",
     "landlock_restrict_self",
     "prlimit64",
+    "clock_gettime",
     "execveat",
 )
 """What a waiting jail still calls once it has its order, beside what every program may call."""

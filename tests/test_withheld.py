@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, ROOT
 
 from nsjail_py import SetupError, cachedir
+from nsjail_py.launcher import PROGRAM
 
 MOUNTS = ("fsopen", "fsconfig", "fsmount", "mount", "mount_setattr", "move_mount", "open_tree", "pivot_root", "umount2")
 """systemd's @mount, which @system-service leaves out."""
@@ -73,6 +74,25 @@ def test_landlock_that_a_filter_refuses_is_missing_by_its_doing(action: str | in
     said = told(action, "landlock_create_ruleset")
     assert said.startswith("landlock (a system call filter refuses it); ")
     assert "lack landlock a system call filter refuses it" in said.lower()
+
+
+CLOCK = """
+import sys
+import nsjail_py
+from nsjail_py import launcher
+launcher.PROGRAM = sys.argv[1]
+result = nsjail_py.run(["/bin/true"], wall_time=60.0, syscalls={"allow": ["@files", "@identity"]})
+print(result.verdict, result.denied, result.wall_time < 60)
+"""
+
+
+def test_a_clock_that_needs_a_system_call_is_read_past_the_program_s_filter(tmp_path: Path) -> None:
+    """acpi_pm, hpet and xen: the clock starts all the same, and the program is charged with nothing that it has not done."""
+    script = tmp_path / "launcher"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} {ROOT / 'tests/without_vdso.py'} {PROGRAM}\n")
+    script.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", CLOCK, str(script)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("ok {} True\n", "")
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root has ids of its own to give")
