@@ -243,11 +243,11 @@ void alone(int count, char **arguments) {
 	if (alone.launcher == 0)
 		return become_launcher(&alone, count, arguments);
 	close(alone.control[1]);
+	demand(alone.relay.signals = signals_take(), "signals");
 	demand(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, alone.channel), "request");
 	pipes_make(&alone);
 	blocks_seal(&alone);
 	alone.relay.channel = alone.channel[0];
-	demand(alone.relay.signals = signals_take(), "signals");
 	claim_make(&alone.claim);
 	hello_send(&alone);
 	request_send(&alone);

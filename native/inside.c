@@ -73,6 +73,8 @@ _Noreturn void cell_main(struct cell *cell) {
 	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 4 + GROUPS)); /* of the launcher's: other cells', other callers' */
 	step(cell, STEP_SESSION, session_new());
 	step(cell, STEP_KEYRING, keyring_new());
+	step(cell, STEP_PERSONALITY, personality_new());
+	step(cell, STEP_PRIORITY, priority_give_up(cell));
 	if (cell->rootless)
 		step(cell, STEP_USER_NAMESPACE, user_namespace_enter(cell));
 	/* Time needs a process of its own to begin in, the cgroup namespace one that has joined; the user's comes last as root; and the

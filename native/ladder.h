@@ -69,6 +69,10 @@ int put_map(pid_t pid, const char *file, uint32_t from, uint32_t to);
 /* session.c */
 int session_new(void);
 int keyring_new(void);
+int personality_new(void);
+
+/* priority.c */
+int priority_give_up(const struct cell *cell);
 
 /* user.c */
 int user_namespace_enter(struct cell *cell);

@@ -32,7 +32,8 @@ int signals_take(void) {
 	for (size_t i = 0; i < sizeof passed / sizeof *passed; i++)
 		if (sigaction(passed[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN)
 			sigaddset(&taken, passed[i]);
-	signal(SIGPIPE, SIG_IGN);
+	signal(SIGPIPE, SIG_IGN); /* what cannot be written is an error, and no end */
+	signal(SIGXFSZ, SIG_IGN);
 	signal(SIGCHLD, SIG_DFL);
 	sigprocmask(SIG_SETMASK, &taken, NULL);
 	return signalfd(-1, &taken, SFD_CLOEXEC | SFD_NONBLOCK);

@@ -239,6 +239,8 @@ void run_count(struct launcher *launcher, struct run *run) {
 		report->step = STEP_LOST;
 		if (report->signal == SIGSYS) /* before it ran: by no filter of ours */
 			report->error = EPERM;
+		if (report->signal == SIGXFSZ) /* by the caller's hard limit */
+			report->error = EFBIG;
 	}
 	clocks_final(run);
 	unwatch(launcher, &run->timer);

@@ -22,6 +22,8 @@ ROWS: dict[tuple[str, int], str] = {
     ("namespaces", E.EPERM): "no right to make namespaces: root without CAP_SYS_ADMIN, or a filter (systemd unit: RestrictNamespaces=no)",
     ("namespaces", E.ENOSPC): "the limit of namespaces is reached: raise user.max_net_namespaces and its siblings",
     ("shared root", ANY): "a mount namespace cannot be entered again (no CAP_SYS_CHROOT, or a container's filter refuses setns)",
+    ("personality", E.EPERM): "it is locked to another (systemd unit: leave Personality= out), or a filter refuses personality()",
+    ("priority", E.EPERM): "a filter refuses to lower what the caller has: priority, real-time scheduling, OOMScoreAdjust= or I/O class",
     ("user namespace", E.EPERM): f"user namespaces are restricted here (Ubuntu: {APPARMOR}): see `nsjail-py doctor`",
     ("user namespace", E.ENOSPC): "none may be made here: sysctl -w user.max_user_namespaces=15000",
     ("id map", E.EPERM): f"root needs CAP_SETUID and CAP_SETGID; from a user AppArmor may withhold every right (Ubuntu: {APPARMOR})",
@@ -56,6 +58,7 @@ ROWS: dict[tuple[str, int], str] = {
     ("template", ANY): "the warm interpreter ended: the next run starts another",
     ("setup time", ANY): "making the jail took more than 30 s: a source on a file system that hangs?",
     ("lost", E.EPERM): "a system call filter killed it (systemd unit: SystemCallFilter= as `nsjail-py systemd unit` has it)",
+    ("lost", E.EFBIG): "the script is larger than a file may be: raise the hard limit of the size of files (ulimit -Hf)",
     ("lost", ANY): "the jail's init was killed from outside, perhaps for lack of memory on the host",
 }
 
@@ -68,6 +71,7 @@ SCARCE: dict[int, str] = {
     E.ENOBUFS: "free memory",
     E.EAGAIN: "raise the limit of processes (ulimit -u, or the control group's pids.max)",
     E.ENOSPC: "make room on the disk",
+    E.EFBIG: "raise the limit of the size of files (ulimit -f)",
     E.EDQUOT: "make room within the quota of this user",
 }
 """Whatever the step: the system has run out of something."""

@@ -238,6 +238,11 @@ def test_a_caller_without_descriptors_gets_an_error_that_leaves_nothing(plans: P
     assert seen == {0, SETUP}
 
 
+def test_a_caller_who_may_write_no_files_gets_an_error(plans: Path) -> None:
+    done = alone(plans / "any", "echo", "x", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert (done.returncode, done.stdout) == (SETUP, b"") and said(done) == "plan: File too large"
+
+
 def test_a_plan_for_one_program_runs_no_other(plans: Path) -> None:
     done = alone(plans / "python", "/bin/true")
     assert done.returncode == CANNOT_EXECUTE and "compile one for it" in said(done)

@@ -97,6 +97,25 @@ ends()
     assert f"('{'streams' if launcher == 'running' else 'launcher'}', 'EMFILE')" in said and "ok" in said
 
 
+def test_a_caller_who_may_write_no_files_gets_a_typed_error() -> None:
+    """The limit of the size of files holds for those without a name, too, in which a launcher is told what to run."""
+    said = program("""
+launcher.shutdown()
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try: attempt("cold", [errno.EFBIG])
+finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+ends()
+""")
+    assert said == "('request', 'EFBIG')\n"
+    said = program("""
+launcher.shutdown()
+resource.setrlimit(resource.RLIMIT_FSIZE, (40 << 10, 40 << 10))
+try: cold.run_python("#" * 60000)
+except SetupError as error: print(error)
+""")
+    assert said == "lost: File too large; the script is larger than a file may be: raise the hard limit of the size of files (ulimit -Hf)\n"
+
+
 def test_a_question_to_the_host_that_cannot_be_asked_is_an_error_and_no_answer() -> None:
     """Or a caller who is short of descriptors for a moment would go without control groups to his end."""
     said = program("""

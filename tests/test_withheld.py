@@ -56,6 +56,8 @@ def test_a_filter_that_kills_whoever_mounts_is_named_and_kills_nobody_but_the_ja
         ("clone3", errno.ENOSYS, "clone", "RestrictNamespaces=no"),
         ("sethostname", errno.EPERM, "hostname", "ProtectHostname=no"),
         ("unshare", errno.EPERM, "namespaces", "RestrictNamespaces=no"),
+        ("personality", errno.EPERM, "personality", "Personality="),
+        ("getpriority", errno.EPERM, "priority", "what the caller has"),
     ],
 )
 def test_a_withheld_call_is_the_step_that_failed_with_the_setting_that_withholds_it(name: str, error: int, step: str, setting: str) -> None:

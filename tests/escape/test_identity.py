@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -159,6 +160,69 @@ def test_signals_are_as_new_whatever_the_caller_ignores() -> None:
     )
     assert int(careless["SigIgn"], 16) and int(careless["SigBlk"], 16)
     assert {int(clean[name], 16) for name in ("SigIgn", "SigBlk", "SigCgt")} == {0}
+
+
+PLACE = """
+import json, os, subprocess, sys
+from nsjail_py import PIPE, Jail
+def place(pid, personality):
+    disk = subprocess.run(["ionice", "-p", str(pid)], capture_output=True, text=True, check=True).stdout.strip()
+    spared = int(open(f"/proc/{pid}/oom_score_adj").read())
+    nice = os.getpriority(os.PRIO_PROCESS, pid)
+    print(json.dumps([personality, os.sched_getscheduler(pid), disk, spared, nice]))
+ask = "import ctypes; print(ctypes.CDLL(None).personality(0xffffffff), flush=True)"
+place(os.getpid(), subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip())
+policy, _, start = sys.argv[1].partition("/")
+with Jail(policy, stock=1, preload=[] if start == "warm" else None) as jail:
+    for _ in range(2 if start == "stock" else 1):
+        with jail.start_python(f"{ask}; input()", stdin=PIPE, stdout=PIPE) as process:
+            place(process.pid, process.stdout.readline().decode().strip())
+"""
+HIGHER = {
+    "addresses that are not random": ["setarch", "-R"],
+    "a priority above others'": [
+        sys.executable,
+        "-c",
+        "import os, sys; os.setpriority(os.PRIO_PROCESS, 0, -5); os.execvp(sys.argv[1], sys.argv[1:])",
+    ],
+    "real-time scheduling": ["chrt", "-r", "1"],
+    "the real-time class for disks": ["ionice", "-c", "1", "-n", "4"],
+    "being spared when memory runs out": ["choom", "-n", "-500", "--"],
+}
+LOWER = {
+    "a priority below others'": ["nice", "-n", "7"],
+    "the idle class for disks": ["ionice", "-c", "3"],
+    "being the first to go when memory runs out": ["choom", "-n", "500", "--"],
+}
+
+
+def places(command: list[str], wall: str) -> tuple[list[object], list[object]]:
+    """The caller's place and the program's: personality, scheduling, I/O class, OOM score, nice value."""
+    done = subprocess.run([*command, sys.executable, "-c", PLACE, wall], capture_output=True, text=True, check=True)
+    ours, *theirs = map(json.loads, done.stdout.splitlines())
+    assert theirs == theirs[:1] * len(theirs)
+    return ours, theirs[0]
+
+
+def refused(command: list[str]) -> bool:
+    return subprocess.run([*command, "true"], capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.parametrize("wall", ["untrusted", "untrusted/stock", "untrusted/warm", "trusted"])
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.elsewhere(refused(HIGHER[what]), why=f"{what}: not for this user")) for what in HIGHER]
+)
+def test_the_program_has_no_place_above_others_whatever_its_caller_has(what: str, wall: str) -> None:
+    (ordinary, before), (ours, theirs) = places([], wall), places(HIGHER[what], wall)
+    assert ours != ordinary
+    assert theirs == (before if what != "a priority above others'" else [*before[:-1], 0])
+
+
+@pytest.mark.parametrize("what", LOWER)
+def test_the_program_is_no_better_off_than_its_caller(what: str) -> None:
+    ordinary, _ = places([], "untrusted")
+    ours, theirs = places(LOWER[what], "untrusted")
+    assert ours != ordinary and theirs == ours
 
 
 def test_nothing_of_init_is_ours() -> None:

@@ -268,7 +268,7 @@ SNAPSHOT = {
     **dict.fromkeys(("sscanf", "__isoc99_sscanf", "__isoc23_sscanf"), "as open"),
 }
 """The same, of a template that is quick and no less jailed."""
-INIT = {"read": "init looks again at the next signal"}
+INIT = {"read": "init looks again at the next signal", "personality": "the default one is taken where it cannot be asked for"}
 RESULT = {
     EXEC: "exec_failed",  # a result by design: the file may not be a program
     "recv": "killed",  # a caller who cannot be heard is gone
