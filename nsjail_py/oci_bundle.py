@@ -42,6 +42,7 @@ BEYOND = {
     "output": "is limited by whoever reads it",
     "no_exec": "execve stays allowed: the runtime starts the program under the filter",
     "own_uid": "all runs of bundles share one range of host ids",
+    "place": "scheduling, nice value, I/O class, OOM score and personality are those of whoever runs it",
     "denied": "which calls were denied is not told",
 }
 
