@@ -188,7 +188,16 @@ def test_rolling_forks_are_all_gone_when_the_run_is_over() -> None:
     deadline = time.monotonic() + 20 * PATIENCE  # the bounded ones outside come to their end
     while processes_with(marker) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not {pid: (status(pid), Path(f"/proc/{pid}/wchan").read_text()) for pid in processes_with(marker)}
+    looks = ("NSpid", "Uid", "State", "PPid")
+    left = {
+        pid: (
+            {name: status(pid)[name] for name in looks},
+            *(Path(f"/proc/{pid}/{name}").read_text() for name in ("wchan", "syscall", "stat")),
+        )
+        for pid in processes_with(marker)
+    }
+    clock = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource").read_text()
+    assert not left, (left, time.monotonic(), Path("/proc/uptime").read_text(), clock)
 
 
 def test_a_flood_of_denied_calls_ends_the_run() -> None:
