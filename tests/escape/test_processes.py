@@ -194,7 +194,7 @@ def test_only_its_own_processes_are_listed(level: str, victim: subprocess.Popen[
 def test_a_program_that_clears_its_death_signal_still_dies_with_the_launcher() -> None:
     """The end of a jail never depends on the program's good will."""
     marker = f"orphan-{os.getpid()}"
-    escape = "import ctypes, os, sys, time\nctypes.CDLL(None).prctl(1, 0)\nif os.fork() == 0:\n  os.setsid()\n  if os.fork(): os._exit(0)\n  ctypes.CDLL(None).prctl(1, 0)\nprint('up', flush=True)\ntime.sleep(60)"
+    escape = "import ctypes, os, sys, time\nctypes.CDLL(None).prctl(1, 0)\nchild = os.fork()\nif child: os.waitpid(child, 0)\nelse:\n  os.setsid()\n  if os.fork(): os._exit(0)\n  ctypes.CDLL(None).prctl(1, 0)\nprint('up', flush=True)\ntime.sleep(60)"
     caller = f"import nsjail_py, sys\np = nsjail_py.Jail('moderate').start_python({escape!r}, args=['{marker}'], stdout=1)\nprint(nsjail_py.launcher.current().pid, flush=True)\np.wait()"
     from .runner import processes_with
 
