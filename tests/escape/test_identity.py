@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -196,7 +197,8 @@ LOWER = {
 }
 
 
-def places(command: list[str], wall: str) -> tuple[list[object], list[object]]:
+@functools.cache
+def places(wall: str, *command: str) -> tuple[list[object], list[object]]:
     """The caller's place and the program's: personality, scheduling, I/O class, OOM score, nice value."""
     done = subprocess.run([*command, sys.executable, "-c", PLACE, wall], capture_output=True, text=True, check=True)
     ours, *theirs = map(json.loads, done.stdout.splitlines())
@@ -213,15 +215,15 @@ def refused(command: list[str]) -> bool:
     "what", [pytest.param(what, marks=pytest.mark.elsewhere(refused(HIGHER[what]), why=f"{what}: not for this user")) for what in HIGHER]
 )
 def test_the_program_has_no_place_above_others_whatever_its_caller_has(what: str, wall: str) -> None:
-    (ordinary, before), (ours, theirs) = places([], wall), places(HIGHER[what], wall)
+    (ordinary, before), (ours, theirs) = places(wall), places(wall, *HIGHER[what])
     assert ours != ordinary
     assert theirs == (before if what != "a priority above others'" else [*before[:-1], 0])
 
 
 @pytest.mark.parametrize("what", LOWER)
 def test_the_program_is_no_better_off_than_its_caller(what: str) -> None:
-    ordinary, _ = places([], "untrusted")
-    ours, theirs = places(LOWER[what], "untrusted")
+    ordinary, _ = places("untrusted")
+    ours, theirs = places("untrusted", *LOWER[what])
     assert ours != ordinary and theirs == ours
 
 

@@ -265,7 +265,6 @@ SNAPSHOT = {
     "memfd_create": "as open",
     "pread": "as open",
     "pwrite": "as open",
-    **dict.fromkeys(("sscanf", "__isoc99_sscanf", "__isoc23_sscanf"), "as open"),
 }
 """The same, of a template that is quick and no less jailed."""
 INIT = {"read": "init looks again at the next signal", "personality": "the default one is taken where it cannot be asked for"}
