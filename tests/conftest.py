@@ -177,7 +177,8 @@ def traces() -> dict[str, list[str]]:
         "temporary files": (name for name in os.listdir(tempfile.gettempdir()) if name.startswith("nsjail")),
         "unfinished files": (path.name for kind in ("roots", "filters") for path in cachedir.directory(kind).glob(".new-*")),
     }
-    return {what: sorted(re.sub(r"[0-9a-f]*[0-9][0-9a-f]*", "N", name) for name in names) for what, names in found.items()}
+    # a launcher's group ends in eight random hex digits, which may all be letters
+    return {what: sorted(re.sub(r"\b[0-9a-f]{8,}\b|[0-9a-f]*[0-9][0-9a-f]*", "N", name) for name in names) for what, names in found.items()}
 
 
 def settled() -> dict[str, list[str]]:
