@@ -141,7 +141,7 @@ def _proc() -> list[Finding]:
 
 def _control_groups(claim: cgroups.Claim) -> list[Finding]:
     if claim.kind == "none":
-        text = "memory is limited for each process, and not for the jail as a whole"
+        text = "memory is limited for each process, and for the jail as a whole by looks only"
         return [Finding("control groups", "lack", f"{claim.why}; {text}", claim.remedy)]
     places = ", ".join(str(path.parent) for path in claim.directories.values())
     found = [Finding("control groups", "ok", f"{claim.kind}, below {places}")]
@@ -204,7 +204,7 @@ def _cgroup_version() -> str:
 
 def _modes(host: Host, claim: cgroups.Claim) -> list[Mode]:
     version = _cgroup_version()
-    per_process = "rlimits for each process, rusage afterwards"
+    per_process = "rlimits for each process, looks at all of them"
     whole = f"the whole jail, by control group {version}"
     as_root = whole if version and (host.euid != 0 or claim.kind != "none") else per_process
     delegated = whole if version == "v2" else "not on this host: version 2 of control groups is needed"

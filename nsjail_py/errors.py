@@ -7,6 +7,7 @@ JailError                     everything below
 ├── ScriptRefused             the scan that the policy asks for refused a script; nothing was started
 ├── LauncherDied              the launcher ended in the middle of a run; the next run starts a new one
 ├── RunFailed                 raised by Result.check(), and by a JailExecutor's futures: the verdict was not `ok`
+├── SessionError              a session has ended, or has no state to go on from
 └── JobError                  a function that a JailExecutor ran raised an exception
 """
 

@@ -45,7 +45,8 @@ TOOLS = {
 
 EPILOG = """\
 exit status: the program's own; 128+n after signal n; 124 a limit was reached; 125 the jail could not be set up;
-126 the program could not be executed; 127 it was not found. From 124 on one line on standard error says why.
+126 the program could not be executed; 127 it was not found. With 124 to 127 one line on standard
+error says why; without that line the status is the program's own.
 
 examples:
   nsjail-py run hello.py
@@ -57,7 +58,8 @@ examples:
 STREAMS = """\
 Inside, /work is the current directory and HOME; it is empty and thrown away, unless --workdir names a directory to keep.
 Nothing of the host is visible but what the policy, --bind, --project and --import show. Options stand before the program;
-what follows it is its own. Standard input is read ahead of the program, as ssh does: --stdin /dev/null leaves it to others.
+what follows it is its own. Standard input is read before the program asks for it, as ssh does:
+in a loop of a shell, --stdin /dev/null leaves it to the next command.
 """
 
 
@@ -96,7 +98,14 @@ def _run_options(run: Parser) -> None:
     run.usage, run.epilog = "nsjail-py run [OPTIONS] SCRIPT [ARGS...]", STREAMS
     _jail_options(run)
     run.add_argument("--project", metavar="DIR", help="show DIR read-only at /project, on sys.path")
-    run.add_argument("--import", dest="imports", action="append", default=[], metavar="NAME", help="installed distribution visible inside")
+    run.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="installed distribution visible inside; again for more",
+    )
     run.add_argument("--python", dest="interpreter", metavar="PATH", help="which interpreter; by default the one that runs nsjail-py")
     run.add_argument("--scan", metavar="HOW", help="off, warn or refuse: what to do about what the script's text shows")
     run.add_argument("script", metavar="SCRIPT", help="the script; - reads it from standard input")
@@ -166,7 +175,7 @@ def _jail_options(to: argparse.ArgumentParser) -> None:
         to.add_argument(option, metavar="N", help=text)
     to.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set, or pass on, a variable")
     to.add_argument("--bind", action="append", default=[], metavar="SRC[:DST[:rw]]", help=r"show SRC inside, at DST (\: is a colon)")
-    to.add_argument("--root", metavar="ROOT", help="minimal, system, host, or a directory")
+    to.add_argument("--root", metavar="ROOT", help="minimal, system, host, a directory, or oci:PATH[:TAG]")
     to.add_argument("--workdir", metavar="DIR", help="DIR is /work: writable, and kept")
     to.add_argument("--stdin", metavar="FILE", help="standard input comes from FILE")
     to.add_argument("--report", metavar="FILE", help="write the result as JSON to FILE")

@@ -141,7 +141,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     exec_in_writable: bool = False
     """Whether files that the program wrote itself (in /work, /tmp) may be executed."""
     namespaces: tuple[Namespace, ...] = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup")
-    """What is its own. `user`, `mount` and `pid` are always made: without them nothing could be cleaned up for certain."""
+    """What is its own, of `user`, `mount`, `pid`, `net`, `ipc`, `uts`, `cgroup` and `time`. `user`, `mount` and `pid` are always made:
+    without them nothing could be cleaned up for certain."""
     loopback: bool = False
     """Whether the loopback interface of its own network is up."""
     own_uid: bool = True
@@ -167,8 +168,9 @@ class Policy(Struct, frozen=True, kw_only=True):
     python: Python = Python()
     """How Python scripts are run."""
     best_effort: tuple[BestEffort, ...] = ()
-    """Protections that may be missing where the host cannot give them. The result lists each as unavailable, with the reason; every other
-    protection that cannot be had is an error."""
+    """Protections that may be missing where the host cannot give them, of `own_uid`, `groups`, `cgroup`, `swap`, `landlock_net`,
+    `landlock_scope`, `nested_userns`, `apparmor`, `selinux`, `cpus` and `cpuset`. The result lists each as unavailable, with the reason;
+    every other protection that cannot be had is an error."""
 
     def __hash__(self) -> int:
         return hash(msgspec.msgpack.encode(self, order="deterministic"))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Verdict(enum.StrEnum):
-    """How a run ended. The set is closed."""
+    """How a run ended. The set is closed: `ok` is an exit with 0, `exit` one with another status, `is_limit` those by a limit."""
 
     ok = "ok"
     exit = "exit"
@@ -90,10 +90,10 @@ class Result(Struct, frozen=True):
     cpu_time: float
     """User and system time of all processes together."""
     cpu_source: str
-    """Who counted: `cgroup2`, `cgroup1`, or `rusage` (only processes that were waited for)."""
+    """Who counted: `cgroup2`, `cgroup1`, or `rusage` (only processes that were waited for). `unavailable`: nobody, and the times are 0."""
     peak_memory: int
     memory_source: str
-    """Who counted: `cgroup2`, `cgroup1` (everything together), or `rusage` (the largest process)."""
+    """Who counted: `cgroup2`, `cgroup1` (everything together), or `rusage` (the largest process). `unavailable`: nobody; the peak is 0."""
     peak_processes: int | None
     oom_events: int
     denied: dict[str, int]

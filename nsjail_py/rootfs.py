@@ -150,7 +150,9 @@ def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
         else:
             top = Path("/" if policy.root == "host" else policy.root)
         if not top.is_dir():
-            raise PolicyError(f"$.root: no directory {str(top)!r}; allowed: minimal, system, host, or the absolute path of a directory")
+            raise PolicyError(
+                f"$.root: no directory {str(top)!r}; allowed: minimal, system, host, the absolute path of a directory, or oci:PATH[:TAG]"
+            )
         shown = {name: top / name for name in sorted(os.listdir(top))}
     if tree is not None:
         # Beside a root of the host's, the tree only adds what is not there for the jail's user: an interpreter in somebody's home, mostly.

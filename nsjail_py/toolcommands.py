@@ -17,7 +17,8 @@ DENIED, FAILED = 1, 1
 MAX_SEEN = 64 * 1024**2
 
 LEARN = """Runs a script that you trust, twice, under observation (seccomp notification; the host's files read-only, no network but an own
-loopback), and writes the smallest policy that runs it, with the reason beside each entry. Its output goes to standard error.
+loopback), and writes the smallest policy that runs it, with the reason beside each entry, to standard output or to FILE.
+What the script prints goes to standard error.
 0: it came to its end; 1: it failed, and so the policy is for a run that failed."""
 BUNDLE = """Writes DIR/config.json and DIR/rootfs: the policy's view, limits and filter in the words of the OCI runtime specification.
 What it has no words for is told on standard error."""
@@ -57,7 +58,7 @@ def parser() -> Parser:
     seccomp = commands.add_parser("seccomp", description=SECCOMP)
     seccomp.add_argument("profile", metavar="FILE")
     seccomp.set_defaults(act=command_seccomp)
-    save = commands.add_parser("compile", description=COMPILE)
+    save = commands.add_parser("compile", usage="nsjail-py compile [--for PROGRAM] -o FILE POLICY", description=COMPILE)
     save.add_argument("policy", metavar="POLICY", help="the name of a shipped policy, or a file")
     save.add_argument("-o", dest="output", metavar="FILE", required=True, help="where the plan goes; only you can write it")
     save.add_argument("--for", dest="program", metavar="PROGRAM", help="the program that it is for")

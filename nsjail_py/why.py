@@ -100,7 +100,7 @@ LIMIT_OF = {
     Verdict.processes: "processes",
     Verdict.output: "output",
 }
-CONDITIONAL = "with arguments that it may not have"
+CONDITIONAL = "with these arguments"
 
 
 def why(result: Result | Mapping[str, Any], policy: Policy | None = None) -> list[Denial]:

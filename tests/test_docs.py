@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, ROOT
 
+import nsjail_py
 from nsjail_py.options import EPILOG, parser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -20,8 +22,8 @@ PYTHON = [
     for page in PAGES
     for n, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
 ]
-MAY_FIND = ("doctor", "selftest", "scan")
-"""Commands that say by status 1 that this host, or a script, is not all that it could be."""
+MAY_FIND = ("doctor", "selftest", "scan", "why")
+"""Commands that say by status 1 that this host, a script or a run is not all that it could be."""
 
 
 def shell_examples() -> list[str]:
@@ -58,6 +60,7 @@ def test_every_shell_example_works(line: str, tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(
         "import sys, numpy\nprint(numpy.loadtxt(sys.argv[1], delimiter=',') if sys.argv[1:] else numpy.ones(2))"
     )
+    (tmp_path / "report.json").write_text(json.dumps(nsjail_py.run_python("import os; os.fork()").to_dict()))
     command = line.replace("nsjail-py", f"'{sys.executable}' -m nsjail_py", 1)
     done = subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300 * PATIENCE, check=False)
     assert (done.stdout or ">" in line) and done.returncode in ((0, 1) if line.split()[1] in MAY_FIND else (0,)), done.stderr

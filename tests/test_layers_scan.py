@@ -223,9 +223,15 @@ def test_the_scan_is_done_in_a_jail_by_the_interpreter_of_the_policy(monkeypatch
         nsjail_py.run_python("import os", scan="refuse")
 
 
-def test_unknown_rules_are_told() -> None:
+def test_unknown_rules_are_told(cli: Cli) -> None:
     with pytest.raises(nsjail_py.PolicyError, match=r'scan_ignore\[0\]: .*did you mean "files"'):
         nsjail_py.Jail("untrusted", scan_ignore=("file",))
+    done = subprocess.run([*cli, "scan", "--ignore", "file", "-"], input="print(1)", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        125,
+        "",
+        "nsjail-py: --ignore: the scan has no rule 'file' (did you mean \"files\"?)\n",
+    )
 
 
 def test_the_command_warns_and_refuses_in_lines(cli: Cli, tmp_path: Path) -> None:

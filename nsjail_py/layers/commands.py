@@ -14,6 +14,7 @@ from typing import Any
 from nsjail_py.cli import _print, _say, _script
 from nsjail_py.errors import PolicyError
 from nsjail_py.options import Parser
+from nsjail_py.suggest import did_you_mean
 
 FOUND, NO_PYTHON = 1, 2
 
@@ -68,8 +69,12 @@ to change. 0, or 1 when --require asks for more, or when this host cannot give w
 
 
 def command_scan(options: argparse.Namespace) -> int:
+    from .rules import known
     from .scan import scan
 
+    for rule in options.ignore:
+        if rule not in known():
+            raise PolicyError(f"--ignore: the scan has no rule {rule!r}{did_you_mean(rule, known())}")
     source, name = _script(options.file)
     try:
         found = scan(source, ignore=options.ignore)
