@@ -15,7 +15,7 @@ static void record(struct report *report, const struct seccomp_data *call) {
 			return;
 		}
 	if (report->denied_count == MAX_DENIED) {
-		report->flags |= REPORT_MORE_DENIED;
+		report->denied_more++;
 		return;
 	}
 	struct denied *denied = &report->denied[report->denied_count++];
@@ -26,7 +26,7 @@ static void record(struct report *report, const struct seccomp_data *call) {
 }
 
 static uint64_t total(const struct report *report) {
-	uint64_t sum = 0;
+	uint64_t sum = report->denied_more;
 	for (uint32_t i = 0; i < report->denied_count; i++)
 		sum += report->denied[i].count;
 	return sum;

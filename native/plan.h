@@ -265,7 +265,7 @@ struct command {
 
 enum report_kind { REPORT_STARTED = 1, REPORT_ENDED, REPORT_FAILED, REPORT_OBSERVED };
 enum source { SOURCE_NONE, SOURCE_RUSAGE, SOURCE_CGROUP1, SOURCE_CGROUP2 };
-enum report_flag { REPORT_DISK_FULL = 1, REPORT_NO_NESTED = 2, REPORT_EXECED = 4, REPORT_MORE_DENIED = 8 };
+enum report_flag { REPORT_DISK_FULL = 1, REPORT_NO_NESTED = 2, REPORT_EXECED = 4 };
 
 struct denied {
 	uint32_t nr;
@@ -289,6 +289,7 @@ struct report {
 	uint64_t peak_memory, peak_processes, oom_kills, process_denials;
 	uint64_t setup_ns; /* from request to exec */
 	uint64_t request_ns, end_ns, answer_ns; /* when: it came, the program ended, this was sent. CLOCK_MONOTONIC */
+	uint64_t denied_more; /* calls that had no place in the table */
 	struct denied denied[48];
 };
 #endif

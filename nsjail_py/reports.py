@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._native import ffi, lib
 from .errors import SetupError
-from .result import Protection, Result, Verdict
+from .result import FURTHER_CALLS, Protection, Result, Verdict
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -96,7 +96,7 @@ def protections(report: Any, context: Context) -> tuple[Protection, ...]:
     """With what only the run itself could find out."""
     if not report.flags & lib.REPORT_NO_NESTED:
         return context.protections
-    nested = Protection("nested_userns", "unavailable", "/proc/sys/user/max_user_namespaces cannot be written here")
+    nested = Protection("nested_userns", "unavailable", "/proc/sys/user cannot be written here, where user namespaces within are forbidden and inotify is limited")
     return tuple(nested if protection.name == nested.name else protection for protection in context.protections)
 
 
@@ -122,7 +122,8 @@ def denied_names(report: Any) -> dict[str, int]:
         return {}
     from .syscalls import name_of
 
-    return {name_of(denied.nr): denied.count for denied in report.denied[0 : report.denied_count]}
+    named = {name_of(denied.nr): denied.count for denied in report.denied[0 : report.denied_count]}
+    return named | {FURTHER_CALLS: report.denied_more} if report.denied_more else named
 
 
 def judge(report: Any, policy: Policy, denied: dict[str, int]) -> tuple[Verdict, dict[str, Any]]:

@@ -42,6 +42,8 @@ class Verdict(enum.StrEnum):
         return self in LIMITS
 
 
+FURTHER_CALLS = "further calls"
+"""Stands in `Result.denied` for those that the report has no place for."""
 LIMITS = frozenset(
     {Verdict.cpu_time, Verdict.wall_time, Verdict.idle, Verdict.memory, Verdict.processes, Verdict.output, Verdict.disk, Verdict.syscall}
 )
@@ -97,7 +99,7 @@ class Result(Struct, frozen=True):
     peak_processes: int | None
     oom_events: int
     denied: dict[str, int]
-    """Denied system calls by name, with how often each was tried."""
+    """Denied system calls by name, with how often each was tried; `further calls`: all beyond the first 48 different ones."""
     setup_time: float
     """Seconds from the request to the start of the program."""
     timeline: dict[str, float]

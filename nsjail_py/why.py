@@ -15,7 +15,7 @@ from . import syscalls
 from .errors import PolicyError
 from .policy import Policy, Syscalls
 from .policyfile import load, names
-from .result import Result, Verdict
+from .result import FURTHER_CALLS, Result, Verdict
 from .units import format_size, format_time
 
 MAX_REPORT = 64 * 1024**2
@@ -166,6 +166,8 @@ def _call(name: str, count: int, policy: Policy | None) -> Denial:
         reason = "the program may not execute another once it runs (exec = false)"
         lines = ("[syscalls]", "exec = true", "[[mounts]]", 'source = "/usr/bin/PROGRAM"', 'target = "/usr/bin/PROGRAM"')
         return Denial(what, reason, (Way(lines, EXEC_RISK),) if name == "execve" else ())
+    if name == FURTHER_CALLS:
+        return Denial(what, "a report has place for so many different calls only: ask again when the policy allows what is above", ())
     if name.startswith("syscall ") or not re.fullmatch(r"\w+", name, re.A):
         return Denial(what, "the installed libseccomp does not know this number: a newer kernel's call, or none", ())
     through = syscalls.only_through(name)
