@@ -157,27 +157,29 @@ static void map(const struct launcher *launcher, struct run *run) {
 		run_spoil(run, STEP_ID_MAP, errno);
 }
 
-/* The host's number of a process that we have a descriptor of. proc_pid_fdinfo(5) */
+/* The host's number of a process that we have a descriptor of, -1 when it is gone; 0 when it cannot be told. proc_pid_fdinfo(5) */
 static pid_t pid_of(int pidfd) {
 	char path[64], text[256] = {0}, *line;
 	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return 0;
-	if (read(fd, text, sizeof text - 1) < 0)
-		text[0] = 0;
-	close(fd);
-	line = strstr(text, "Pid:");
+	ssize_t size = read(fd, text, sizeof text - 1);
+	keep_errno_close(fd);
+	line = size > 0 ? strstr(text, "Pid:") : NULL;
 	return line ? (pid_t)strtol(line + 4, NULL, 10) : 0;
 }
 
 static void born(struct launcher *launcher, struct run *run, int pidfd) {
 	run->init = pidfd;
 	run->pid = pid_of(pidfd);
+	int error = errno;
 	if (watch(launcher, run->init, EVENT_INIT, run) < 0) {
 		run_spoil(run, STEP_CLONE, errno);
 		return unwatch(launcher, &run->init); /* nobody hears it: its end is that of its socket, as if it had not been born */
 	}
+	if (run->pid == 0)
+		run_spoil(run, STEP_CLONE, error); /* by its number we look at what it uses: without one no limit would be reached */
 	if (run->doomed)
 		run_kill(run, CAUSE_NONE);
 }

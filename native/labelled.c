@@ -1,6 +1,7 @@
 /* Whether a program has the label that its plan asked for. proc_pid_attr(5) */
 #include "launcher.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
@@ -15,6 +16,9 @@ static int is_label(const char *text, const char *wanted) {
 	return !strncmp(text, name, length) && (!text[length] || strchr(" \n", text[length]) || !strncmp(text + length, "//&", 3));
 }
 
+/* What is not there has ended; what cannot be looked at has no label that we know of. */
+static int gone(int error) { return error == 0 || error == ENOENT || error == ESRCH; }
+
 /* At exec the program's descriptors are closed, which is how we know of it, an instant before it has its new label. One that has ended
  * meanwhile is no matter: its exec succeeded. */
 int label_given(const struct run *run) {
@@ -22,18 +26,21 @@ int label_given(const struct run *run) {
 	if (!run->plan->label)
 		return 1;
 	uint32_t pid = run_program_pid(run);
+	if (!pid)
+		return gone(errno);
 	snprintf(path, sizeof path, "/proc/%u/%s", pid, (const char *)at(run->plan, run->plan->label_shown));
-	for (int i = 0; pid && i < TRIES; i++) {
+	for (int i = 0; i < TRIES; i++) {
 		int fd = open(path, O_RDONLY | O_CLOEXEC);
-		ssize_t size = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+		ssize_t size = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+		int error = size < 0 ? errno : 0;
 		if (fd >= 0)
 			close(fd);
 		if (size <= 0)
-			return 1;
+			return gone(error);
 		text[size] = 0;
 		if (is_label(text, at(run->plan, run->plan->label)))
 			return 1;
 		usleep(PAUSE_US);
 	}
-	return !pid; /* ended */
+	return 0;
 }

@@ -156,11 +156,12 @@ uint32_t run_program_pid(const struct run *run) {
 	char path[64], text[64] = {0};
 	snprintf(path, sizeof path, "/proc/%d/task/%d/children", run->pid, run->pid);
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd >= 0) {
-		if (read(fd, text, sizeof text - 1) < 0)
-			text[0] = 0;
-		close(fd);
-	}
+	if (fd < 0)
+		return 0;
+	errno = 0; /* with it, nothing read is no child */
+	if (read(fd, text, sizeof text - 1) < 0)
+		text[0] = 0;
+	keep_errno_close(fd);
 	return (uint32_t)strtoul(text, NULL, 10);
 }
 

@@ -131,6 +131,13 @@ def test_a_job_that_cannot_be_watched_or_answered_is_told(shim: Shim, untroubled
         assert judge(taken, untroubled["warm"], "warm") == "typed", (point, taken.outcomes)
 
 
+def test_a_job_whose_processes_could_not_be_found_does_not_run(shim: Shim, untroubled: dict[str, Take]) -> None:
+    """What it uses is looked at by the number of its init; without one it would seem to use nothing."""
+    point = next(p for p in of_a_job(untroubled["warm"].log) if (p.role, p.name) == ("launcher", "open"))
+    taken = take(shim, SCENARIOS["warm"], point, errno.EMFILE, untroubled["warm"].left)
+    assert judge(taken, untroubled["warm"], "warm") == "typed", (point, taken.outcomes)
+
+
 def test_a_template_whose_memory_cannot_be_mapped_from_a_file_serves_as_it_is(shim: Shim) -> None:
     base = take(shim, large, None, 0)
     for call in ("pread", "pwrite"):
@@ -154,7 +161,7 @@ def another_group() -> Iterator[None]:
 def test_what_is_only_said_to_be_given_up_is_noticed(call: str, shim: Shim, untroubled: dict[str, Take], another_group: None) -> None:
     """In init as in the program's process: the call answers that it has worked, and has not. An ordinary user has no ids to give up."""
     name = call if call != "capset" else "syscall"
-    points = {p.role: p for p in reversed(untroubled["own"].log) if p.cell == 1 and p.call == name and call in (p.call, p.name)}
+    points = {p.role: p for p in untroubled["own"].log if p.cell == 1 and p.call == name and call in (p.call, p.name)}
     assert set(points) == ({"init"} if call == "setgroups" else {"init", "program"})
     for point in points.values():
         end, *later = (taken := take(shim, SCENARIOS["own"], point, PRETENDED)).outcomes
