@@ -76,7 +76,7 @@ int priority_give_up(const struct cell *cell);
 
 /* user.c */
 int user_namespace_enter(struct cell *cell);
-int nested_refuse(struct cell *cell);
+int counts_limit(struct cell *cell);
 int securebits_lock(void);
 int groups_clear(const struct cell *cell);
 int identity_take(const struct plan *plan);

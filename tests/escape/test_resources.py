@@ -5,6 +5,7 @@ Each is bounded by itself, far below what this machine has, and is shown to reac
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -16,7 +17,8 @@ import pytest
 from conftest import IS_ROOT, PATIENCE
 
 import nsjail_py
-from nsjail_py import Verdict, launcher
+from nsjail_py import PIPE, Verdict, launcher, plan
+from nsjail_py.why import why
 
 from .runner import WALLS, Attack, inside, outside
 
@@ -217,6 +219,47 @@ def test_a_flood_of_denied_calls_ends_the_run() -> None:
     result = nsjail_py.run_python(source, wall_time=60 * PATIENCE, cpu_time=60 * PATIENCE)
     assert result.verdict is Verdict.syscall and b"WON" not in result.stdout
     assert result.denied["ptrace"] >= 100_000
+
+
+def test_a_flood_of_many_different_denied_calls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report names 48 of them; the others count as well."""
+    monkeypatch.setattr(plan, "MAX_DENIED", 500)
+    numbers = [*range(5000, 5048), *[9999] * 2000]
+    source = f"import ctypes\nl = ctypes.CDLL(None)\nfor number in {numbers}: l.syscall(number)\nprint('WON')"
+    result = nsjail_py.run_python(source, hostname="flood", wall_time=60 * PATIENCE)
+    assert (result.verdict, result.stdout) == (Verdict.syscall, b"")
+    assert result.denied["further calls"] == 501 - 48 and sum(result.denied.values()) == 501
+    assert [denial.what for denial in why(result)][-1] == "further calls, 453 times"
+
+
+WATCHES = """
+import ctypes, os
+l, held = ctypes.CDLL(None), []
+while len(held) < 100 and (fd := l.inotify_init1(os.O_CLOEXEC)) >= 0: held.append(fd)
+"""
+
+
+def watches() -> int:
+    """How many more of inotify's instances this user can have, of those that a program is let have."""
+    told: dict[str, Any] = {}
+    exec(WATCHES, told)
+    for fd in told["held"]:
+        os.close(fd)
+    return len(told["held"])
+
+
+def test_a_run_takes_no_watches_from_its_caller() -> None:
+    """The kernel counts them for the user, and for the owner of each user namespace. An ordinary user's run has no other to count for."""
+    before = watches()
+    with nsjail_py.Jail("moderate").start_python(WATCHES + "print(len(held), flush=True)\ninput()", stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout and int(process.stdout.readline()) == 32
+        assert watches() >= before - (0 if IS_ROOT else 32)
+
+
+def test_a_run_takes_no_more_terminals_than_it_may() -> None:
+    """All but the host's own come from one stock of 3,072."""
+    source = "import os\ntry:\n  for n in range(100): os.open('/dev/ptmx', os.O_RDWR)\nexcept OSError as e: print(n, e.errno)"
+    assert nsjail_py.run_python(source).check().stdout == f"64 {errno.ENOSPC}\n".encode()
 
 
 TREES = {
