@@ -225,7 +225,8 @@ static int proc(const struct cell *cell, const struct mount_step *step) {
 }
 
 static int devpts(const struct cell *cell, const struct mount_step *step) {
-	struct option options[] = {{"ptmxmode", "0666"}, {"mode", "0600"}, {"max", "64"}, {NULL, NULL}}; /* the host's are one stock */
+	struct option options[] = {
+	    {"ptmxmode", "0666"}, {"mode", "0600"}, {"max", "64"}, {NULL, NULL}}; /* the host's are one stock */
 	return finish(cell, new_file_system("devpts", options, 0), step);
 }
 

@@ -100,7 +100,7 @@ def _kernel(host: Host) -> list[Finding]:
     found = [Finding("kernel", "ok", machine)]
     if not any(lack.name in hostinfo.CALLS for lack in lacks):
         found.append(Finding("system calls", "ok", f"{', '.join(hostinfo.CALLS)}: all there"))
-    if host.euid == 0 and not idmap.covers(launcher.UID_BASE, launcher.UID_BLOCK):
+    if host.euid == 0 and not idmap.covers(launcher.KEPT_ID, 1 + launcher.UID_BLOCK * launcher.UID_BLOCKS):
         found.append(Finding("user ids", "lack", launcher.NO_IDS_REASON, launcher.NO_IDS))
     return found + [Finding(lack.name, "lack", lack.reason, lack.remedy) for lack in lacks]
 

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 PROGRAM = Path(__file__).parent / "nsjail-launcher"
 UID_BASE = 1_900_000_000
 """The first host id for payloads: above the ranges that distributions, systemd and containers hand out (systemd.io/UIDS-GIDS)."""
+KEPT_ID = UID_BASE - 1
+"""Owns the work directories that root's runs leave: no run has this id, so none can read another's by being their owner."""
 UID_BLOCK = 1024
 UID_BLOCKS = 64
 LOCKS = Path("/run/nsjail_py")
 NO_LOCKS = "in a systemd unit with ProtectSystem=strict: RuntimeDirectory=nsjail_py and RuntimeDirectoryPreserve=yes"
 """Preserved, since its locks are everybody's: a unit that ends must not take them away."""
-NO_IDS_REASON = f"root in a user namespace without the ids from {UID_BASE} on"
+NO_IDS_REASON = f"root in a user namespace without the ids from {KEPT_ID} on"
 NO_IDS = "in a systemd unit PrivateUsers=no, or User= or DynamicUser=yes; in a container run as an ordinary user"
 REQUEST = struct.Struct("=IIQII")
 """`struct request` of native/plan.h."""
@@ -78,7 +80,7 @@ class Launcher:
 
     def _uids(self) -> tuple[int, int]:
         """A block of host ids that no other launcher has. The lock lives as long as this process."""
-        if not idmap.covers(UID_BASE, UID_BLOCK * UID_BLOCKS):
+        if not idmap.covers(KEPT_ID, 1 + UID_BLOCK * UID_BLOCKS):
             raise SetupError("uid pool", detail=NO_IDS_REASON, advice=NO_IDS)
         for number in range(UID_BLOCKS):
             lock = self._lock(LOCKS / f"uids-{number}")

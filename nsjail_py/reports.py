@@ -96,7 +96,11 @@ def protections(report: Any, context: Context) -> tuple[Protection, ...]:
     """With what only the run itself could find out."""
     if not report.flags & lib.REPORT_NO_NESTED:
         return context.protections
-    nested = Protection("nested_userns", "unavailable", "/proc/sys/user cannot be written here, where user namespaces within are forbidden and inotify is limited")
+    nested = Protection(
+        "nested_userns",
+        "unavailable",
+        "/proc/sys/user cannot be written here, where user namespaces within are forbidden and inotify is limited",
+    )
     return tuple(nested if protection.name == nested.name else protection for protection in context.protections)
 
 

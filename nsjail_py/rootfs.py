@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ._native import lib
 from .errors import PolicyError
-from .launcher import UID_BASE
+from .launcher import KEPT_ID
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -214,13 +214,13 @@ def _writable(root: Root, policy: Policy, with_files: bool) -> None:
 
 
 def _leave_root(directory: str) -> None:
-    """A work directory of root's is given to the first of our host ids: what the program leaves there must never be root's."""
+    """A work directory of root's is given to an id that no run has: what is left there is neither root's nor another run's."""
     if os.geteuid():
         return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if os.fstat(descriptor).st_uid == 0:
-            os.fchown(descriptor, UID_BASE, UID_BASE)
+            os.fchown(descriptor, KEPT_ID, KEPT_ID)
     finally:
         os.close(descriptor)
 

@@ -103,7 +103,7 @@ def test_root_without_the_host_ids_of_its_jails_is_told_so() -> None:
     code = "import nsjail_py; from nsjail_py import cli; cli.main(['doctor']); nsjail_py.run(['/bin/true'])"
     done = subprocess.run(["unshare", "--user", "--map-root-user", sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "LACK  user ids" in done.stdout
-    assert "uid pool (root in a user namespace without the ids from 1900000000 on); in a systemd unit PrivateUsers=no" in done.stderr
+    assert "uid pool (root in a user namespace without the ids from 1899999999 on); in a systemd unit PrivateUsers=no" in done.stderr
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root locks its ids below /run")

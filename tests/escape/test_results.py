@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import stat
 import subprocess
@@ -13,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import IS_ROOT, ROOT
 
 import nsjail_py
-from nsjail_py import PIPE, Jail, Verdict
+from nsjail_py import PIPE, Jail, Verdict, launcher
 
 from .runner import EVERY_WALL, WALLS, Attack, held, inside, outside, processes_with, run_python, with_starts
 
@@ -192,6 +193,30 @@ def test_nothing_with_a_right_of_its_own_is_left_in_a_work_directory(wall: str, 
 def test_a_work_directory_is_never_roots_when_it_comes_back(workdir: Path) -> None:
     inside(Attack("", "open('f', 'w')"), "moderate", workdir=str(workdir))
     assert (workdir / "f").stat().st_uid != 0
+
+
+WAYS_IN = """
+import os
+for way in (os.listdir, os.rmdir):
+    try: print(way('/shown/kept'))
+    except OSError as error: print(error.errno)
+"""
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user's runs have his own id")
+@pytest.mark.parametrize("wall", ["untrusted", "trusted"])
+def test_what_one_run_keeps_for_itself_no_other_run_reads_or_changes(wall: str, workdir: Path) -> None:
+    """Where the directory is seen: through one above it that a policy shows. The kernel lets an owner in, so no run may have its owner's id."""
+    kept = workdir / "kept"
+    kept.mkdir(mode=0o700)
+    launcher.shutdown()  # the next one gives the first of its ids
+    nsjail_py.run_python("import os; os.umask(0o77); open('f', 'w').write('s')", policy="moderate", workdir=str(kept)).check()
+    assert kept.stat().st_uid not in range(launcher.UID_BASE, launcher.UID_BASE + launcher.UID_BLOCK * launcher.UID_BLOCKS)
+    for writable in (False, True):
+        shown = nsjail_py.Mount(source=str(workdir), target="/shown", writable=writable)
+        found = nsjail_py.run_python(WAYS_IN, policy=wall, mounts=[shown])
+        assert found.check().stdout.split()[0] == str(errno.EACCES).encode(), found
+    nsjail_py.run_python("assert open('f').read() == 's'", policy="moderate", workdir=str(kept)).check()
 
 
 def test_no_name_of_ours_lies_in_a_shared_directory_while_it_runs() -> None:
