@@ -12,6 +12,7 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/fsuid.h>
 #include <sys/prctl.h>
 
 static int map_self(const struct cell *cell) {
@@ -29,7 +30,8 @@ static int map_self(const struct cell *cell) {
 }
 
 /* What is counted for each user (inotify, signals that wait, message queues) counts for the owner of the namespace, too: it is to be the
- * run's own id and not root, whose services would lack what a program holds. The right to make one, which some hosts ask for, stays. */
+ * run's own id and not root, whose services would lack what a program holds. What root has stays until identity_take: the rights, of which
+ * some hosts ask one for a namespace, and the id for files, which lets the program's process be born in a group of version 2. */
 static int owner_become(uid_t owner) {
 	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
 	struct __user_cap_data_struct rights[2];
@@ -37,7 +39,11 @@ static int owner_become(uid_t owner) {
 		return -1;
 	rights[0].effective = rights[0].permitted;
 	rights[1].effective = rights[1].permitted;
-	return (int)syscall(SYS_capset, &header, rights);
+	if (syscall(SYS_capset, &header, rights) < 0)
+		return -1;
+	setfsuid(0);
+	errno = EPERM;
+	return setfsuid((uid_t)-1) == 0 ? 0 : -1; /* it tells what was, and never why not */
 }
 
 int user_namespace_enter(struct cell *cell) {
