@@ -94,18 +94,20 @@ class Process:
         """Takes one message from the launcher; true when it was the last."""
         if self.reported:
             return True
-        message = self._receive()
-        if not message:
-            self.reported = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
+        if message := self._receive():
+            report = parse(message)
+            if report.kind == lib.REPORT_STARTED:
+                self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
+                return False
+        else:
+            report = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
             if not self.launcher.alive:
                 self._lost = True
                 launcher.lost(self.launcher)
-            return True
-        report = parse(message)
-        if report.kind == lib.REPORT_STARTED:
-            self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
-            return False
-        self.reported, self._heard_ns = report, time.monotonic_ns()
+        self._heard_ns = time.monotonic_ns()
+        if self._exchange is not None:
+            self._exchange.drain()
+        self.reported = report
         return True
 
     def _receive(self) -> bytes:
@@ -150,9 +152,12 @@ class Process:
         yield from exchange.taken()
 
     def exchange(self, input: bytes | None = None) -> Exchange:
-        """The transfer of this run's streams, made on first use."""
+        """The transfer of this run's streams, made on first use; when the run is over by then, what it left in the pipes."""
         if self._exchange is None:
             self._exchange = Exchange(self, input)
+            if self.reported:
+                self._exchange.drain()
+                self._result = None  # it has no output
         return self._exchange
 
     def kill(self) -> None:
@@ -189,7 +194,6 @@ class Process:
             self._result = to_result(self.reported, self._context())
             if self.page is not None:
                 self._result = structs.replace(self._result, audit=self.page.read())
-                self.page.close()
         return self._result
 
     def _context(self) -> Context:
@@ -212,12 +216,13 @@ class Process:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         """Kills the run if it is still going on, and closes the pipes: in this order, or a program that writes would end by SIGPIPE."""
-        if not self.reported:
-            self.kill()
-        for file in (self.stdin, self.stdout, self.stderr):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
-        if not self.reported:
-            with contextlib.suppress(JailError):
-                self.wait()
+        try:
+            if not self.reported:
+                self.kill()
+                with contextlib.suppress(JailError):
+                    self.wait()
+        finally:
+            for file in (self.stdin, self.stdout, self.stderr):
+                if file is not None:
+                    with contextlib.suppress(OSError):
+                        file.close()

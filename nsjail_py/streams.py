@@ -153,10 +153,10 @@ class Exchange:
         self.output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
         self.cut = {"stdout": False, "stderr": False}
         self.count = 0
-        self.streams = {file.fileno(): name for name in ("stdout", "stderr") if (file := getattr(process, name)) is not None}
+        self.streams = {file.fileno(): name for name in ("stdout", "stderr") if (file := getattr(process, name)) and not file.closed}
         for descriptor in self.streams:
             os.set_blocking(descriptor, False)
-        if process.stdin is not None:
+        if process.stdin is not None and not process.stdin.closed:
             os.set_blocking(process.stdin.fileno(), False)
             if not self.input:
                 self._close_stdin()
@@ -174,8 +174,7 @@ class Exchange:
         if descriptor in self.streams:
             self._read(descriptor)
         elif descriptor == self.process.channel.fileno():
-            if self.process.hear():
-                self._drain()
+            self.process.hear()
         else:
             self._write()
 
@@ -242,9 +241,10 @@ class Exchange:
             self.cut[name] = True
         return True
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """What was written before the end. A descriptor that outlives the run somewhere is not waited for."""
         for descriptor in list(self.streams):
             while self._read(descriptor):
                 pass
+        self.streams = {}
         self._close_stdin()

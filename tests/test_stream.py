@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 
 import nsjail_py
-from nsjail_py import PIPE, Jail, PolicyError, Verdict, aio
+from nsjail_py import PIPE, Jail, PolicyError, Process, Verdict, aio
 
 SLOW = "import sys, time\nfor n in range(3):\n  print(n, flush=True); time.sleep(0.3)\nprint('end', file=sys.stderr)"
 
@@ -41,6 +43,49 @@ def test_asyncio_has_it_too_while_other_tasks_go_on() -> None:
 
     pieces, ticks = asyncio.run(main())
     assert b"".join(data for name, data in pieces if name == "stdout") == b"0\n1\n2\n" and ticks > 5
+
+
+def polled(process: Process) -> None:
+    while process.poll() is None:
+        time.sleep(0.01)
+
+
+async def streamed(process: Process) -> bytes:
+    return b"".join([data async for _, data in aio.stream(process)])
+
+
+HEARD = {"by wait": Process.wait, "by poll": polled, "by pid": lambda process: time.sleep(0.2) or process.pid}
+READ: dict[str, Callable[[Process], bytes]] = {
+    "communicate": lambda process: process.communicate().stdout,
+    "stream": lambda process: b"".join(data for _, data in process.stream()),
+    "aio.communicate": lambda process: asyncio.run(aio.communicate(process)).stdout,
+    "aio.stream": lambda process: asyncio.run(streamed(process)),
+}
+
+
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize("heard", HEARD)
+def test_output_is_there_when_the_end_was_heard_before(heard: str, read: str) -> None:
+    process = Jail("untrusted").start(["/bin/echo", "hi"], stdout=PIPE)
+    HEARD[heard](process)
+    assert READ[read](process) == b"hi\n"
+    assert process.wait().ok and process.stdout is not None and process.stdout.closed
+
+
+def test_output_is_whole_when_the_end_is_heard_between_two_readings() -> None:
+    source = "import time; print('a', flush=True); time.sleep(0.8); print('b')"
+    with Jail("untrusted").start_python(source, stdout=PIPE) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=0.4)
+        polled(process)
+        assert process.communicate().stdout == b"a\nb\n"
+
+
+def test_output_that_is_read_late_has_its_limit_and_keeps_what_the_interpreter_told() -> None:
+    with Jail("untrusted", audit="report", output=5).start_python("print('x' * 9)", stdout=PIPE) as process:
+        assert process.wait().ok
+        result = process.communicate()
+    assert (result.verdict, result.stdout, result.stdout_cut) == (Verdict.output, b"xxxxx", True) and result.audit is not None
 
 
 def test_a_flood_is_bounded_and_ends_the_run() -> None:

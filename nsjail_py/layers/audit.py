@@ -63,6 +63,7 @@ class Page:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self._told: Audit | None = None
         self.fd = os.memfd_create("audit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, SIZE)
@@ -93,7 +94,11 @@ class Page:
         return ["/app/.audit.py", "\n".join(f"{kind}={words}" for kind, words in refused(self.policy).items())]
 
     def read(self) -> Audit:
-        return parse(os.pread(self.fd, SIZE, 0))
+        """After the end of the run; it is closed then."""
+        if self._told is None:
+            self._told = parse(os.pread(self.fd, SIZE, 0))
+            self.close()
+        return self._told
 
 
 def refused(policy: Policy) -> dict[int, str]:
