@@ -63,8 +63,8 @@ async def communicate(process: Process, data: bytes | None = None) -> Result:
 
 async def stream(process: Process, data: bytes | None = None) -> AsyncIterator[tuple[str, bytes]]:
     """Process.stream, driven by the running event loop."""
-    exchange = process.exchange(data)
     with _moving(process, data) as moved:
+        exchange = process.exchange()
         while not process.reported:
             await moved()
             for piece in exchange.taken():
@@ -90,7 +90,8 @@ def _moving(process: Process, data: bytes | None) -> Iterator[Any]:
         changed.set()
 
     def refresh() -> None:
-        wanted = {} if process.reported else exchange.wanted
+        with process.lock:
+            wanted = {} if process.reported else exchange.wanted
         wanted_reading = {fd for fd, events in wanted.items() if events & select.POLLIN}
         wanted_writing = set(wanted) - wanted_reading
         for fd in reading - wanted_reading:
@@ -112,11 +113,12 @@ def _moving(process: Process, data: bytes | None) -> Iterator[Any]:
         if errors:
             raise errors[0]
 
-    try:
-        refresh()
-        yield moved
-    finally:
-        for fd in reading:
-            loop.remove_reader(fd)
-        for fd in writing:
-            loop.remove_writer(fd)
+    with process.waiting():
+        try:
+            refresh()
+            yield moved
+        finally:
+            for fd in reading:
+                loop.remove_reader(fd)
+            for fd in writing:
+                loop.remove_writer(fd)

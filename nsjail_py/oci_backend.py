@@ -121,17 +121,17 @@ class OciProcess(Process):
         return launcher.current(), ours
 
     def _finish(self) -> Result:
-        if self._result is None:
-            self._finalizer()
-            self._run.thread.join()
-            if self._run.failed:
-                raise SetupError("oci runtime", detail=f"{os.path.basename(self.runtime)}: {self._run.failed}", advice="docs/oci.md")
-            own_ids = os.path.basename(self.runtime) not in SHARES_IDS
-            protections = tuple(_told(one, own_ids) for one in self.compiled.protections)
-            self._result = replace(
-                super()._finish(), cpu_source="unavailable", memory_source="unavailable", peak_processes=None, protections=protections
-            )
-        return self._result
+        self._run.thread.join()
+        with self.lock:
+            if self._result is None:
+                if self._run.failed:
+                    raise SetupError("oci runtime", detail=f"{os.path.basename(self.runtime)}: {self._run.failed}", advice="docs/oci.md")
+                own_ids = os.path.basename(self.runtime) not in SHARES_IDS
+                protections = tuple(_told(one, own_ids) for one in self.compiled.protections)
+                self._result = replace(
+                    super()._finish(), cpu_source="unavailable", memory_source="unavailable", peak_processes=None, protections=protections
+                )
+            return self._result
 
 
 def _told(one: Protection, own_ids: bool) -> Protection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
     from .warm import Template
 
 
+TURN_S = 0.05
+"""Of several threads that wait for one message, one takes it, and the others are not woken."""
+
+
 class Process:
-    """A run that has been started: like subprocess.Popen, but in a jail, and its end is a Result.
+    """A run that has been started: like subprocess.Popen, but in a jail, and its end is a Result. From any thread.
 
     stdin, stdout and stderr are binary files where PIPE was asked for, else None. A handle that is dropped kills its run.
     """
@@ -53,6 +58,9 @@ class Process:
         self._result: Result | None = None
         self._exchange: Exchange | None = None
         self._lost = False
+        self.lock = threading.RLock()
+        """Held while a message is taken or output moved, never while somebody waits for them."""
+        self._waiting = 0
         self._begin_ns, self._heard_ns = time.monotonic_ns(), 0
         self._ends = ends
         self.stdin: IO[bytes] | None
@@ -83,22 +91,46 @@ class Process:
     @property
     def pid(self) -> int | None:
         """The program's process id on the host, once it runs; None when it never did."""
-        if self._pid is None and not self.reported:
-            self._command(0, lib.CAUSE_NONE)
-        while self._pid is None and not self.reported:
-            ready([self.channel.fileno()], None)
-            self.hear()
+        with self.waiting():
+            if self._pid is None and not self.reported:
+                self._command(0, lib.CAUSE_NONE)
+            while self._pid is None and not self.reported:
+                ready([self.channel.fileno()], TURN_S)
+                self.hear()
         return self._pid
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What somebody waits for stays open: else its number may be another file's. The last to wait closes it when the run is over."""
+        with self.lock:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._waiting -= 1
+                if self.reported and not self._waiting:
+                    self._let_go()
+
+    def _let_go(self) -> None:
+        self._finalizer()
+        for file in (self.stdin, self.stdout, self.stderr) if self._exchange else ():  # fed, and read to their end
+            if file is not None:
+                file.close()
+
     def hear(self) -> bool:
-        """Takes one message from the launcher; true when it was the last."""
-        if self.reported:
-            return True
-        if message := self._receive():
+        """Takes the launcher's message, if there is one; true when it was the last."""
+        with self.lock:
+            if not self.reported and (message := self._receive()) is not None:
+                self._take(message)
+            return bool(self.reported)
+
+    def _take(self, message: bytes) -> None:
+        if message:
             report = parse(message)
             if report.kind == lib.REPORT_STARTED:
                 self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
-                return False
+                return
         else:
             report = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
             if not self.launcher.alive:
@@ -108,27 +140,34 @@ class Process:
         if self._exchange is not None:
             self._exchange.drain()
         self.reported = report
-        return True
 
-    def _receive(self) -> bytes:
-        """One message, empty at the end. A command that the launcher no longer read shows as one reset, before what it had sent."""
+    def _receive(self) -> bytes | None:
+        """One message, empty at the end; None when another thread has taken it. A command that the launcher no longer read shows as one
+        reset, before what it had sent."""
         for _ in range(2):
-            with contextlib.suppress(ConnectionResetError):
-                return self.channel.recv(1 << 16)
+            try:
+                return self.channel.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except ConnectionResetError:
+                pass
         return b""
 
     def poll(self) -> Result | None:
         """The result if the run is over, else None. Does not wait."""
-        while not self.reported and ready([self.channel.fileno()], 0):
-            self.hear()
+        with self.waiting():
+            while not self.reported and ready([self.channel.fileno()], 0):
+                self.hear()
         return self._finish() if self.reported else None
 
     def wait(self, timeout: float | None = None) -> Result:
         """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
-        while not self.reported:
-            if not ready([self.channel.fileno()], timeout):
-                raise self.expired(timeout)
-            self.hear()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self.waiting():
+            while not self.reported:
+                if not ready([self.channel.fileno()], None if deadline is None else deadline - time.monotonic()):
+                    raise self.expired(timeout)
+                self.hear()
         return self._finish()
 
     def expired(self, timeout: float | None) -> Exception:
@@ -139,26 +178,29 @@ class Process:
 
     def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Result:
         """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired; it may be called again then."""
-        self.exchange(input).run(timeout)
+        with self.waiting():
+            self.exchange(input).run(timeout)
         return self._finish()
 
     def stream(self, input: bytes | None = None) -> Iterator[tuple[str, bytes]]:
         """Feeds input and gives the output as it comes: ("stdout" or "stderr", bytes), to the end of the run; `wait` has the result then,
         without what was given here. Beyond the policy's limit of output the run is ended, as in communicate."""
-        exchange = self.exchange(input)
-        while not self.reported:
-            exchange.wait(None)
-            yield from exchange.taken()
+        with self.waiting():
+            exchange = self.exchange(input)
+            while not self.reported:
+                exchange.wait(None)
+                yield from exchange.taken()
         yield from exchange.taken()
 
     def exchange(self, input: bytes | None = None) -> Exchange:
         """The transfer of this run's streams, made on first use; when the run is over by then, what it left in the pipes."""
-        if self._exchange is None:
-            self._exchange = Exchange(self, input)
-            if self.reported:
-                self._exchange.drain()
-                self._result = None  # it has no output
-        return self._exchange
+        with self.lock:
+            if self._exchange is None:
+                self._exchange = Exchange(self, input)
+                if self.reported:
+                    self._exchange.drain()
+                    self._result = None  # it has no output
+            return self._exchange
 
     def kill(self) -> None:
         """Ends the whole jail. Harmless when the run is over."""
@@ -178,23 +220,19 @@ class Process:
 
     def _command(self, number: int, cause: int) -> None:
         command = ffi.new("struct command *", {"signal": number, "cause": cause})
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self.lock:  # or the channel's number might be another's by then
             self.channel.send(bytes(ffi.buffer(command)), socket.MSG_NOSIGNAL)
 
     def _finish(self) -> Result:
-        if self._result is None:
-            self._finalizer()
-            self.template = None
-            for file in (self.stdout, self.stderr) if self._exchange else ():  # read to their end
-                if file is not None:
-                    file.close()
-            self._ends.finish()
-            if self._lost:
-                raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
-            self._result = to_result(self.reported, self._context())
-            if self.page is not None:
-                self._result = structs.replace(self._result, audit=self.page.read())
-        return self._result
+        self._ends.finish()
+        with self.lock:
+            if self._result is None:
+                self.template = None
+                if self._lost:
+                    raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
+                result = to_result(self.reported, self._context())
+                self._result = result if self.page is None else structs.replace(result, audit=self.page.read())
+            return self._result
 
     def _context(self) -> Context:
         done = self._exchange

@@ -171,12 +171,13 @@ class Exchange:
         return wanted
 
     def step(self, descriptor: int) -> None:
-        if descriptor in self.streams:
-            self._read(descriptor)
-        elif descriptor == self.process.channel.fileno():
-            self.process.hear()
-        else:
-            self._write()
+        with self.process.lock:
+            if descriptor in self.streams:
+                self._read(descriptor)
+            elif descriptor == self.process.channel.fileno():
+                self.process.hear()
+            else:
+                self._write()
 
     def run(self, timeout: float | None) -> None:
         """Until the report is there. Raises subprocess.TimeoutExpired; the run goes on then, and so can the exchange."""
@@ -189,8 +190,9 @@ class Exchange:
     def wait(self, timeout: float | None) -> bool:
         """Moves what can be moved, waiting for it up to timeout seconds; false when there was nothing."""
         poll = select.poll()
-        for descriptor, events in self.wanted.items():
-            poll.register(descriptor, events)
+        with self.process.lock:
+            for descriptor, events in self.wanted.items():
+                poll.register(descriptor, events)
         ready = poll.poll(None if timeout is None else timeout * 1000)
         for descriptor, _ in ready:
             self.step(descriptor)
@@ -247,4 +249,3 @@ class Exchange:
             while self._read(descriptor):
                 pass
         self.streams = {}
-        self._close_stdin()

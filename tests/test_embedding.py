@@ -12,7 +12,7 @@ import pytest
 from conftest import PATIENCE
 
 import nsjail_py
-from nsjail_py import Verdict, aio
+from nsjail_py import PIPE, Verdict, aio
 
 HEAVY = """
 import asyncio, os, signal, sys, threading, time
@@ -96,6 +96,18 @@ def test_cancelling_a_task_kills_its_jail() -> None:
     started = time.monotonic()
     asyncio.run(main())
     assert time.monotonic() - started < 10
+
+
+def test_a_look_at_a_handle_does_not_take_its_end_from_asyncio() -> None:
+    async def main() -> None:
+        process = await asyncio.to_thread(nsjail_py.Jail("untrusted").start, ["/bin/echo", "hi"], stdout=PIPE)
+        task = asyncio.create_task(aio.communicate(process))
+        await asyncio.sleep(0)
+        while process.poll() is None:
+            time.sleep(0.01)
+        assert (await asyncio.wait_for(task, 10)).stdout == b"hi\n"
+
+    asyncio.run(main())
 
 
 def test_asyncio_carries_input_and_output_and_limits() -> None:

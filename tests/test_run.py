@@ -9,12 +9,15 @@ import subprocess
 import threading
 import time
 import weakref
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import IS_ROOT, PATIENCE
 
 import nsjail_py
-from nsjail_py import DEVNULL, PIPE, STDOUT, Jail, Verdict
+from nsjail_py import DEVNULL, PIPE, STDOUT, Jail, Process, Result, Verdict
 from nsjail_py.launcher import UID_BASE
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
@@ -292,6 +295,49 @@ def test_many_threads_run_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_threads_that_share_a_handle_all_get_the_result() -> None:
+    jail, seen = Jail("untrusted"), Counter[str]()
+
+    def polled(process: Process) -> Result:
+        while (result := process.poll()) is None:
+            time.sleep(0.0005)
+        return result
+
+    def communicated(process: Process) -> str:
+        return f"{process.communicate(timeout=20).stdout!r}"
+
+    def note(ask: Callable[[Process], object], process: Process) -> None:
+        try:
+            answer = ask(process)
+        except Exception as error:
+            answer = error
+        seen[str(answer.verdict if isinstance(answer, Result) else answer)] += 1
+
+    for turn in range(60):
+        process = jail.start(["/bin/echo", "hi"], stdout=PIPE)
+        asks = [lambda process: process.wait(20)] * 3 + [polled] + [communicated] * (2 * (turn % 2))
+        threads = [threading.Thread(target=note, args=(ask, process)) for ask in asks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == {"ok": 240, "b'hi\\n'": 60}
+
+
+def test_a_thread_that_asks_for_the_pid_need_not_wait_for_the_end_when_another_waits_for_it() -> None:
+    jail = Jail("untrusted")
+    with jail.start(["/bin/sleep", "30"]) as process:
+        waiting = [threading.Thread(target=process.wait) for _ in range(4)]
+        for thread in waiting:
+            thread.start()
+        with ThreadPoolExecutor() as pool:
+            asked = [pool.submit(lambda: process.pid) for _ in range(4)]
+            assert len({one.result(10) for one in asked}) == 1
+        process.kill()
+        for thread in waiting:
+            thread.join()
 
 
 def test_a_command_that_comes_too_late_does_not_hide_the_result() -> None:
