@@ -14,9 +14,10 @@ JailError                     everything below
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .layers.scan import Finding
@@ -27,6 +28,10 @@ SHOWN = 3
 
 class JailError(Exception):
     """Base class of everything nsjail_py raises on its own account."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By text and attributes, since each class is made from something else: so it comes back from another process."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class PolicyError(JailError, ValueError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE
+from msgspec.structs import replace
 
 import nsjail_py
 from nsjail_py import PIPE, Verdict, aio
@@ -176,6 +179,24 @@ os.write(100, repr((seen, result.stdout, result.stderr)).encode())
 """
     assert subprocess.run([sys.executable, "-c", source], timeout=60 * PATIENCE, check=False).returncode == 0
     assert eval((tmp_path / "said").read_text()) == ([b"in"] * 4, b"4\n", b"err\n")
+
+
+def test_every_error_comes_back_from_another_process_and_can_be_copied() -> None:
+    errors: list[nsjail_py.JailError] = [
+        nsjail_py.PolicyError("one", "two"),
+        nsjail_py.SetupError("step", 2, "detail", "advice"),
+        nsjail_py.Unavailable("step", detail="detail"),
+        nsjail_py.LauncherDied("text"),
+        nsjail_py.SessionError("text"),
+        nsjail_py.JobError("ValueError", "text", "Traceback"),
+    ]
+    with pytest.raises(nsjail_py.RunFailed) as failed:
+        nsjail_py.run(["/bin/false"]).check()
+    with pytest.raises(nsjail_py.ScriptRefused) as refused:
+        nsjail_py.run_python("eval(input())", policy=replace(nsjail_py.policy("untrusted"), python=nsjail_py.Python(scan="refuse")))
+    for error in (*errors, failed.value, refused.value):
+        for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+            assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_run_is_usable_at_interpreter_exit_and_after_shutdown() -> None:
