@@ -101,7 +101,7 @@ class Jail:
         self, args: Args, *, stdin: Stream = None, stdout: Stream = None, stderr: Stream = None, pass_fds: Iterable[int] = ()
     ) -> Process:
         """Starts a program. args[0] is looked up as a shell does; FileNotFoundError and PermissionError as from subprocess."""
-        argv = [os.fspath(arg) for arg in args]
+        argv = listed(args)
         if not argv:
             raise PolicyError("no program: the argument list is empty")
         compiled = self.compiled_for(argv[0])
@@ -120,6 +120,7 @@ class Jail:
     ) -> Process:
         """Starts a Python script. Inside it is /app/FILENAME. Raises ScriptRefused where the policy lets the scan refuse one."""
         data = source.encode() if isinstance(source, str) else source
+        arguments = listed(args)
         if "/" in filename or filename in ("", ".", ".."):
             raise PolicyError(f"filename {filename!r} must be a name without directories")
         if self.policy.python.scan != "off":
@@ -129,9 +130,9 @@ class Jail:
         streams = (stdin, stdout, stderr)
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)
-            return self._start_job(template, data, args, filename, streams, tuple(pass_fds))
+            return self._start_job(template, data, arguments, filename, streams, tuple(pass_fds))
         compiled = for_python(self.policy, self._host())
-        argv = [compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
+        argv = [compiled.program, "-s", f"/app/{filename}", *arguments]
         files: tuple[OrderFile, ...] = (OrderFile(filename, data),)
         page = None
         if self.policy.python.audit != "off":
@@ -142,9 +143,9 @@ class Jail:
         return self._start(compiled, argv, files, streams, tuple(pass_fds), page=page)
 
     def _start_job(
-        self, template: Template, data: bytes, args: Args, filename: str, streams: Sequence[Stream], pass_fds: tuple[int, ...]
+        self, template: Template, data: bytes, arguments: list[str], filename: str, streams: Sequence[Stream], pass_fds: tuple[int, ...]
     ) -> Process:
-        argv = [template.compiled.program, "-s", f"/app/{filename}", *(os.fspath(arg) for arg in args)]
+        argv = [template.compiled.program, "-s", f"/app/{filename}", *arguments]
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
     def start_own(self, name: str, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
@@ -173,7 +174,7 @@ class Jail:
     def _probe(self, template: Template) -> bytes:
         from .warm import PROBE
 
-        job = self._start_job(template, PROBE.encode(), (), "probe.py", (None, PIPE, None), ())
+        job = self._start_job(template, PROBE.encode(), [], "probe.py", (None, PIPE, None), ())
         result = _to_end(job, None, None)
         if not result.ok:
             raise SetupError("template", detail=f"its first job: {result.summary}")
@@ -232,6 +233,13 @@ class Jail:
         order = compile_order(compiled.program, argv, environment(compiled.policy), files, inside)
         passed = [*numbers, *(descriptor for _, descriptor in extra)]
         return Process(compiled, order, argv, Ends(*streams), passed, self.stock, template, page)
+
+
+def listed(args: Args) -> list[str]:
+    """Raises PolicyError for one text, which would be taken for a list of letters."""
+    if isinstance(args, str | bytes | os.PathLike):
+        raise PolicyError(f"args = {args!r}: a list of arguments, not one text")
+    return [os.fspath(arg) for arg in args]
 
 
 @functools.cache

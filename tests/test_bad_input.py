@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import IS_ROOT, ROOT
 from msgspec.structs import replace
 
 import nsjail_py
-from nsjail_py import Jail, Mount, PolicyError, SetupError, Verdict, compiled, launcher, plan, reports
+from nsjail_py import Jail, Mount, PolicyError, SetupError, Verdict, aio, compiled, launcher, plan, reports
 from nsjail_py._native import lib
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
@@ -61,6 +64,23 @@ def test_a_nul_in_an_argument_or_variable_is_refused() -> None:
         nsjail_py.run(["/bin/echo", "a\0b"])
     with pytest.raises(PolicyError, match="NUL"):
         nsjail_py.run(["/bin/true"], env={"A": "a\0b"})
+
+
+@pytest.mark.parametrize("text", ["/bin/true", b"/bin/true", Path("/bin/true")])
+def test_one_text_is_no_list_of_arguments(text: Any) -> None:
+    with Jail("untrusted", preload=[]) as warm:
+        calls: list[Callable[[], object]] = [
+            lambda: nsjail_py.run(text),
+            lambda: nsjail_py.run_python("pass", args=text),
+            lambda: Jail().start(text),
+            lambda: Jail().start_python("pass", args=text),
+            lambda: warm.run_python("pass", args=text),
+            lambda: asyncio.run(aio.run(text)),
+            lambda: asyncio.run(aio.run_python("pass", args=text)),
+        ]
+        for call in calls:
+            with pytest.raises(PolicyError, match="a list of arguments, not one text"):
+                call()
 
 
 def test_an_argument_list_beyond_the_kernels_limit_is_exec_failed() -> None:
