@@ -42,6 +42,13 @@ def captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
     return {"stdout": PIPE, "stderr": PIPE, **streams}
 
 
+def octets(data: bytes) -> memoryview:
+    """The bytes of any buffer, as they lie in memory: a slice of it counts bytes, whatever its items are."""
+    view = memoryview(data)
+    plain = view.format == "B" and view.ndim == 1 and view.contiguous
+    return view if plain else memoryview(view.tobytes())
+
+
 def ready(descriptors: Iterable[int], timeout: float | None) -> list[int]:
     """Those that can be read, or have been closed on the other side, within timeout seconds. Also of numbers that select(2) cannot take."""
     poll = select.poll()
@@ -149,7 +156,7 @@ class Exchange:
     def __init__(self, process: Process, data: bytes | None) -> None:
         self.process: Process = weakref.proxy(process)  # which has us: a handle that is dropped is to go at once
         self.limit = process.compiled.policy.limits.output
-        self.input = memoryview(data or b"")
+        self.input = octets(b"" if data is None else data)
         self.output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
         self.cut = {"stdout": False, "stderr": False}
         self.count = 0

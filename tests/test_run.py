@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import gc
 import os
 import signal
@@ -26,6 +27,26 @@ pytestmark = pytest.mark.usefixtures("leaves_nothing")
 def test_a_program_gets_its_input_and_its_output_comes_back() -> None:
     result = nsjail_py.run(["/usr/bin/sort"], input=b"b\na\n")
     assert (result.verdict, result.exit_code, result.stdout, result.stderr) == (Verdict.ok, 0, b"a\nb\n", b"")
+
+
+def test_any_buffer_is_input_whole() -> None:
+    numpy = pytest.importorskip("numpy")
+    numbers = array.array("i", range(50_000))
+    table = numpy.arange(12, dtype=">i4").reshape(3, 4)
+    buffers = [
+        numbers,
+        numpy.array(numbers),
+        table,
+        table.T,
+        table[:, ::2],
+        numpy.zeros((0, 3)),
+        bytearray(b"text"),
+        memoryview(b"text")[::-1],
+    ]
+    for buffer in buffers:
+        assert nsjail_py.run(["/bin/cat"], input=buffer).stdout == memoryview(buffer).tobytes()
+    with pytest.raises(TypeError):
+        nsjail_py.run(["/bin/cat"], input="text")
 
 
 def test_python_source_runs_at_every_level(level: str) -> None:
