@@ -171,13 +171,16 @@ class Process:
         return self._finish()
 
     def expired(self, timeout: float | None) -> Exception:
-        """What says that the run was not over within timeout seconds."""
+        """What says that the run was not over within timeout seconds, with what communicate has read meanwhile."""
         from subprocess import TimeoutExpired
 
-        return TimeoutExpired(self.args, timeout or 0.0)
+        read = {} if self._exchange is None else self._exchange.output
+        stdout, stderr = (b"".join(read.get(name, ())) or None for name in ("stdout", "stderr"))
+        return TimeoutExpired(self.args, timeout or 0.0, stdout, stderr)
 
     def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Result:
-        """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired; it may be called again then."""
+        """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired with what there was of it; it may be
+        called again then, and loses nothing."""
         with self.waiting():
             self.exchange(input).run(timeout)
         return self._finish()

@@ -191,7 +191,7 @@ class Exchange:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.process.reported:
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self.wait(rest):
+            if not self.wait(rest) or (rest == 0.0 and not self.process.reported):  # a flood is always ready
                 raise self.process.expired(timeout)
 
     def wait(self, timeout: float | None) -> bool:

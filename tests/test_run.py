@@ -206,6 +206,16 @@ def test_kill_signal_and_timeout_behave_as_popen_has_taught() -> None:
         assert process.wait(5).exit_code == 3
 
 
+def test_a_timeout_tells_what_the_program_had_written() -> None:
+    source = "import sys, time; print(1, flush=True); print(2, file=sys.stderr); time.sleep(60)"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        nsjail_py.run_python(source, timeout=PATIENCE)
+    assert (caught.value.output, caught.value.stdout, caught.value.stderr) == (b"1\n", b"1\n", b"2\n")
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        nsjail_py.run(["/bin/sleep", "60"], timeout=0.1)
+    assert (caught.value.stdout, caught.value.stderr) == (None, None)
+
+
 def test_a_run_that_is_over_holds_no_pipe_and_its_handle_goes_without_a_collector() -> None:
     gc.disable()
     try:
