@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -66,7 +65,6 @@ class Jail:
         self.policy = override(loaded, **changes)
         self.preload = None if preload is None else tuple(preload)
         self._sessions: dict[float | None, Jail] = {}
-        self._sessions_lock = threading.Lock()
         self._templates: Templates | None = None
         self._known_host: tuple[Claim, Host] | None = None
         if self.policy.backend != "native":
@@ -166,9 +164,8 @@ class Jail:
         time are those of each cell. lifetime: seconds after which the whole session ends. A session may fork, whatever the policy says."""
         from .session import Session, inner_jail
 
-        with self._sessions_lock:
-            if lifetime not in self._sessions:
-                self._sessions[lifetime] = inner_jail(self, lifetime)
+        if lifetime not in self._sessions:
+            self._sessions.setdefault(lifetime, inner_jail(self, lifetime))
         return Session(self._sessions[lifetime], self.policy.limits)
 
     def _probe(self, template: Template) -> bytes:

@@ -18,6 +18,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,8 @@ MAX_PLANS = 32
 END_S = 5.0
 """How long a launcher may take to end."""
 DYING_MS = 200
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+"""All between this process, its launcher and its runs."""
 numbers = itertools.count(1)
 """Names for plans and templates."""
 
@@ -66,7 +69,7 @@ class Launcher:
         self.plans: dict[tuple[bytes, int], tuple[int, Sealed]] = {}
         self.sending = threading.Lock()
         """A socket that another thread closes must not be one that is just written to."""
-        self.socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket, its = pair()
         self.claim: Claim = cgroups.Claim("none", "rootless")
         try:
             with its:
@@ -154,7 +157,7 @@ class Launcher:
         number, block = self._plan(plan, template)
         large = Sealed("order", order) if len(order) > lib.MAX_INLINE else None
         head = REQUEST.pack(lib.REQUEST_MAGIC, 0 if large else len(order), number, stock, template)
-        channel, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel, its = pair()
         with its:
             try:
                 if large:
@@ -208,6 +211,13 @@ class Launcher:
         if self.uid_lock >= 0:  # the last of its jails is gone, so the ids are free
             os.close(self.uid_lock)
             self.uid_lock = -1
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends that stay this process's own."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _sockets.update(ends)
+    return ends
 
 
 def _reap(pid: int) -> None:
@@ -274,11 +284,13 @@ def shutdown() -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the launcher belongs to the parent. Our copy of its socket would keep it alive."""
+    """In a forked child: the launcher belongs to the parent, and so do its runs. Our copies of their sockets would keep them alive, or
+    hide their end."""
     global _current, _lock
     _lock = threading.Lock()
+    for each in list(_sockets):
+        each.close()
     if _current is not None:
-        _current.socket.close()
         if _current.uid_lock >= 0:
             os.close(_current.uid_lock)
         _current = None

@@ -111,7 +111,7 @@ class OciProcess(Process):
         super().__init__(compiled, b"", list(argv), ends, (), 0)
 
     def _submit(self, order: bytes, descriptors: list[int], stock: int) -> tuple[launcher.Launcher, socket.socket]:
-        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, its = launcher.pair()
         try:
             self._run = Run(self.runtime, self.compiled, self.args, self._files, descriptors, its)
         except BaseException:
@@ -119,6 +119,11 @@ class OciProcess(Process):
             its.close()
             raise
         return launcher.current(), ours
+
+    def inherited(self) -> None:
+        super().inherited()
+        assert self._run.cleaner.stdin is not None
+        self._run.cleaner.stdin.close()  # or it would wait for us, too
 
     def _finish(self) -> Result:
         self._run.thread.join()

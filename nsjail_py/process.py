@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -61,6 +62,7 @@ class Process:
         self.lock = threading.RLock()
         """Held while a message is taken or output moved, never while somebody waits for them."""
         self._waiting = 0
+        self._inherited = False
         self._begin_ns, self._heard_ns = time.monotonic_ns(), 0
         self._ends = ends
         self.stdin: IO[bytes] | None
@@ -68,7 +70,7 @@ class Process:
         self.stderr: IO[bytes] | None
         self.stdin, self.stdout, self.stderr = files = ends.files()
         try:
-            self.launcher, self.channel = self._submit(order, [*ends.inside, *pass_fds], stock)
+            self.launcher, self._channel = self._submit(order, [*ends.inside, *pass_fds], stock)
         except BaseException:
             for file in files:
                 if file is not None:
@@ -76,7 +78,8 @@ class Process:
             ends.close()
             raise
         ends.sent()
-        self._finalizer = weakref.finalize(self, self.channel.close)
+        self._finalizer = weakref.finalize(self, self._channel.close)
+        _handles.add(self)
 
     def _submit(self, order: bytes, descriptors: list[int], stock: int) -> tuple[launcher.Launcher, socket.socket]:
         plan, template = self.compiled.plan, self.template
@@ -87,6 +90,21 @@ class Process:
         except (BrokenPipeError, ConnectionResetError):
             launcher.lost(template.launcher)
             raise LauncherDied("the launcher ended, and the warm interpreter with it; the next run starts new ones") from None
+
+    @property
+    def channel(self) -> socket.socket:
+        """Commands go out on it, and the report comes back. Raises JailError in a fork of the process that started the run."""
+        self._is_ours()
+        return self._channel
+
+    def _is_ours(self) -> None:
+        if self._inherited:
+            raise JailError("the run belongs to the process that started it, and this is a fork of that")
+
+    def inherited(self) -> None:
+        """In a forked child: neither the report nor the output is ours to take, and nobody waits here for the input's end."""
+        self._inherited, self._waiting, self.lock = True, 0, threading.RLock()
+        self._close_pipes()
 
     @property
     def pid(self) -> int | None:
@@ -114,9 +132,14 @@ class Process:
 
     def _let_go(self) -> None:
         self._finalizer()
-        for file in (self.stdin, self.stdout, self.stderr) if self._exchange else ():  # fed, and read to their end
+        if self._exchange is not None:  # fed, and read to their end
+            self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for file in (self.stdin, self.stdout, self.stderr):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):
+                    file.close()
 
     def hear(self) -> bool:
         """Takes the launcher's message, if there is one; true when it was the last."""
@@ -199,6 +222,7 @@ class Process:
         """The transfer of this run's streams, made on first use; when the run is over by then, what it left in the pipes."""
         with self.lock:
             if self._exchange is None:
+                self._is_ours()
                 self._exchange = Exchange(self, input)
                 if self.reported:
                     self._exchange.drain()
@@ -258,12 +282,20 @@ class Process:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         """Kills the run if it is still going on, and closes the pipes: in this order, or a program that writes would end by SIGPIPE."""
         try:
-            if not self.reported:
+            if not self.reported and not self._inherited:
                 self.kill()
                 with contextlib.suppress(JailError):
                     self.wait()
         finally:
-            for file in (self.stdin, self.stdout, self.stderr):
-                if file is not None:
-                    with contextlib.suppress(OSError):
-                        file.close()
+            self._close_pipes()
+
+
+_handles: weakref.WeakSet[Process] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    for handle in list(_handles):
+        handle.inherited()
+
+
+os.register_at_fork(after_in_child=_forget)

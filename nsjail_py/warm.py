@@ -151,6 +151,11 @@ class Templates:
 
     def __init__(self, policy: Policy, preload: tuple[str, ...]) -> None:
         self.policy, self.preload = policy, preload
+        self.inherited()
+        _everybodys.add(self)
+
+    def inherited(self) -> None:
+        """In a forked child: the parent's is not ours, and whoever made it there does not go on here."""
         self._lock = threading.Lock()
         self._current: Template | None = None
 
@@ -174,6 +179,17 @@ class Templates:
             if self._current is not None:
                 self._current.close()
             self._current = None
+
+
+_everybodys: weakref.WeakSet[Templates] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    for templates in list(_everybodys):
+        templates.inherited()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _unique(first: bytes, second: bytes) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, _children
 from msgspec.structs import replace
 
 import nsjail_py
-from nsjail_py import PIPE, Verdict, aio
+from nsjail_py import PIPE, Verdict, aio, launcher
+from nsjail_py.streams import ready
 
 HEAVY = """
 import asyncio, os, signal, sys, threading, time
@@ -181,6 +187,89 @@ os.write(100, repr((seen, result.stdout, result.stderr)).encode())
     assert eval((tmp_path / "said").read_text()) == ([b"in"] * 4, b"4\n", b"err\n")
 
 
+@contextlib.contextmanager
+def forked(act: Callable[[], object]) -> Iterator[None]:
+    """With a child that has done this, and lives on meanwhile."""
+    (stay, go), (hear, say) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        status = 1
+        try:
+            act()
+            status = 0
+        finally:
+            os.write(say, b"done")
+            os.read(stay, 1)
+            launcher.shutdown()
+            os._exit(status)
+    try:
+        if not ready([hear], 30 * PATIENCE):
+            os.kill(child, signal.SIGKILL)
+        yield
+    finally:
+        for descriptor in (go, stay, hear, say):
+            os.close(descriptor)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0
+
+
+def gone(pid: int | None) -> bool:
+    deadline = time.monotonic() + 5
+    while (there := Path(f"/proc/{pid}").exists()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not there
+
+
+def test_a_forked_child_does_not_keep_the_runs_of_its_parent() -> None:
+    process = nsjail_py.Jail("untrusted").start(["/bin/sleep", "60"])
+    pid = process.pid
+    with forked(lambda: None):
+        del process
+        assert gone(pid)
+
+
+def test_a_forked_child_does_not_keep_the_input_of_its_parent_open() -> None:
+    process = nsjail_py.Jail("untrusted").start(["/bin/cat"], stdin=PIPE, stdout=PIPE)
+    with forked(lambda: None):
+        assert process.communicate(b"text", timeout=10).stdout == b"text"
+
+
+def test_a_forked_child_does_not_keep_the_warm_interpreter_of_its_parent() -> None:
+    with nsjail_py.Jail("untrusted", preload=[]) as jail:
+        before = {*_children(launcher.current().pid)}
+        jail.run_python("pass").check()
+        [template] = {*_children(launcher.current().pid)} - before
+        with forked(lambda: None):
+            jail.close()
+            assert gone(int(template))
+
+
+def test_a_fork_while_a_warm_interpreter_is_made_has_one_of_its_own() -> None:
+    with nsjail_py.Jail("untrusted", preload=["json"]) as jail, ThreadPoolExecutor() as pool:
+        first = pool.submit(jail.run_python, "pass")
+        assert jail._templates is not None
+        while not jail._templates._lock.locked():
+            time.sleep(0.001)
+        with forked(lambda: jail.run_python("pass").check()):
+            assert first.result(30 * PATIENCE).ok
+
+
+def test_the_handle_of_a_run_of_the_parent_does_nothing_in_a_forked_child() -> None:
+    def use() -> None:
+        with process:
+            pass
+        asks: list[Callable[[], object]] = [process.wait, process.poll, process.kill, process.communicate, lambda: process.pid]
+        for ask in (*asks, lambda: asyncio.run(aio.communicate(process)), lambda: next(process.stream())):
+            with pytest.raises(nsjail_py.JailError, match="belongs to the process that started it"):
+                ask()
+
+    with nsjail_py.Jail("untrusted").start(["/bin/cat"], stdin=PIPE, stdout=PIPE) as process:
+        with forked(use):
+            pass
+        assert process.communicate(b"text").stdout == b"text" and process.wait().ok
+
+
 def test_every_error_comes_back_from_another_process_and_can_be_copied() -> None:
     errors: list[nsjail_py.JailError] = [
         nsjail_py.PolicyError("one", "two"),
@@ -200,7 +289,5 @@ def test_every_error_comes_back_from_another_process_and_can_be_copied() -> None
 
 
 def test_run_is_usable_at_interpreter_exit_and_after_shutdown() -> None:
-    from nsjail_py import launcher
-
     launcher.shutdown()
     assert nsjail_py.run(["/bin/true"]).ok
