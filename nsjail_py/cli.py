@@ -74,7 +74,8 @@ def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Pro
         try:
             with start(stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, lambda signo, frame: _stop(process, signo))
+                    if signal.getsignal(number) is not signal.SIG_IGN:  # which our caller wants, as under nohup
+                        signal.signal(number, lambda signo, frame: _stop(process, signo))
                 result = Relay(process, 0, stdout, stderr, jail.policy.limits.output).run()
         except FileNotFoundError as error:
             return _say(f"{error.filename}: {error.strerror}", NOT_FOUND)

@@ -269,6 +269,19 @@ def test_ctrl_c_and_sigterm_kill_the_jail(cli: Cli, tmp_path: Path) -> None:
             assert process.wait(10) == 128 + number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_caller_ignores_ends_nothing(cli: Cli, number: signal.Signals) -> None:
+    source = b"import time; print('up', flush=True); time.sleep(0.5); print('end')"
+    command = ["/bin/sh", "-c", f"trap '' {number.name[3:]}; exec \"$@\"", "sh", *cli, "run", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(source)
+        process.stdin.close()
+        assert process.stdout.readline() == b"up\n"
+        os.killpg(process.pid, number)
+        assert (process.stdout.read(), process.wait(10)) == (b"end\n", 0)
+
+
 def test_closed_standard_streams_do_no_harm(cli: Cli, script: Path) -> None:
     command = " ".join([*cli, "run", str(script)])
     assert subprocess.run(["/bin/sh", "-c", f"{command} <&- 2>/dev/null"], capture_output=True, check=False).stdout == b"hello []\n"
