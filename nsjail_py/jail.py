@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import launcher
 from ._native import lib
+from .coding import as_file
 from .compiled import PATH, Compiled, Host, for_program, for_python
 from .errors import PolicyError, SetupError
 from .plan import OrderFile, compile_order
@@ -117,7 +118,7 @@ class Jail:
         pass_fds: Iterable[int] = (),
     ) -> Process:
         """Starts a Python script. Inside it is /app/FILENAME. Raises ScriptRefused where the policy lets the scan refuse one."""
-        data = source.encode() if isinstance(source, str) else source
+        data = as_file(source)
         arguments = listed(args)
         if "/" in filename or filename in ("", ".", ".."):
             raise PolicyError(f"filename {filename!r} must be a name without directories")

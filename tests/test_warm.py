@@ -19,6 +19,7 @@ from msgspec.structs import replace
 import nsjail_py
 import nsjail_py.warm
 from nsjail_py import Jail, JailError, Mount, PolicyError, Result, launcher
+from nsjail_py.layers.scan import scan
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,28 @@ def test_a_job_is_like_a_fresh_interpreter_in(source: str | bytes, warm: Jail, c
     assert view(warm.run_python(source, args=["a", "b c"], input=b"text\xff")) == view(
         cold.run_python(source, args=["a", "b c"], input=b"text\xff")
     )
+
+
+NAMED = {
+    "by itself": "# -*- coding: latin-1 -*-\nprint(ascii('é'))",
+    "in the second line": "#!/usr/bin/python\n# vim: set fileencoding=cp1252 :\nprint(ascii('é'))",
+    "which has no such letter": "# coding: latin-1\nprint(ascii('é→'))",
+    "which nobody knows": "# coding=klingon\nprint(ascii('é→'))",
+    "which is no text's": "# coding: rot13\nprint(ascii('é'))",
+    "which is none of a file's": "# coding: utf-16\nprint(ascii('é'))",
+    "beside its mark": "\ufeff# coding: latin-1\nprint(ascii('é'))",
+    "in no comment": "coding=1; print(ascii('é'))\n# coding: latin-1",
+    "too late": "\n\n# coding: latin-1\nprint(ascii('é'))",
+}
+
+
+@pytest.mark.filterwarnings("ignore::nsjail_py.layers.scan.ScanWarning")
+@pytest.mark.parametrize("source", NAMED.values(), ids=NAMED.keys())
+def test_text_is_read_as_it_is_whatever_encoding_it_names(source: str, warm: Jail, cold: Jail) -> None:
+    expected = b"'\\xe9\\u2192'\n" if "→" in source else b"'\\xe9'\n"
+    for jail in (warm, cold, Jail("untrusted", scan="warn"), Jail("untrusted", audit="report")):
+        assert jail.run_python(source).check().stdout == expected
+    assert "code" in [found.rule for found in scan(source.replace("print(", "eval("))]
 
 
 def test_a_job_sees_nothing_of_another(warm: Jail) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
+from nsjail_py.coding import as_file
 from nsjail_py.errors import ScriptRefused
 
 from .rules import HARMLESS_DUNDERS, RULES, SEVERITIES, Rule, Severity
@@ -76,8 +77,7 @@ def scan(source: str | bytes, *, ignore: Iterable[str] = ()) -> tuple[Finding, .
     """
     from .examine import examine
 
-    data = source.encode() if isinstance(source, str) else source
-    return _findings(msgspec.convert(examine(data, *_rules(ignore)), _Answer))
+    return _findings(msgspec.convert(examine(as_file(source), *_rules(ignore)), _Answer))
 
 
 def before_run(policy: Policy, source: bytes, filename: str) -> None:
