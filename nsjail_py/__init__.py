@@ -16,11 +16,6 @@ from .policy import Limits, Mount, Policy, Python, Syscalls
 from .policyfile import load as policy
 from .result import Protection, Result, Verdict
 
-if TYPE_CHECKING:
-    from . import aio
-    from .executor import JailExecutor
-    from .session import Session
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -54,13 +49,17 @@ __all__ = [
     "run_python",
 ]
 
-
 LATE = {"JailExecutor": "executor", "Session": "session", "aio": "aio"}
 """By their modules: what is imported when it is asked for, since most users start programs."""
 
+if TYPE_CHECKING:  # a type checker that saw the function would take any name for one of ours
+    from . import aio
+    from .executor import JailExecutor
+    from .session import Session
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{LATE[name]}", __name__)
-    return module if name == LATE[name] else getattr(module, name)
+    def __getattr__(name: str) -> Any:
+        if name not in LATE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f".{LATE[name]}", __name__)
+        return module if name == LATE[name] else getattr(module, name)

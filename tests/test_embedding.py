@@ -270,6 +270,15 @@ def test_the_handle_of_a_run_of_the_parent_does_nothing_in_a_forked_child() -> N
         assert process.communicate(b"text").stdout == b"text" and process.wait().ok
 
 
+def test_a_name_that_is_not_there_is_an_error_to_type_checkers_too(tmp_path: Path) -> None:
+    mypy = pytest.importorskip("mypy.api", reason="mypy comes with ./dev check")
+    options = ["--config-file=", f"--cache-dir={tmp_path}", "--strict", "--follow-imports=silent"]
+    said, _, _ = mypy.run([*options, "-c", "import nsjail_py; nsjail_py.aio; nsjail_py.nothing"])
+    assert said.splitlines()[:-1] == ['<string>:1: error: Module has no attribute "nothing"  [attr-defined]']
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = nsjail_py.nothing
+
+
 def test_every_error_comes_back_from_another_process_and_can_be_copied() -> None:
     errors: list[nsjail_py.JailError] = [
         nsjail_py.PolicyError("one", "two"),
