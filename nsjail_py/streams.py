@@ -36,9 +36,9 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def captured(input: bytes | None, streams: dict[str, Any]) -> dict[str, Any]:
     """The streams of a run whose output is kept unless they say otherwise. Raises ValueError where input has two sources."""
     if input is not None:
-        if "stdin" in streams:
+        if streams.get("stdin") is not None:
             raise ValueError("stdin and input cannot both be given")
-        streams["stdin"] = PIPE
+        streams = {**streams, "stdin": PIPE}
     return {"stdout": PIPE, "stderr": PIPE, **streams}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import gc
 import os
 import signal
@@ -27,6 +28,13 @@ pytestmark = pytest.mark.usefixtures("leaves_nothing")
 def test_a_program_gets_its_input_and_its_output_comes_back() -> None:
     result = nsjail_py.run(["/usr/bin/sort"], input=b"b\na\n")
     assert (result.verdict, result.exit_code, result.stdout, result.stderr) == (Verdict.ok, 0, b"a\nb\n", b"")
+
+
+def test_input_has_one_source_and_no_stdin_is_none() -> None:
+    assert nsjail_py.run(["/bin/cat"], input=b"text", stdin=None).stdout == b"text"
+    assert asyncio.run(nsjail_py.aio.run(["/bin/cat"], input=b"text", stdin=None)).stdout == b"text"
+    with pytest.raises(ValueError, match="cannot both"):
+        nsjail_py.run(["/bin/cat"], input=b"text", stdin=DEVNULL)
 
 
 def test_any_buffer_is_input_whole() -> None:
