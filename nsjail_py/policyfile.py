@@ -7,7 +7,6 @@ cannot say (targets that collide, limits that are not positive) is `problems`.
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Iterable
 from functools import cache
@@ -18,7 +17,7 @@ import msgspec
 
 from .errors import PolicyError, during
 from .policy import Limits, Policy, Python
-from .policycheck import type_problems, value_problems
+from .policycheck import type_problems, value_problems, word
 from .suggest import did_you_mean
 from .units import parse_size, parse_time
 
@@ -31,6 +30,7 @@ NOT_POLICIES = ("syscalls",)
 OWN_FIELDS = ("name", "description")
 """What is said of one policy and not passed on to those that extend it."""
 MAX_FILE = 1024**2
+MOST_EXTENDED = 16
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Policy:
@@ -39,7 +39,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Policy:
         path = locate(name_or_path)
         table = _read(path, ())
     table.setdefault("name", path.stem)
-    return _build(table, prefix=f"{name_or_path}: ")
+    return _build(table, prefix=f"{word(name_or_path)}: ")
 
 
 def names() -> list[str]:
@@ -114,38 +114,41 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def _unknown_name(name: str) -> str:
-    return f"{name}: there is no policy of this name{did_you_mean(name, names())}; a file is named with a slash or .toml"
+    return f"{word(name)}: there is no policy of this name{did_you_mean(name, names())}; a file is named with a slash or .toml"
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
     """A file's table, merged onto what it extends."""
+    shown = word(path)
     where = Path(os.path.realpath(path)) if "\0" not in str(path) else path
     if where in extended_by:
-        circle = " -> ".join(step.name for step in (*extended_by[extended_by.index(where) :], where))
-        raise PolicyError(f"{path}: $.extends: goes round in a circle ({circle})")
+        circle = " -> ".join(word(step.name) for step in (*extended_by[extended_by.index(where) :], where))
+        raise PolicyError(f"{shown}: $.extends: goes round in a circle ({circle})")
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
-            raise PolicyError(f"{path}: larger than {MAX_FILE} bytes: this is no policy")
+            raise PolicyError(f"{shown}: larger than {MAX_FILE} bytes: this is no policy")
         table = tomllib.loads(data.decode())
     except (OSError, ValueError) as error:  # an unreadable file, a NUL in the path, not UTF-8, not TOML
         if isinstance(error, PolicyError):
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise PolicyError(f"{path}: {'cannot be read' if isinstance(error, OSError) else 'is not TOML'}: {reason}") from None
+        raise PolicyError(f"{shown}: {'cannot be read' if isinstance(error, OSError) else 'is not TOML'}: {reason}") from None
     except RecursionError:
-        raise PolicyError(f"{path}: is not TOML: nested too deeply") from None
+        raise PolicyError(f"{shown}: is not TOML: nested too deeply") from None
     if "extends" not in table:
         return table
+    if len(extended_by) >= MOST_EXTENDED:
+        raise PolicyError(f"{shown}: $.extends: more than {MOST_EXTENDED} policies, each extending the next")
     base = table.pop("extends")
     if not isinstance(base, str):
-        raise PolicyError(f"{path}: $.extends: must be the name of a policy or the path of a file")
+        raise PolicyError(f"{shown}: $.extends: must be the name of a policy or the path of a file")
     is_file = "/" in base or base.endswith(".toml")
     try:
         below = _read(path.parent / base if is_file else locate(base), (*extended_by, where))
     except PolicyError as error:
-        raise PolicyError(*(f"{path}: $.extends: {problem}" for problem in error.problems)) from None
+        raise PolicyError(*(f"{shown}: $.extends: {problem}" for problem in error.problems)) from None
     return _merged({key: value for key, value in below.items() if key not in OWN_FIELDS}, table)
 
 
@@ -170,8 +173,7 @@ def _build(table: Table, prefix: str = "", also: Iterable[str] = ()) -> Policy:
         misshapen = type_problems(table)
         wrong += misshapen
         # What has the right shape is judged all the same: people want to see every fault at once.
-        places = {re.split(r"[.\[:]", problem)[1] for problem in misshapen}
-        rest = {key: value for key, value in table.items() if key not in places}
+        rest = {key: value for key, value in table.items() if not type_problems({key: value})}
         wrong += value_problems(msgspec.convert(rest, Policy)) if len(rest) < len(table) else []
     else:
         wrong += value_problems(policy)
@@ -193,7 +195,7 @@ def _with_numbers(limits: Table, wrong: list[str]) -> Table:
             elif name in SIZES:
                 value = parse_size(value)
         except ValueError as error:
-            wrong.append(f"$.limits.{name}: {error}")
+            wrong.append(f"$.limits.{word(name)}: {error}")
         else:
             numbers[name] = value
     return numbers

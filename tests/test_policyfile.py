@@ -95,13 +95,27 @@ def test_a_file_extends_a_file_beside_it(write):
         ('[syscalls]\nallow = ["@fils"]', "$.syscalls.allow[0]: '@fils' is no set (did you mean \"@files\"?)"),
         ('[python]\nproject = "here"', "$.python.project: must be an absolute path"),
         ("[[mounts]]\nsource = '/a'", "$.mounts[0].target: is missing"),
+        ('"a\\n\\u001b[31m" = 1\n[limits]\n"c\\n" = 1', r"$.'a\n\x1b[31m': there is no such field"),
+        ('[limits]\n"c\\n" = 1\n"memory\\n" = "64MB"', r"$.limits.'memory\n': there is no such field"),
+        ('[env]\n"A\\nB" = 1', r"$.env.'A\nB': must be text"),
+        ('extends = "a\\nb"', r"$.extends: 'a\nb': there is no policy"),
+        ('extends = "./a\\nb"', r"b': cannot be read: No such file"),
+        ('"a.b" = 1\nloopback = 1', "$.a.b: there is no such field"),
     ],
 )  # fmt: skip
 def test_a_fault_is_told_with_its_file_and_place(write, text, said):
     path = write(text)
     problems = policyfile.check(path)
     assert any(said in problem for problem in problems), problems
-    assert all(problem.startswith(f"{path}: ") and "\n" not in problem for problem in problems)
+    assert all(problem.startswith(f"{path}: ") and problem.isprintable() for problem in problems)
+
+
+def test_a_long_chain_of_policies_is_told_in_one_line(write):
+    for number in range(1000):
+        path = write(f'extends = "./{number - 1}.toml"' if number else "", f"{number}.toml")
+    [problem] = policyfile.check(path)
+    assert problem.endswith("$.extends: more than 16 policies, each extending the next")
+    assert policyfile.check(path.with_name("16.toml")) == []
 
 
 @pytest.mark.parametrize(
