@@ -125,7 +125,10 @@ def _mounts() -> str:
 
 def _base() -> Path:
     if chosen := os.environ.get("NSJAIL_PY_CACHE"):
-        return Path(chosen).absolute()
+        try:
+            return Path(chosen).absolute()
+        except OSError as error:  # there is no current directory
+            raise SetupError("cache directory", error.errno or 0, chosen, "set NSJAIL_PY_CACHE to an absolute path") from None
     if given := os.environ.get("CACHE_DIRECTORY"):
         first = Path(given.split(":")[0])
         if _is_noexec(first):  # as systemd has it for DynamicUser=, which comes with a /var/tmp of the unit's own

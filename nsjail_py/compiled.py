@@ -141,13 +141,13 @@ def find(name: str) -> tuple[str, os.stat_result]:
     """The program's path on the host, and what it is. Raises FileNotFoundError or PermissionError, as the shell's 127 and 126."""
     if "\0" in name:
         raise PolicyError(f"{name!r} has a NUL character in it")
-    if "/" in name:
-        path: str | None = os.path.abspath(name)
-    else:
-        import shutil
-
-        path = shutil.which(name, path=PATH)
     try:
+        if "/" in name:
+            path: str | None = os.path.abspath(name)  # fails where the current directory is gone
+        else:
+            import shutil
+
+            path = shutil.which(name, path=PATH)
         status = os.stat(path or "")
     except OSError:
         raise FileNotFoundError(2, "no such program", name) from None

@@ -120,11 +120,11 @@ def _unknown_name(name: str) -> str:
 def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
     """A file's table, merged onto what it extends."""
     shown = word(path)
-    where = Path(os.path.realpath(path)) if "\0" not in str(path) else path
-    if where in extended_by:
-        circle = " -> ".join(word(step.name) for step in (*extended_by[extended_by.index(where) :], where))
-        raise PolicyError(f"{shown}: $.extends: goes round in a circle ({circle})")
     try:
+        where = Path(os.path.realpath(path))
+        if where in extended_by:
+            circle = " -> ".join(word(step.name) for step in (*extended_by[extended_by.index(where) :], where))
+            raise PolicyError(f"{shown}: $.extends: goes round in a circle ({circle})")
         with open(path, "rb") as file:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT, PATIENCE
+from conftest import IS_ROOT, PATIENCE, ROOT
 
 Cli = list[str]
 
@@ -280,6 +280,23 @@ def test_a_signal_that_the_caller_ignores_ends_nothing(cli: Cli, number: signal.
         assert process.stdout.readline() == b"up\n"
         os.killpg(process.pid, number)
         assert (process.stdout.read(), process.wait(10)) == (b"end\n", 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        ("exec -- ./x", 127, b"./x: no such program"),
+        ("exec --policy own.toml -- true", 125, b"own.toml: cannot be read"),
+        ("exec -- true", 125, b"cache directory: No such file or directory (here); set NSJAIL_PY_CACHE to an absolute path"),
+    ],
+)
+def test_where_the_current_directory_is_gone_one_line_says_what_is_missed(
+    cli: Cli, command: str, status: int, says: bytes, tmp_path: Path
+) -> None:
+    script = f"cd {tmp_path} && rmdir {tmp_path} && exec {' '.join(cli)} {command}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"NSJAIL_PY_CACHE": "here"} if status == 125 else {})
+    done = subprocess.run(["/bin/sh", "-c", script], env=environment, capture_output=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1) and says in done.stderr, done.stderr
 
 
 def test_closed_standard_streams_do_no_harm(cli: Cli, script: Path) -> None:
