@@ -77,6 +77,8 @@ async def stream(process: Process, data: bytes | None = None) -> AsyncIterator[t
 def _moving(process: Process, data: bytes | None) -> Iterator[Any]:
     """Moves the streams while the loop runs; what it gives waits until something has moved, and raises what went wrong with it."""
     loop, exchange = asyncio.get_running_loop(), process.exchange(data)
+    if exchange.looped:
+        raise RuntimeError("this run's streams are moved already, by another communicate or stream")
     changed = asyncio.Event()
     errors: list[BaseException] = []
     reading, writing = set[int](), set[int]()
@@ -115,9 +117,11 @@ def _moving(process: Process, data: bytes | None) -> Iterator[Any]:
 
     with process.waiting():
         try:
+            exchange.looped = True
             refresh()
             yield moved
         finally:
+            exchange.looped = False
             for fd in reading:
                 loop.remove_reader(fd)
             for fd in writing:

@@ -160,6 +160,8 @@ class Exchange:
         self.output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
         self.cut = {"stdout": False, "stderr": False}
         self.count = 0
+        self.looped = False
+        """Whether an event loop drives it: a second one would take the first one's callbacks away."""
         self.streams = {file.fileno(): name for name in ("stdout", "stderr") if (file := getattr(process, name)) and not file.closed}
         for descriptor in self.streams:
             os.set_blocking(descriptor, False)

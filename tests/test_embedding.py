@@ -119,6 +119,19 @@ def test_a_look_at_a_handle_does_not_take_its_end_from_asyncio() -> None:
     asyncio.run(main())
 
 
+def test_a_second_communicate_at_a_time_is_an_error_and_the_first_goes_on() -> None:
+    async def main() -> None:
+        with await asyncio.to_thread(nsjail_py.Jail("untrusted").start, ["/bin/cat"], stdin=PIPE, stdout=PIPE) as process:
+            data = b"x" * 1_000_000
+            first, second = await asyncio.wait_for(
+                asyncio.gather(aio.communicate(process, data), aio.communicate(process), return_exceptions=True), 10
+            )
+            assert isinstance(first, nsjail_py.Result) and first.stdout == data and isinstance(second, RuntimeError)
+            assert (await aio.communicate(process)).stdout == data
+
+    asyncio.run(main())
+
+
 def test_asyncio_carries_input_and_output_and_limits() -> None:
     data = b"x" * 1_000_000
     assert asyncio.run(aio.run(["/bin/cat"], input=data)).stdout == data
