@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import signal
 import socket
+import termios
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -42,6 +45,8 @@ PRELOAD = ("json", "select", "socket", "stat", "traceback", "linecache", "contex
 MOST_HEAD, MOST_DATA = 8 << 20, 64 << 20
 GRACE = 1.0
 """Seconds after a wall time limit for the keeper inside to end the cell. Then the whole session ends."""
+PATIENCE, PACE = 30.0, 1 << 20
+"""Seconds for any other answer, and bytes in each second more: the tenant's code can stop the keeper."""
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +127,7 @@ class Session:
         self._output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
         self._size = 0
         with self._whole():
-            self._receive(None)
+            self._receive(_within(0))
 
     def run(self, code: str, *, wall_time: float | None = None, cpu_time: float | None = None) -> Cell:
         """Runs one cell. Limits in seconds; those of the policy where none are given.
@@ -171,7 +176,7 @@ class Session:
         """Reads a file inside, of at most 64 MiB. Raises OSError as open does."""
         with self._lock, self._whole():
             self._send({"do": "get", "path": path, "most": MOST_DATA})
-            answer, data = self._receive(None)
+            answer, data = self._receive(_within(0))
             if "large" in answer:
                 raise OSError(errno.EFBIG, f"more than {MOST_DATA} bytes", path)
             self._refused(answer, path)
@@ -228,7 +233,7 @@ class Session:
 
     def _ask(self, head: dict[str, Any], data: bytes = b"") -> dict[str, Any]:
         self._send(head, data)
-        answer, _ = self._receive(None)
+        answer, _ = self._receive(_within(0))
         self._refused(answer, head.get("path"))
         if "gone" in answer:
             self._gone = self._gone or "its process has ended"
@@ -243,18 +248,21 @@ class Session:
     def _send(self, head: dict[str, Any], data: bytes = b"") -> None:
         text = msgspec.json.encode(head)
         rest = memoryview(len(text).to_bytes(COUNT, "little") + len(data).to_bytes(COUNT, "little") + text + data)
+        deadline = _within(len(rest))
         while rest:
-            self._wait(select.POLLOUT, None)
+            self._wait(select.POLLOUT, deadline)
             try:
                 rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
             except OSError as error:
                 raise _Broken(str(error)) from None
 
     def _receive(self, deadline: float | None) -> tuple[dict[str, Any], bytes]:
+        """An answer that begins before the deadline."""
         lengths = self._read(2 * COUNT, deadline)
         head, data = int.from_bytes(lengths[:COUNT], "little"), int.from_bytes(lengths[COUNT:], "little")
         if head > MOST_HEAD or data > 2 * MOST_DATA:
             raise _Broken("what it says makes no sense")
+        deadline = _within(head + data)
         try:
             answer = msgspec.json.decode(self._read(head, deadline), type=dict[str, Any])
         except msgspec.DecodeError:
@@ -280,15 +288,15 @@ class Session:
     def _wait(self, event: int, deadline: float | None) -> None:
         """Until the socket is ready; meanwhile takes the output. Raises _Broken when the run is over or the time is up."""
         while True:
+            rest = None if deadline is None else (deadline - time.monotonic()) * 1000
+            if rest is not None and rest <= 0:  # by the clock: output can be ready at all times
+                raise _Broken("it did not answer in time")
             poll = select.poll()
             poll.register(self._socket, event)
             poll.register(self._process.channel, select.POLLIN)
             for descriptor in self._outputs:
                 poll.register(descriptor, select.POLLIN)
-            rest = None if deadline is None else (deadline - time.monotonic()) * 1000
-            ready = dict(poll.poll(rest if rest is None else max(0.0, rest)))
-            if not ready:
-                raise _Broken("it did not keep its time limit")
+            ready = dict(poll.poll(rest))
             for descriptor in ready.keys() & self._outputs.keys():
                 self._take(descriptor)
             if self._socket.fileno() in ready:
@@ -296,28 +304,28 @@ class Session:
             if self._process.channel.fileno() in ready and self._process.hear():
                 raise _Broken("its run is over")
 
-    def _take(self, descriptor: int) -> bool:
-        """Whether there may be more."""
+    def _take(self, descriptor: int) -> None:
         try:
             data = os.read(descriptor, CHUNK)
-        except BlockingIOError:
-            return False
+        except BlockingIOError:  # the user's code can read it, too
+            return
         if not data:
-            del self._outputs[descriptor]
-            return False
+            self._outputs.pop(descriptor, None)
+            return
         most = self._limits.output
         room = len(data) if most is None else max(0, most - self._size)
         before, self._size = self._size, self._size + len(data)
         self._output[self._outputs[descriptor]].append(data[:room])
         if most is not None and before <= most < self._size:  # once; a keeper that is not in a cell any more passes it over
             self._send({"do": "stop", "why": "output"})
-        return True
 
     def _drain(self) -> None:
-        """What was written before the answer."""
+        """What was written before the answer, and not what a thread of the cell's goes on writing."""
         for descriptor in list(self._outputs):
-            while self._take(descriptor):
-                pass
+            waiting = array("i", [0])
+            fcntl.ioctl(descriptor, termios.FIONREAD, waiting)
+            for _ in range(0, waiting[0], CHUNK):
+                self._take(descriptor)
 
     def _cell(self, answer: dict[str, Any], data: bytes, limits: dict[str, float | None]) -> Cell:
         stdout, stderr = (b"".join(self._output[name]) for name in ("stdout", "stderr"))
@@ -359,6 +367,11 @@ class Session:
         if os.WIFSIGNALED(status):
             return Verdict.signal, {"signal": os.WTERMSIG(status)}
         return Verdict.exit, {"exit_code": os.waitstatus_to_exitcode(status)}
+
+
+def _within(size: int) -> float:
+    """The deadline of a message."""
+    return time.monotonic() + PATIENCE + size / PACE
 
 
 class _Told(msgspec.Struct):

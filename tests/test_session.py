@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import PATIENCE
@@ -177,6 +177,32 @@ def test_a_cell_that_attacks_its_keeper_ends_the_session_with_an_error(what: str
     session.close()
     with pytest.raises(SessionError, match="ended"):
         session.run("1")
+
+
+CALLS: dict[str, Callable[[Session], object]] = {
+    "get": lambda session: session.get("x"),
+    "put": lambda session: session.put("x", bytes(8 << 20)),
+    "checkpoint": lambda session: session.checkpoint(),
+    "restore": lambda session: session.restore(),
+    "run": lambda session: session.run("#" * (8 << 20)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_keeper_that_a_cell_has_stopped_holds_its_caller_up_for_a_bounded_time(
+    call: str, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = "time.sleep(.2); os.kill(os.getppid(), 19)"
+    session.run(f"import os, threading, time\ndef later():\n {stop}\n while True: os.write(1, b'x')")
+    session.run("threading.Thread(target=later).start()").check()
+    time.sleep(0.5 * PATIENCE)
+    monkeypatch.setattr("nsjail_py.session.PATIENCE", 0.5)
+    monkeypatch.setattr("nsjail_py.session.PACE", 8 << 20)
+    begin = time.monotonic()
+    with pytest.raises(SessionError, match="did not answer in time"):
+        CALLS[call](session)
+    assert time.monotonic() - begin < 5 * PATIENCE
+    assert session.result is not None and session.result.verdict is Verdict.killed
 
 
 def test_the_lifetime_of_a_session_ends_it() -> None:
