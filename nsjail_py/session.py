@@ -14,8 +14,8 @@ ends when it should, is the kernel's and ours.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
+import itertools
 import os
 import select
 import signal
@@ -26,7 +26,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec.structs import replace
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 PRELOAD = ("json", "select", "socket", "stat", "traceback", "linecache", "contextlib", "time")
 """What session_inside.py imports."""
 MOST_HEAD, MOST_DATA = 8 << 20, 64 << 20
+MOST_ERRNO = 4095
 GRACE = 1.0
 """Seconds after a wall time limit for the keeper inside to end the cell. Then the whole session ends."""
 PATIENCE, PACE = 30.0, 1 << 20
@@ -154,14 +155,14 @@ class Session:
         with self._lock, self._whole():
             self._need_state()
             with self._one_more():
-                return int(self._ask({"do": "checkpoint"})["id"])
+                return self._ask({"do": "checkpoint"}).id
 
     def restore(self, number: int = -1) -> None:
         """Goes back to a checkpoint, by default the last one, as often as wanted. Raises SessionError where there is none such."""
         with self._lock, self._whole():
             with self._one_more():
                 answer = self._ask({"do": "restore", "id": number})
-            if "unknown" in answer:
+            if answer.unknown:
                 raise SessionError(f"no checkpoint {number}")
             self._gone = None
 
@@ -177,8 +178,6 @@ class Session:
         with self._lock, self._whole():
             self._send({"do": "get", "path": path, "most": MOST_DATA})
             answer, data = self._receive(_within(0))
-            if "large" in answer:
-                raise OSError(errno.EFBIG, f"more than {MOST_DATA} bytes", path)
             self._refused(answer, path)
             return data
 
@@ -230,20 +229,22 @@ class Session:
         except BlockingIOError:
             most = self._limits.processes
             raise SessionError(f"no process is left for it (limits.processes = {most}): each checkpoint keeps one") from None
+        except OSError as error:
+            raise SessionError(f"there is no room for it: {error.strerror}") from None
 
-    def _ask(self, head: dict[str, Any], data: bytes = b"") -> dict[str, Any]:
+    def _ask(self, head: dict[str, Any], data: bytes = b"") -> _Answer:
         self._send(head, data)
         answer, _ = self._receive(_within(0))
         self._refused(answer, head.get("path"))
-        if "gone" in answer:
+        if answer.gone:
             self._gone = self._gone or "its process has ended"
             self._need_state()
         return answer
 
     @staticmethod
-    def _refused(answer: dict[str, Any], path: str | None) -> None:
-        if isinstance(number := answer.get("errno"), int):
-            raise OSError(number, os.strerror(number), path)
+    def _refused(answer: _Answer, path: str | None) -> None:
+        if answer.errno:
+            raise OSError(answer.errno, os.strerror(answer.errno), path)
 
     def _send(self, head: dict[str, Any], data: bytes = b"") -> None:
         text = msgspec.json.encode(head)
@@ -256,7 +257,7 @@ class Session:
             except OSError as error:
                 raise _Broken(str(error)) from None
 
-    def _receive(self, deadline: float | None) -> tuple[dict[str, Any], bytes]:
+    def _receive(self, deadline: float | None) -> tuple[_Answer, bytes]:
         """An answer that begins before the deadline."""
         lengths = self._read(2 * COUNT, deadline)
         head, data = int.from_bytes(lengths[:COUNT], "little"), int.from_bytes(lengths[COUNT:], "little")
@@ -264,8 +265,8 @@ class Session:
             raise _Broken("what it says makes no sense")
         deadline = _within(head + data)
         try:
-            answer = msgspec.json.decode(self._read(head, deadline), type=dict[str, Any])
-        except msgspec.DecodeError:
+            answer = msgspec.json.decode(self._read(head, deadline), type=_Answer)
+        except (msgspec.DecodeError, ValueError, RecursionError):
             raise _Broken("what it says makes no sense") from None
         return answer, self._read(data, deadline)
 
@@ -327,46 +328,40 @@ class Session:
             for _ in range(0, waiting[0], CHUNK):
                 self._take(descriptor)
 
-    def _cell(self, answer: dict[str, Any], data: bytes, limits: dict[str, float | None]) -> Cell:
+    def _cell(self, answer: _Answer, data: bytes, limits: dict[str, float | None]) -> Cell:
+        if answer.errno:
+            raise _Broken("what it says makes no sense")
         stdout, stderr = (b"".join(self._output[name]) for name in ("stdout", "stderr"))
-        try:
-            if "gone" in answer or "died" in answer:
-                verdict, evidence = self._death(answer, limits)
-                self._gone = f"{verdict} {evidence}"
-                return Cell(verdict=verdict, evidence=evidence, stdout=stdout, stderr=stderr)
-            told = msgspec.convert(answer, _Told)
-            pictures, at = [], 0
-            for size in told.figures:
-                pictures.append(data[at : at + size])
-                at += size
-        except (msgspec.ValidationError, ValueError, TypeError):
-            raise _Broken("what it says makes no sense") from None
+        if answer.gone or answer.died:
+            verdict, evidence = self._death(answer, limits)
+            self._gone = f"{verdict} {evidence}"
+            return Cell(verdict=verdict, evidence=evidence, stdout=stdout, stderr=stderr)
+        ends = list(itertools.accumulate(answer.figures, initial=0))
         verdict, evidence = Verdict.ok, dict[str, Any]()
-        if told.error is not None:
-            verdict, evidence = Verdict.exit, {"exception": told.error[0]}
+        if answer.error is not None:
+            verdict, evidence = Verdict.exit, {"exception": answer.error[0]}
         elif self._limits.output is not None and self._size > self._limits.output:
             verdict, evidence = Verdict.output, {"limit": self._limits.output}
         return Cell(
             verdict=verdict,
             evidence=evidence,
-            value=told.value,
-            error=told.error,
-            figures=tuple(pictures),
-            wall_time=told.wall,
-            cpu_time=told.cpu,
+            value=answer.value,
+            error=answer.error,
+            figures=tuple(data[begin:end] for begin, end in itertools.pairwise(ends)),
+            wall_time=answer.wall,
+            cpu_time=answer.cpu,
             stdout=stdout,
             stderr=stderr,
         )
 
-    def _death(self, answer: dict[str, Any], limits: dict[str, float | None]) -> tuple[Verdict, dict[str, Any]]:
-        why, status = str(answer.get("died", "ended")), int(answer.get("status", 0))
-        if why == "output":
+    def _death(self, answer: _Answer, limits: dict[str, float | None]) -> tuple[Verdict, dict[str, Any]]:
+        if answer.died == "output":
             return Verdict.output, {"limit": self._limits.output}
-        if why in limits:
-            return Verdict(why), {"limit": limits[why], "observed": float(answer["observed"])}
-        if os.WIFSIGNALED(status):
-            return Verdict.signal, {"signal": os.WTERMSIG(status)}
-        return Verdict.exit, {"exit_code": os.waitstatus_to_exitcode(status)}
+        if answer.died in limits:
+            return Verdict(answer.died), {"limit": limits[answer.died], "observed": answer.observed}
+        if os.WIFSIGNALED(answer.status):
+            return Verdict.signal, {"signal": os.WTERMSIG(answer.status)}
+        return Verdict.exit, {"exit_code": os.waitstatus_to_exitcode(answer.status)}
 
 
 def _within(size: int) -> float:
@@ -374,12 +369,25 @@ def _within(size: int) -> float:
     return time.monotonic() + PATIENCE + size / PACE
 
 
-class _Told(msgspec.Struct):
-    value: str | None
-    error: tuple[str, str, str] | None
-    wall: float
-    cpu: float
-    figures: list[int]
+class _Answer(msgspec.Struct):
+    """All that an answer of the keeper's can say. The tenant's code can say it as well: this is where it is checked."""
+
+    errno: Annotated[int, msgspec.Meta(ge=0, le=MOST_ERRNO)] = 0
+    gone: bool = False
+    unknown: bool = False
+    id: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 0
+    died: Literal["ended", "output", "wall_time", "cpu_time"] | None = None
+    observed: float = 0.0
+    status: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)] = 0
+    value: str | None = None
+    error: tuple[str, str, str] | None = None
+    wall: float = 0.0
+    cpu: float = 0.0
+    figures: list[Annotated[int, msgspec.Meta(ge=0, le=2 * MOST_DATA)]] = []
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a status that is no end."""
+        os.waitstatus_to_exitcode(self.status)
 
 
 class _Broken(SessionError):

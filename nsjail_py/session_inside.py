@@ -16,6 +16,7 @@ import stat
 import sys
 import time
 import traceback
+from errno import EFBIG, EINVAL
 from typing import Any
 
 CALLER = 3
@@ -334,7 +335,7 @@ class Keeper:
     def get(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         with open(head["path"], "rb", opener=_opener) as file:
             size = os.fstat(file.fileno()).st_size
-            return ({"large": size}, b"") if size > head["most"] else ({}, file.read(head["most"]))
+            return ({"errno": EFBIG}, b"") if size > head["most"] else ({}, file.read(head["most"]))
 
 
 def _opener(path: str, flags: int) -> int:
@@ -342,7 +343,7 @@ def _opener(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NONBLOCK, 0o644)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(22, "not a file")
+        raise OSError(EINVAL, "not a file")
     return descriptor
 
 
