@@ -67,8 +67,13 @@ def _exactly(source: socket.socket, size: int) -> bytes:
 # ---- the processes that hold the state
 
 
+def too_late(*_: object) -> None:
+    """SIGINT, where no cell runs."""
+
+
 def worker(control: socket.socket) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, too_late)
+    on_interrupt: Any = signal.default_int_handler  # or what a cell has put in its place
     main = type(sys)("__main__")
     sys.modules["__main__"] = main
     while True:
@@ -77,7 +82,7 @@ def worker(control: socket.socket) -> None:
         except (EOFError, OSError):
             os._exit(0)
         if head["do"] == "run":
-            answer, figures = execute(main, data.decode(), head["name"])
+            answer, figures, on_interrupt = execute(main, data.decode(), head["name"], on_interrupt)
             send(control, answer, figures)
         elif head["do"] == "reap":
             status = os.waitpid(head["pid"], 0)[1]
@@ -105,29 +110,37 @@ def forked(control: socket.socket, fresh: socket.socket) -> socket.socket:
     return control
 
 
-def execute(main: Any, source: str, name: str) -> tuple[dict[str, Any], bytes]:
+def execute(main: Any, source: str, name: str, on_interrupt: Any) -> tuple[dict[str, Any], bytes, Any]:
     begin, used = time.perf_counter(), time.process_time()
-    value, error = None, None
+    text: str | None = None
+    error: BaseException | None = None
+    pictures: list[bytes] = []
     try:
+        signal.signal(signal.SIGINT, on_interrupt)
         value = evaluate(main, source, name)
         text = None if value is None else repr(value)[:MOST_TEXT]
     except BaseException as raised:
-        text, error = None, told(raised)
-    pictures: list[bytes] = []
+        error = raised
     try:
         pictures = figures()
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException as raised:
-        error = error or told(raised)
+        error = raised if error is None else error
+    while True:
+        try:
+            on_interrupt = signal.signal(signal.SIGINT, too_late)
+            break
+        except KeyboardInterrupt as raised:  # just before
+            error = raised if error is None else error
     answer = {
-        "value": text,
-        "error": error,
+        "value": text if error is None else None,
+        "error": None if error is None else told(error),
         "wall": time.perf_counter() - begin,
         "cpu": time.process_time() - used,
         "figures": [len(picture) for picture in pictures],
     }
-    return answer, b"".join(pictures)
+    return answer, b"".join(pictures), on_interrupt
 
 
 def evaluate(main: Any, source: str, name: str) -> object:
@@ -221,6 +234,7 @@ class Keeper:
         self.caller = caller
         self.kept: list[State] = []
         self.active: State | None = self._first()
+        self.running = False
         signal.signal(signal.SIGINT, self._interrupt)
 
     def _first(self) -> State:
@@ -234,7 +248,7 @@ class Keeper:
         return State(pid, ours, None)
 
     def _interrupt(self, *_: object) -> None:
-        if self.active is not None:
+        if self.running and self.active is not None:
             os.kill(self.active.pid, signal.SIGINT)
 
     def serve(self) -> None:
@@ -256,9 +270,16 @@ class Keeper:
     def run(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         if self.active is None:
             return {"gone": True}, b""
-        clock = ~self.active.pid << 3 | 2
+        self.running = True
+        try:
+            return self._run(self.active, head, data)
+        finally:
+            self.running = False
+
+    def _run(self, active: State, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        clock = ~active.pid << 3 | 2
         begin, base = time.monotonic(), time.clock_gettime(clock)
-        send(self.active.control, {"do": "run", "name": head["name"]}, data)
+        send(active.control, {"do": "run", "name": head["name"]}, data)
         while True:
             try:
                 wall, cpu = time.monotonic() - begin, time.clock_gettime(clock) - base
@@ -270,10 +291,10 @@ class Keeper:
             rests = [] if head["wall_time"] is None else [head["wall_time"] - wall]
             if head["cpu_time"] is not None:  # all processors together could use it up by then
                 rests.append((head["cpu_time"] - cpu) / (os.cpu_count() or 1))
-            ready, _, _ = select.select([self.active.control, self.caller], [], [], max(NEAREST, min(rests)) if rests else None)
-            if self.active.control in ready:
+            ready, _, _ = select.select([active.control, self.caller], [], [], max(NEAREST, min(rests)) if rests else None)
+            if active.control in ready:
                 try:
-                    answer, result, _ = receive(self.active.control)
+                    answer, result, _ = receive(active.control)
                 except (EOFError, OSError):
                     return self._died("ended", 0.0)
                 return answer, result

@@ -144,6 +144,31 @@ def test_an_interrupt_is_a_keyboard_interrupt_for_the_cell(session: Session) -> 
     assert session.run("x").value == "4"
 
 
+def test_an_interrupt_that_comes_too_late_or_twice_costs_nothing(session: Session) -> None:
+    session.run("x = 4").check()
+    for _ in range(20):
+        session.interrupt()
+    assert session.run("x").check().value == "4"
+    session.checkpoint()
+    session.interrupt()
+    timers = [threading.Timer(0.3 * PATIENCE + 0.0005 * number, session.interrupt) for number in range(40)]
+    for timer in timers:
+        timer.start()
+    cell = session.run("import time\nwhile True: time.sleep(0.01)")
+    assert cell.error and cell.error[0] == "KeyboardInterrupt"
+    for timer in timers:
+        timer.join()
+    assert session.run("x").check().value == "4"
+    session.restore()
+    assert session.run("x").check().value == "4"
+
+
+def test_a_cells_own_handler_of_interrupts_is_kept(session: Session) -> None:
+    session.run("import signal, time\nseen = []\nsignal.signal(2, lambda *_: seen.append(1))").check()
+    threading.Timer(0.3 * PATIENCE, session.interrupt).start()
+    assert session.run("while not seen: time.sleep(0.01)\nseen").check().value == "[1]"
+
+
 def test_a_session_is_jailed_as_its_policy_says(session: Session) -> None:
     assert session.run("import socket\nsocket.socket()").error[0] == "PermissionError"  # type: ignore[index]
     assert session.run("import os\nos.execv('/proc/self/exe', ['x'])").error[0] == "PermissionError"  # type: ignore[index]
