@@ -14,6 +14,7 @@ ends when it should, is the kernel's and ours.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -128,7 +129,7 @@ class Session:
         self._output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
         self._size = 0
         with self._whole():
-            self._receive(_within(0))
+            self._receive(PATIENCE)
 
     def run(self, code: str, *, wall_time: float | None = None, cpu_time: float | None = None) -> Cell:
         """Runs one cell. Limits in seconds; those of the policy where none are given.
@@ -142,8 +143,7 @@ class Session:
             cpu = self._limits.cpu_time if cpu_time is None else cpu_time
             head = {"do": "run", "name": f"<cell {self._count}>", "wall_time": wall, "cpu_time": cpu}
             self._output, self._size = {"stdout": [], "stderr": []}, 0
-            self._send(head, code.encode())
-            answer, data = self._receive(None if wall is None else time.monotonic() + wall + GRACE)
+            answer, data = self._ask(head, None if wall is None else wall + GRACE, code.encode())
             self._drain()
             return self._cell(answer, data, {"wall_time": wall, "cpu_time": cpu})
 
@@ -154,30 +154,35 @@ class Session:
         """
         with self._lock, self._whole():
             self._need_state()
-            with self._one_more():
-                return self._ask({"do": "checkpoint"}).id
+            answer, _ = self._ask({"do": "checkpoint"}, PATIENCE)
+            if answer.died:
+                self._death(answer, {})
+            self._need_state()
+            self._need_room(answer)
+            return answer.id
 
     def restore(self, number: int = -1) -> None:
         """Goes back to a checkpoint, by default the last one, as often as wanted. Raises SessionError where there is none such."""
         with self._lock, self._whole():
-            with self._one_more():
-                answer = self._ask({"do": "restore", "id": number})
+            answer, _ = self._ask({"do": "restore", "id": number}, PATIENCE)
             if answer.unknown:
                 raise SessionError(f"no checkpoint {number}")
-            self._gone = None
+            if answer.died:
+                raise SessionError(f"checkpoint {number} has ended")
+            self._need_room(answer)
 
     def put(self, path: str, data: bytes) -> None:
         """Writes a file inside; a path without a slash at its start lies in /work. Raises OSError as open does."""
         if len(data) > MOST_DATA:
             raise ValueError(f"at most {MOST_DATA} bytes")
         with self._lock, self._whole():
-            self._ask({"do": "put", "path": path}, data)
+            answer, _ = self._ask({"do": "put", "path": path}, PATIENCE, data)
+            self._refused(answer, path)
 
     def get(self, path: str) -> bytes:
         """Reads a file inside, of at most 64 MiB. Raises OSError as open does."""
         with self._lock, self._whole():
-            self._send({"do": "get", "path": path, "most": MOST_DATA})
-            answer, data = self._receive(_within(0))
+            answer, data = self._ask({"do": "get", "path": path, "most": MOST_DATA}, PATIENCE)
             self._refused(answer, path)
             return data
 
@@ -222,29 +227,24 @@ class Session:
         if self._gone is not None:
             raise SessionError(f"the session's state is gone ({self._gone}): restore a checkpoint, or begin anew")
 
-    @contextlib.contextmanager
-    def _one_more(self) -> Iterator[None]:
-        try:
-            yield
-        except BlockingIOError:
+    def _need_room(self, answer: _Answer) -> None:
+        if answer.errno == errno.EAGAIN:
             most = self._limits.processes
-            raise SessionError(f"no process is left for it (limits.processes = {most}): each checkpoint keeps one") from None
-        except OSError as error:
-            raise SessionError(f"there is no room for it: {error.strerror}") from None
-
-    def _ask(self, head: dict[str, Any], data: bytes = b"") -> _Answer:
-        self._send(head, data)
-        answer, _ = self._receive(_within(0))
-        self._refused(answer, head.get("path"))
-        if answer.gone:
-            self._gone = self._gone or "its process has ended"
-            self._need_state()
-        return answer
+            raise SessionError(f"no process is left for it (limits.processes = {most}): each checkpoint keeps one")
+        if answer.errno:
+            raise SessionError(f"there is no room for it: {os.strerror(answer.errno)}")
 
     @staticmethod
-    def _refused(answer: _Answer, path: str | None) -> None:
+    def _refused(answer: _Answer, path: str) -> None:
         if answer.errno:
             raise OSError(answer.errno, os.strerror(answer.errno), path)
+
+    def _ask(self, head: dict[str, Any], most: float | None, data: bytes = b"") -> tuple[_Answer, bytes]:
+        """most: seconds until the answer begins."""
+        self._send(head, data)
+        answer, data = self._receive(most)
+        self._gone = (self._gone or "its process has ended") if answer.gone else None
+        return answer, data
 
     def _send(self, head: dict[str, Any], data: bytes = b"") -> None:
         text = msgspec.json.encode(head)
@@ -257,9 +257,8 @@ class Session:
             except OSError as error:
                 raise _Broken(str(error)) from None
 
-    def _receive(self, deadline: float | None) -> tuple[_Answer, bytes]:
-        """An answer that begins before the deadline."""
-        lengths = self._read(2 * COUNT, deadline)
+    def _receive(self, most: float | None) -> tuple[_Answer, bytes]:
+        lengths = self._read(2 * COUNT, None if most is None else time.monotonic() + most)
         head, data = int.from_bytes(lengths[:COUNT], "little"), int.from_bytes(lengths[COUNT:], "little")
         if head > MOST_HEAD or data > 2 * MOST_DATA:
             raise _Broken("what it says makes no sense")
@@ -332,9 +331,8 @@ class Session:
         if answer.errno:
             raise _Broken("what it says makes no sense")
         stdout, stderr = (b"".join(self._output[name]) for name in ("stdout", "stderr"))
-        if answer.gone or answer.died:
+        if answer.died:
             verdict, evidence = self._death(answer, limits)
-            self._gone = f"{verdict} {evidence}"
             return Cell(verdict=verdict, evidence=evidence, stdout=stdout, stderr=stderr)
         ends = list(itertools.accumulate(answer.figures, initial=0))
         verdict, evidence = Verdict.ok, dict[str, Any]()
@@ -355,17 +353,22 @@ class Session:
         )
 
     def _death(self, answer: _Answer, limits: dict[str, float | None]) -> tuple[Verdict, dict[str, Any]]:
+        """What has ended the state."""
+        verdict, evidence = Verdict.exit, dict[str, Any]()
         if answer.died == "output":
-            return Verdict.output, {"limit": self._limits.output}
-        if answer.died in limits:
-            return Verdict(answer.died), {"limit": limits[answer.died], "observed": answer.observed}
-        if os.WIFSIGNALED(answer.status):
-            return Verdict.signal, {"signal": os.WTERMSIG(answer.status)}
-        return Verdict.exit, {"exit_code": os.waitstatus_to_exitcode(answer.status)}
+            verdict, evidence = Verdict.output, {"limit": self._limits.output}
+        elif answer.died in limits:
+            verdict, evidence = Verdict(answer.died), {"limit": limits[answer.died], "observed": answer.observed}
+        elif os.WIFSIGNALED(answer.status):
+            verdict, evidence = Verdict.signal, {"signal": os.WTERMSIG(answer.status)}
+        else:
+            evidence = {"exit_code": os.waitstatus_to_exitcode(answer.status)}
+        self._gone = f"{verdict} {evidence}"
+        return verdict, evidence
 
 
 def _within(size: int) -> float:
-    """The deadline of a message."""
+    """The deadline of a message's bytes."""
     return time.monotonic() + PATIENCE + size / PACE
 
 

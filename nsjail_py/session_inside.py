@@ -194,8 +194,12 @@ class State:
         self.pid, self.control, self.parent = pid, control, parent
 
     def ask(self, head: dict[str, Any], descriptor: int | None = None) -> dict[str, Any]:
-        send(self.control, head, descriptor=descriptor)
-        return receive(self.control)[0]
+        """Raises EOFError where it has ended."""
+        try:
+            send(self.control, head, descriptor=descriptor)
+            return receive(self.control)[0]
+        except (BrokenPipeError, ConnectionResetError):
+            raise EOFError from None
 
     def fork(self) -> "State":
         """Raises OSError where there may be no more processes, and EOFError where it has ended."""
@@ -265,11 +269,11 @@ class Keeper:
                 answer, result = commands[head["do"]](head, data)
             except OSError as error:
                 answer, result = {"errno": error.errno}, b""
-            send(self.caller, answer, result)
+            send(self.caller, answer | {"gone": self.active is None}, result)
 
     def run(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         if self.active is None:
-            return {"gone": True}, b""
+            return {}, b""
         self.running = True
         try:
             return self._run(self.active, head, data)
@@ -278,8 +282,11 @@ class Keeper:
 
     def _run(self, active: State, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         clock = ~active.pid << 3 | 2
-        begin, base = time.monotonic(), time.clock_gettime(clock)
-        send(active.control, {"do": "run", "name": head["name"]}, data)
+        try:
+            begin, base = time.monotonic(), time.clock_gettime(clock)
+            send(active.control, {"do": "run", "name": head["name"]}, data)
+        except OSError:  # since the last cell
+            return self._died("ended", 0.0)
         while True:
             try:
                 wall, cpu = time.monotonic() - begin, time.clock_gettime(clock) - base
@@ -309,12 +316,15 @@ class Keeper:
             status = active.end()
         except (EOFError, ChildProcessError):
             status = 0
-        return {"died": why, "observed": observed, "status": status, "kept": len(self.kept)}, b""
+        return {"died": why, "observed": observed, "status": status}, b""
 
     def checkpoint(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         if self.active is None:
-            return {"gone": True}, b""
-        fresh = self._forked(self.active)
+            return {}, b""
+        try:
+            fresh = self._forked(self.active)
+        except EOFError:
+            return self._died("ended", 0.0)
         self.kept.append(self.active)
         self.active = fresh
         return {"id": len(self.kept) - 1}, b""
@@ -325,7 +335,8 @@ class Keeper:
             return state.fork()
         except OSError:
             for one in self.kept:
-                one.ask({"do": "settle"})
+                with contextlib.suppress(EOFError):
+                    one.ask({"do": "settle"})
             return state.fork()
 
     def restore(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -343,7 +354,7 @@ class Keeper:
                 self.active = before = None
                 self.active = self._forked(self.kept[number])
         except EOFError:
-            return {"gone": True}, b""
+            return {"died": "ended"}, b""
         if before is not None:
             before.drop()
         return {}, b""

@@ -116,6 +116,34 @@ def test_without_a_checkpoint_the_next_call_says_that_the_state_is_gone(session:
         session.restore()
 
 
+@pytest.mark.parametrize("call", ["run", "checkpoint"])
+def test_a_state_that_ends_between_two_cells_takes_no_checkpoint_with_it(call: str, session: Session) -> None:
+    session.run("x = 1")
+    session.checkpoint()
+    session.run("import os, threading; threading.Timer(.2, os._exit, (3,)).start()").check()
+    time.sleep(0.5 * PATIENCE)
+    if call == "run":
+        assert session.run("x").evidence == {"exit_code": 3}
+    for again in (session.checkpoint, lambda: session.run("x")):
+        with pytest.raises(SessionError, match=r"gone \(exit {'exit_code': 3}\)"):
+            again()
+    session.put("file", b"still there")
+    session.restore()
+    assert session.run("x, open('file').read()").check().value == "(1, 'still there')"
+
+
+def test_a_checkpoint_that_has_ended_takes_no_state_with_it(session: Session) -> None:
+    session.checkpoint()
+    session.run("x = 1; import os; os.kill(os.getppid(), 9)").check()
+    with pytest.raises(SessionError, match="checkpoint 0 has ended"):
+        session.restore(0)
+    assert session.run("x").check().value == "1"
+    session.checkpoint()
+    session.run("x = 2")
+    session.restore()
+    assert session.run("x").check().value == "1"
+
+
 def test_files_go_in_and_out(session: Session) -> None:
     data = os.urandom(5 << 20)
     session.put("data.bin", data)
