@@ -17,6 +17,8 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import math
+import operator
 import os
 import select
 import signal
@@ -47,6 +49,8 @@ MOST_HEAD, MOST_DATA = 8 << 20, 64 << 20
 MOST_ERRNO = 4095
 GRACE = 1.0
 """Seconds after a wall time limit for the keeper inside to end the cell. Then the whole session ends."""
+LONG = 1 << 30
+"""Milliseconds, which poll(2) can still take."""
 PATIENCE, PACE = 30.0, 1 << 20
 """Seconds for any other answer, and bytes in each second more: the tenant's code can stop the keeper."""
 
@@ -128,22 +132,25 @@ class Session:
             os.set_blocking(descriptor, False)
         self._output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
         self._size = 0
+        self._asked = True
+        """Whether an answer is on its way."""
         with self._whole():
             self._receive(PATIENCE)
 
     def run(self, code: str, *, wall_time: float | None = None, cpu_time: float | None = None) -> Cell:
         """Runs one cell. Limits in seconds; those of the policy where none are given.
 
-        Raises SessionError when there is no state to run it in.
+        Raises SessionError when there is no state to run it in, and ValueError for a limit that is none and text that is not Unicode.
         """
+        wall = _seconds(self._limits.wall_time if wall_time is None else wall_time)
+        cpu = _seconds(self._limits.cpu_time if cpu_time is None else cpu_time)
+        source = code.encode()
         with self._lock, self._whole():
             self._need_state()
             self._count += 1
-            wall = self._limits.wall_time if wall_time is None else wall_time
-            cpu = self._limits.cpu_time if cpu_time is None else cpu_time
             head = {"do": "run", "name": f"<cell {self._count}>", "wall_time": wall, "cpu_time": cpu}
             self._output, self._size = {"stdout": [], "stderr": []}, 0
-            answer, data = self._ask(head, None if wall is None else wall + GRACE, code.encode())
+            answer, data = self._ask(head, None if wall is None else wall + GRACE, source)
             self._drain()
             return self._cell(answer, data, {"wall_time": wall, "cpu_time": cpu})
 
@@ -164,26 +171,28 @@ class Session:
     def restore(self, number: int = -1) -> None:
         """Goes back to a checkpoint, by default the last one, as often as wanted. Raises SessionError where there is none such."""
         with self._lock, self._whole():
-            answer, _ = self._ask({"do": "restore", "id": number}, PATIENCE)
+            answer, _ = self._ask({"do": "restore", "id": operator.index(number)}, PATIENCE)
             if answer.unknown:
                 raise SessionError(f"no checkpoint {number}")
             if answer.died:
                 raise SessionError(f"checkpoint {number} has ended")
             self._need_room(answer)
 
-    def put(self, path: str, data: bytes) -> None:
-        """Writes a file inside; a path without a slash at its start lies in /work. Raises OSError as open does."""
+    def put(self, path: str | os.PathLike[str], data: bytes) -> None:
+        """Writes a file inside; a path without a slash at its start lies in /work. Raises OSError and ValueError as open does."""
+        name, data = _name(path), memoryview(data).tobytes()
         if len(data) > MOST_DATA:
             raise ValueError(f"at most {MOST_DATA} bytes")
         with self._lock, self._whole():
-            answer, _ = self._ask({"do": "put", "path": path}, PATIENCE, data)
-            self._refused(answer, path)
+            answer, _ = self._ask({"do": "put", "path": name}, PATIENCE, data)
+            self._refused(answer, name)
 
-    def get(self, path: str) -> bytes:
-        """Reads a file inside, of at most 64 MiB. Raises OSError as open does."""
+    def get(self, path: str | os.PathLike[str]) -> bytes:
+        """Reads a file inside, of at most 64 MiB. Raises OSError and ValueError as open does."""
+        name = _name(path)
         with self._lock, self._whole():
-            answer, data = self._ask({"do": "get", "path": path, "most": MOST_DATA}, PATIENCE)
-            self._refused(answer, path)
+            answer, data = self._ask({"do": "get", "path": name, "most": MOST_DATA}, PATIENCE)
+            self._refused(answer, name)
             return data
 
     def interrupt(self) -> None:
@@ -213,14 +222,13 @@ class Session:
             raise SessionError("the session has ended" + (f": {self.result.summary}" if self.result is not None else ""))
         try:
             yield
-        except (OSError, SessionError) as error:
-            if isinstance(error, _Broken):
-                self.close()
-                said = self.result.summary if self.result is not None else "without a result"
-                raise SessionError(f"the session has ended: {error}; {said}") from None
-            raise
-        except BaseException:
+        except _Broken as error:
             self.close()
+            said = self.result.summary if self.result is not None else "without a result"
+            raise SessionError(f"the session has ended: {error}; {said}") from None
+        except BaseException:
+            if self._asked:
+                self.close()
             raise
 
     def _need_state(self) -> None:
@@ -249,6 +257,7 @@ class Session:
     def _send(self, head: dict[str, Any], data: bytes = b"") -> None:
         text = msgspec.json.encode(head)
         rest = memoryview(len(text).to_bytes(COUNT, "little") + len(data).to_bytes(COUNT, "little") + text + data)
+        self._asked = True
         deadline = _within(len(rest))
         while rest:
             self._wait(select.POLLOUT, deadline)
@@ -267,7 +276,9 @@ class Session:
             answer = msgspec.json.decode(self._read(head, deadline), type=_Answer)
         except (msgspec.DecodeError, ValueError, RecursionError):
             raise _Broken("what it says makes no sense") from None
-        return answer, self._read(data, deadline)
+        result = self._read(data, deadline)
+        self._asked = False
+        return answer, result
 
     def _read(self, size: int, deadline: float | None) -> bytes:
         parts: list[bytes] = []
@@ -296,7 +307,7 @@ class Session:
             poll.register(self._process.channel, select.POLLIN)
             for descriptor in self._outputs:
                 poll.register(descriptor, select.POLLIN)
-            ready = dict(poll.poll(rest))
+            ready = dict(poll.poll(None if rest is None else min(rest, LONG)))
             for descriptor in ready.keys() & self._outputs.keys():
                 self._take(descriptor)
             if self._socket.fileno() in ready:
@@ -365,6 +376,19 @@ class Session:
             evidence = {"exit_code": os.waitstatus_to_exitcode(answer.status)}
         self._gone = f"{verdict} {evidence}"
         return verdict, evidence
+
+
+def _seconds(limit: float | None) -> float | None:
+    if limit is not None and not 0 <= limit < math.inf:
+        raise ValueError(f"a limit of {limit} seconds")
+    return limit if limit is None else float(limit)
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    name = os.fsdecode(path)
+    if b"\0" in name.encode():
+        raise ValueError("embedded null byte")
+    return name
 
 
 def _within(size: int) -> float:

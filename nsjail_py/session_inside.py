@@ -24,8 +24,8 @@ COUNT = 8
 """Bytes of each of the two lengths before a message: of its head, which is JSON, and of its bytes."""
 ONLY_AST = 0x400
 MOST_TEXT = 1 << 20
-NEAREST = 0.002
-"""Seconds between two looks at a processor clock, at least."""
+NEAREST, LONG = 0.002, 3600.0
+"""Seconds between two looks at the clocks, at least and at most."""
 
 
 # ---- messages
@@ -269,6 +269,8 @@ class Keeper:
                 answer, result = commands[head["do"]](head, data)
             except OSError as error:
                 answer, result = {"errno": error.errno}, b""
+            except ValueError:
+                answer, result = {"errno": EINVAL}, b""
             send(self.caller, answer | {"gone": self.active is None}, result)
 
     def run(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -295,10 +297,12 @@ class Keeper:
             for name, used in (("wall_time", wall), ("cpu_time", cpu)):
                 if head[name] is not None and used >= head[name]:
                     return self._died(name, used)
-            rests = [] if head["wall_time"] is None else [head["wall_time"] - wall]
+            rests = [LONG]
+            if head["wall_time"] is not None:
+                rests.append(head["wall_time"] - wall)
             if head["cpu_time"] is not None:  # all processors together could use it up by then
                 rests.append((head["cpu_time"] - cpu) / (os.cpu_count() or 1))
-            ready, _, _ = select.select([active.control, self.caller], [], [], max(NEAREST, min(rests)) if rests else None)
+            ready, _, _ = select.select([active.control, self.caller], [], [], max(NEAREST, min(rests)))
             if active.control in ready:
                 try:
                     answer, result, _ = receive(active.control)

@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PATIENCE
@@ -156,6 +158,35 @@ def test_files_go_in_and_out(session: Session) -> None:
     with pytest.raises(OSError):
         session.put("/usr/lib/x", b"")
     assert session.run("1 + 1").value == "2"
+
+
+WRONG: dict[str, Callable[[Any], object]] = {
+    "text as data": lambda session: session.put("a", "text"),
+    "a NUL in a name": lambda session: session.get("a\0b"),
+    "half a surrogate in a name": lambda session: session.put("\ud800", b""),
+    "half a surrogate in code": lambda session: session.run("'\ud800'"),
+    "bytes as code": lambda session: session.run(b"1"),
+    "no end": lambda session: session.run("1", wall_time=float("inf")),
+    "no number": lambda session: session.run("1", cpu_time=float("nan")),
+    "less than nothing": lambda session: session.run("1", wall_time=-1),
+    "text as a limit": lambda session: session.run("1", wall_time="1"),
+    "text as a checkpoint": lambda session: session.restore("x"),
+    "a giant checkpoint": lambda session: session.restore(10**30),
+    "too much": lambda session: session.put("a", bytes((64 << 20) + 1)),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_bad_argument_is_an_error_and_not_the_end(what: str, session: Session) -> None:
+    session.run("x = 1").check()
+    with pytest.raises((TypeError, ValueError, OverflowError, AttributeError, SessionError)):
+        WRONG[what](session)
+    assert session.run("x", wall_time=1e300, cpu_time=1e300).check().value == "1"
+
+
+def test_a_path_and_any_buffer_will_do(session: Session) -> None:
+    session.put(Path("a"), memoryview(b"data"))
+    assert session.get(Path("/work/a")) == b"data"
 
 
 def test_figures_come_as_pictures(session: Session) -> None:
