@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 PRELOAD = ("json", "select", "socket", "stat", "traceback", "linecache", "contextlib", "time")
 """What session_inside.py imports."""
-MOST_HEAD, MOST_DATA = 8 << 20, 64 << 20
+MOST_HEAD, MOST_DATA = 20 << 20, 64 << 20
+"""Bytes: of three texts (MOST_TEXT inside), each of them six times longer in JSON; of a file or the figures."""
 MOST_ERRNO = 4095
 GRACE = 1.0
 """Seconds after a wall time limit for the keeper inside to end the cell. Then the whole session ends."""

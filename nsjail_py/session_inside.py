@@ -118,7 +118,7 @@ def execute(main: Any, source: str, name: str, on_interrupt: Any) -> tuple[dict[
     try:
         signal.signal(signal.SIGINT, on_interrupt)
         value = evaluate(main, source, name)
-        text = None if value is None else repr(value)[:MOST_TEXT]
+        text = None if value is None else clean(repr(value))
     except BaseException as raised:
         error = raised
     try:
@@ -163,9 +163,14 @@ def told(error: BaseException) -> list[str]:
         trace = trace.tb_next
     try:
         text = "".join(traceback.format_exception(error.with_traceback(trace)))
-        return [type(error).__qualname__, str(error)[:MOST_TEXT], text[:MOST_TEXT]]
-    except Exception:  # an exception whose own methods raise
-        return [type(error).__qualname__, "", f"{type(error).__qualname__}\n"]
+        return [clean(type(error).__qualname__), clean(str(error)), clean(text)]
+    except BaseException:  # an exception whose own methods raise
+        return [clean(type(error).__qualname__), "", clean(f"{type(error).__qualname__}\n")]
+
+
+def clean(text: str) -> str:
+    """Text of bounded size that UTF-8 can say: half a surrogate becomes an escape."""
+    return text[:MOST_TEXT].encode(errors="backslashreplace")[:MOST_TEXT].decode(errors="ignore")
 
 
 def figures() -> list[bytes]:

@@ -70,6 +70,29 @@ def test_an_exception_is_told_with_the_cells_own_lines_and_ends_nothing(session:
     assert session.run("y").value == "7"
 
 
+TEXTS = {
+    "half a surrogate": (r"'bad \ud83d'", r"bad \ud83d"),
+    "beyond 16 bits": (r"'\U0001f600' * (1 << 20)", "\U0001f600" * (1 << 18)),
+    "no letters": (r"'\0' * (2 << 20)", "\0" * (1 << 20)),
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_any_text_is_told_as_far_as_it_can_be(what: str, session: Session) -> None:
+    text, told = TEXTS[what]
+    session.run(f"class Odd:\n def __repr__(self): return text\ntext = {text}").check()
+    assert session.run("Odd()").check().value == told
+    cell = session.run("raise ValueError(text)")
+    assert cell.error and cell.error[:2] == ("ValueError", told)
+
+
+@pytest.mark.parametrize("error", ["KeyError", "SystemExit", "KeyboardInterrupt"])
+def test_an_exception_without_a_text_ends_nothing(error: str, session: Session) -> None:
+    cell = session.run(f"class Odd(Exception):\n def __str__(self): raise {error}\nraise Odd")
+    assert cell.error and cell.error[0] == "Odd"
+    assert session.run("1").check().value == "1"
+
+
 def test_a_checkpoint_is_gone_back_to_as_often_as_wanted(session: Session) -> None:
     session.run("x = [1]")
     first = session.checkpoint()
