@@ -9,6 +9,7 @@ ARRAY = 1
 """MessagePack extension: an array's type, shape and bytes."""
 LENGTH = 8
 RESULT_FD, CALL_FD = 3, 4
+MOST_TEXT = 1 << 20
 
 
 def plain(value: Any) -> object:
@@ -24,10 +25,21 @@ def plain(value: Any) -> object:
     )
 
 
+def told(error: BaseException) -> list[str]:
+    """Its type, what it says, and the traceback: text of bounded size that UTF-8 can say."""
+    import traceback
+
+    texts = [type(error).__qualname__, "", ""]
+    try:
+        texts[1:] = str(error), "".join(traceback.format_exception(error))
+    except BaseException:  # an exception whose own methods raise
+        texts[2] = texts[0]
+    return [text[:MOST_TEXT].encode(errors="backslashreplace")[:MOST_TEXT].decode(errors="ignore") for text in texts]
+
+
 def main() -> None:
     import os
     import pickle
-    import traceback
 
     def send(*parts: object) -> None:
         data = msgspec.msgpack.encode(parts, enc_hook=plain)
@@ -43,7 +55,7 @@ def main() -> None:
         value = function(*arguments, **named)
         send(RESULT, value)
     except BaseException as error:
-        send(ERROR, type(error).__qualname__, str(error), "".join(traceback.format_exception(error)))
+        send(ERROR, *told(error))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,24 @@ def test_an_exception_comes_with_its_traceback_as_text(pool: JailExecutor) -> No
         pool.submit(lambda: object()).result()
 
 
+def test_an_exception_is_told_whatever_its_text_is(pool: JailExecutor) -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    def fail(error: type[Exception], text: str, count: int) -> None:
+        raise error(text.encode().decode("unicode_escape") * count)
+
+    for error, text, count, message in (
+        (ValueError, r"bad \ud83d", 1, r"bad \ud83d"),
+        (ValueError, "x", 65 << 20, "x" * (1 << 20)),
+        (Odd, "", 1, ""),
+    ):
+        with pytest.raises(JobError) as caught:
+            pool.submit(fail, error, text, count).result()
+        assert (caught.value.type.rpartition(".")[2], caught.value.message) == (error.__name__, message)
+
+
 def test_a_run_that_meets_a_limit_says_which(pool: JailExecutor) -> None:
     # Without a control group it is the process that is refused more memory, and it can say so.
     with pytest.raises((RunFailed, JobError)) as hungry:
