@@ -86,12 +86,28 @@ class Queue:
             return dropped
 
 
+_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+"""Of this process: threads that wait for calls would hold its end up."""
+
+
+def _at_exit() -> None:
+    """As concurrent.futures does: what has been submitted is still done. The interpreter waits for the threads."""
+    for queue in list(_queues):
+        queue.close(drop=False)
+
+
+threading._register_atexit(_at_exit)  # type: ignore[attr-defined]  # atexit itself comes after that wait
+os.register_at_fork(after_in_child=_queues.clear)
+
+
 class JailExecutor(Executor):
     """Runs functions in jails, `max_workers` at a time.
 
     policy, changes: as for Jail. preload: modules that the functions use; they and the distributions that they come from are there without
     an import. pending: how many calls may wait; a `submit` beyond waits for room. Threads that submit at one time take turns.
     Raises PolicyError as Jail does, and ImportError without cloudpickle (the extra `warm`).
+
+    An executor that is dropped, and the end of the interpreter, let the calls be done that have been submitted.
 
     A future's exception is JobError for what the function raised (with its traceback as text), RunFailed for a run that met a limit or a
     signal, SetupError when there was no jail for it.
@@ -116,7 +132,8 @@ class JailExecutor(Executor):
         self._queue = Queue(pending)
         self._threads: list[threading.Thread] = []
         self._workers, self._lock = workers, threading.Lock()
-        self._finalizer = weakref.finalize(self, self._queue.close, True)
+        _queues.add(self._queue)
+        weakref.finalize(self, self._queue.close, drop=False).atexit = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As concurrent.futures says. What cannot be pickled is an error here, not in the future."""
@@ -124,7 +141,7 @@ class JailExecutor(Executor):
         call = Call(Future(), self._pickle.dumps((fn, args, kwargs)))
         with self._lock:
             if len(self._threads) < self._workers and not self._queue.closed:
-                thread = threading.Thread(target=_work, args=(self._queue, self._jail), name=f"jail-{len(self._threads)}", daemon=True)
+                thread = threading.Thread(target=_work, args=(self._queue, self._jail), name=f"jail-{len(self._threads)}", daemon=False)
                 self._threads.append(thread)
                 thread.start()
         self._queue.put(call)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
 
 from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed, executor, executor_inside, launcher
 
@@ -174,6 +179,47 @@ def test_cancel_timeout_and_shutdown_are_those_of_concurrent_futures() -> None:
         assert running.done() and late.cancelled()
         with pytest.raises(RuntimeError, match="after shutdown"):
             pool.submit(add, 1)
+
+
+def test_an_executor_that_is_dropped_does_what_was_submitted() -> None:
+    before = threading.enumerate()
+    futures = [JailExecutor("untrusted", 1).submit(add, 1)]
+    pool = JailExecutor("untrusted", 1)
+    futures += [pool.submit(add, number) for number in range(5)]
+    del pool
+    gc.collect()
+    assert [future.result(30 * PATIENCE) for future in futures] == [2, 1, 2, 3, 4, 5]
+    threads = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in threads:
+        thread.join(10 * PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+AT_EXIT = """
+import nsjail_py, os, sys, time
+pool = nsjail_py.JailExecutor("untrusted", 1)
+for number in range(3):
+    pool.submit(abs, -number).add_done_callback(lambda future: print(future.result(), flush=True))
+if "--forked" in sys.argv and os.fork() == 0:
+    sys.exit()
+if "--slow" in sys.argv:
+    pool.submit(time.sleep, 50)
+    print("waits", flush=True)
+"""
+
+
+def test_the_end_of_the_interpreter_waits_for_what_was_submitted() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", AT_EXIT, "--forked"], capture_output=True, timeout=60 * PATIENCE)
+    assert (done.stdout, done.stderr, done.returncode) == (b"0\n1\n2\n", b"", 0)
+
+
+def test_an_interrupt_ends_that_wait() -> None:
+    with subprocess.Popen([sys.executable, "-c", AT_EXIT, "--slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert {process.stdout.readline() for _ in range(4)} == {b"0\n", b"1\n", b"2\n", b"waits\n"}
+        time.sleep(0.3 * PATIENCE)
+        process.send_signal(signal.SIGINT)
+        process.wait(10 * PATIENCE)
 
 
 def test_a_full_queue_holds_the_submitter_back() -> None:
