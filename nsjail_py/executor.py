@@ -1,7 +1,7 @@
 """`JailExecutor`: concurrent.futures, with each call in a jail of its own, forked from a warm interpreter.
 
 Functions and arguments go in pickled (cloudpickle). Results come back as data that is safe to read from anybody: numbers, text, bytes,
-lists, dictionaries, dates, None, and numpy arrays. Nothing that a job wrote is ever unpickled here.
+lists, dictionaries, dates, None, and numpy arrays (unpack.py). Nothing that a job wrote is ever unpickled here.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
-import msgspec
-
-from .errors import JailError, JobError, RunFailed, during
-from .executor_inside import ARRAY, CALL_FD, LENGTH, RESULT, RESULT_FD
+from .errors import JailError, RunFailed, during
+from .executor_inside import CALL_FD, LENGTH, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail
 from .plan import Sealed
 from .policy import Policy
+from .unpack import decode
 
 RESULT_SIZE = 64 << 20
 """Bytes of one result."""
 PENDING = 1000
 """Calls that may wait; a further `submit` waits for room."""
-PLAIN = frozenset("biufcSUmM?")
-"""Kinds of numpy's types that are nothing but their bytes."""
 
 
 class Call(NamedTuple):
@@ -110,7 +107,8 @@ class JailExecutor(Executor):
     An executor that is dropped, and the end of the interpreter, let the calls be done that have been submitted.
 
     A future's exception is JobError for what the function raised (with its traceback as text), RunFailed for a run that met a limit or a
-    signal, SetupError when there was no jail for it.
+    signal, SetupError when there was no jail for it, JailError for a result that cannot be read: it has at most 64 MiB, and four million
+    values.
     """
 
     def __init__(
@@ -188,31 +186,6 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         if not 0 < size <= RESULT_SIZE - LENGTH:
             raise JailError("the job ended without a result")
         return decode(os.pread(result, size, LENGTH))
-
-
-def decode(data: bytes) -> Any:
-    """What a job has written. Raises JobError if it tells of an exception, and JailError for what is no result."""
-    try:
-        kind, *rest = msgspec.msgpack.decode(data, ext_hook=_array)
-        if kind == RESULT:
-            [value] = rest
-            return value
-        name, message, trace = map(str, rest)
-    except (msgspec.DecodeError, ValueError, TypeError) as error:
-        raise JailError(f"the job's result cannot be read: {error}") from None
-    raise JobError(name, message, trace)
-
-
-def _array(code: int, data: memoryview) -> Any:
-    if code != ARRAY:
-        raise ValueError(f"extension {code}")
-    import numpy as np
-
-    name, shape, raw = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], bytes])
-    dtype = np.dtype(name)
-    if dtype.kind not in PLAIN or dtype.names is not None:
-        raise ValueError(f"an array of {name!r}")
-    return np.frombuffer(raw, dtype).reshape(shape).copy()
 
 
 def by_value(pickle: Any, fn: Callable[..., Any]) -> None:

@@ -10,16 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, as_completed, wait
 from datetime import date
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import PATIENCE
 
-from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed, executor, executor_inside, launcher
+from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed, executor_inside, launcher, unpack
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,6 @@ def test_nothing_that_a_job_writes_is_unpickled(pool: JailExecutor, tmp_path: An
 
 
 def test_what_is_decoded_is_only_data() -> None:
-    import msgspec
-
     def message(*parts: Any) -> bytes:
         return msgspec.msgpack.encode(parts)
 
@@ -157,7 +156,77 @@ def test_what_is_decoded_is_only_data() -> None:
         message(7),
     ):
         with pytest.raises(JailError):
-            executor.decode(data)
+            unpack.decode(data)
+
+
+def _ext(*parts: Any) -> bytes:
+    data = msgspec.msgpack.encode(parts)
+    return b"\xc7" + bytes([len(data), executor_inside.ARRAY]) + data
+
+
+MANY = {
+    "empty maps": b"\x80",
+    "maps": b"\x81\x00\x00",
+    "empty lists": b"\x90",
+    "lists": b"\xdd\x00\x00\x00\x01\x00",
+    "numbers": b"\xe0",
+    "texts": b"\xa2\xc4\x80",
+    "bytes": b"\xc4\x00",
+    "arrays": _ext("|b1", (0,), b""),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_result_takes_its_reader_a_bounded_amount_of_memory(what: str) -> None:
+    count = (63 << 20) // len(MANY[what])
+    data = b"\x92\x00\xdd" + count.to_bytes(4, "big") + MANY[what] * count
+    read = f"import sys, numpy\nfrom nsjail_py import unpack\nfrom resource import *\nsetrlimit(RLIMIT_DATA, ({2 << 30}, -1))"
+    read += "\ntry: unpack.decode(sys.stdin.buffer.read())\nexcept unpack.JailError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", read], input=data, capture_output=True, timeout=60 * PATIENCE)
+    assert b"more than 4194304 values" in done.stdout, done.stderr[-300:]
+    assert unpack.decode(data[:3] + (1000).to_bytes(4, "big") + MANY[what] * 1000)[999] is not None
+
+
+def test_every_kind_of_value_is_counted_with_its_own_length() -> None:
+    for first in sorted({*range(0x80), *range(0xA0, 0xC1), *range(0xC2, 0xDC), *range(0xE0, 0x100)}):
+        for length in (0, 1, 200) if first in unpack.LENGTHS else (0,):
+            width, before = unpack.LENGTHS.get(first, (0, 1))
+            size = before + length if first in unpack.LENGTHS else unpack.SIZES[first]
+            value = (bytes([first]) + length.to_bytes(width, "big")).ljust(size, b"\1")
+            assert msgspec.msgpack.decode(b"\x92" + value + b"\x07", ext_hook=lambda *_: None)[1] == 7
+
+
+WRONG = {
+    "nested": b"\x91" * 100_000 + b"\x00",
+    "a long shape": b"\x92\x00" + _ext("|b1", (1,) * 65, b"\0"),
+    "a giant shape": b"\x92\x00" + _ext("|b1", (1 << 63,), b"\0"),
+    "a nameless type": b"\x92\x00" + _ext("(i4", (1,), bytes(4)),
+    "no text": b"\x94\x01\xa0\xa0\xc4\x00",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_no_result_is_a_jail_error(what: str) -> None:
+    with pytest.raises(JailError, match="cannot be read") as caught:
+        unpack.decode(WRONG[what])
+    assert not isinstance(caught.value, JobError)
+
+
+LARGE: dict[str, Callable[[], Any]] = {
+    "bytes": lambda: bytes(range(256)) * (60 << 12),
+    "text": lambda: "x" * (60 << 20),
+    "an array": lambda: np.arange(60 << 17),
+    "numbers": lambda: list(range(1_000_000)),
+    "floats": lambda: [number / 3 for number in range(4_000_000)],
+    "records": lambda: [{"name": str(number), "at": number, "rows": [number / 2, None]} for number in range(200_000)],
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_a_large_result_comes_back_as_it_was(what: str) -> None:
+    value = LARGE[what]()
+    back = unpack.decode(msgspec.msgpack.encode((executor_inside.RESULT, value), enc_hook=executor_inside.plain))
+    assert np.array_equal(back, value) if what == "an array" else back == value
 
 
 def test_cancel_timeout_and_shutdown_are_those_of_concurrent_futures() -> None:
