@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import io
 import os
+import site
 import sys
 import sysconfig
 import threading
@@ -16,6 +18,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from .errors import JailError, RunFailed, during
@@ -120,12 +123,10 @@ class JailExecutor(Executor):
         pending: int = PENDING,
         **changes: Any,
     ) -> None:
-        import cloudpickle
-
+        self._pickle = pickler()
         workers = max_workers if max_workers is not None else os.cpu_count() or 1
         if workers < 1 or pending < 1:
             raise ValueError("max_workers and pending must be 1 or more")
-        self._pickle = cloudpickle
         self._jail = Jail(policy, preload=tuple(dict.fromkeys((*preload, "cloudpickle", "msgspec"))), stock=min(workers, 64), **changes)
         self._queue = Queue(pending)
         self._threads: list[threading.Thread] = []
@@ -135,8 +136,7 @@ class JailExecutor(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As concurrent.futures says. What cannot be pickled is an error here, not in the future."""
-        by_value(self._pickle, fn)
-        call = Call(Future(), self._pickle.dumps((fn, args, kwargs)))
+        call = Call(Future(), self._pickle((fn, args, kwargs)))
         with self._lock:
             if len(self._threads) < self._workers and not self._queue.closed:
                 thread = threading.Thread(target=_work, args=(self._queue, self._jail), name=f"jail-{len(self._threads)}", daemon=False)
@@ -188,15 +188,34 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         return decode(os.pread(result, size, LENGTH))
 
 
-def by_value(pickle: Any, fn: Callable[..., Any]) -> None:
-    """The caller's own modules are not inside: their functions go with their code; those of installed packages go by name."""
-    module = sys.modules.get(getattr(fn, "__module__", None) or "")
+@functools.cache
+def pickler() -> Callable[[object], bytes]:
+    """The caller's own modules are not inside: what is met of them goes with its code; what is of installed packages goes by name."""
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+        def reducer_override(self, met: Any) -> Any:
+            if isinstance(met, (type, FunctionType, ModuleType)):
+                module = met if isinstance(met, ModuleType) else sys.modules.get(getattr(met, "__module__", None) or "")
+                if module is not None and own(module) and module.__name__ not in cloudpickle.list_registry_pickle_by_value():
+                    cloudpickle.register_pickle_by_value(module)
+            return super().reducer_override(met)
+
+    def pickled(value: object) -> bytes:
+        with io.BytesIO() as file:
+            Pickler(file).dump(value)
+            return file.getvalue()
+
+    return pickled
+
+
+def own(module: ModuleType) -> bool:
     file = getattr(module, "__file__", None)
-    own = file is not None and not file.startswith(installed())
-    if module is not None and own and module.__name__ != "__main__" and module.__name__ not in pickle.list_registry_pickle_by_value():
-        pickle.register_pickle_by_value(module)
+    return module.__name__ != "__main__" and file is not None and not file.startswith(installed())
 
 
 @functools.cache
 def installed() -> tuple[str, ...]:
-    return tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    """Where modules lie that go by name: Debian's and the user's own packages, too."""
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return tuple(path + os.sep for path in (*paths, *site.getsitepackages(), site.getusersitepackages()))

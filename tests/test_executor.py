@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+import importlib
+import operator
 import os
 import signal
 import subprocess
@@ -38,6 +41,45 @@ def test_functions_go_in_and_results_come_back(pool: JailExecutor) -> None:
     assert pool.submit(add, 40, b=2).result() == 42
     assert list(pool.map(add, range(10), range(10))) == [2 * n for n in range(10)]
     assert pool.submit(lambda text: text.upper(), "text").result() == "TEXT"
+
+
+HELPER = """
+import dataclasses, enum
+class Colour(enum.Enum): red = 1
+@dataclasses.dataclass
+class Point:
+    x: int
+    def moved(self, by): return Point(self.x + by)
+def add(a, b): return a + b
+def point(x): return Point(add(x, 1)).x
+def use(how, *arguments): return how(*arguments)
+"""
+WAYS = {
+    "a partial": "functools.partial(helper.add, 1), 2",
+    "a keyword": "functools.partial(int, base=2), '11'",
+    "an argument": "functools.reduce, helper.add, [1, 2]",
+    "an argument in a list": "lambda functions: functions[0](1, 2), [helper.add]",
+    "an object": "operator.attrgetter('x'), helper.Point(3)",
+    "a method": "helper.Point(1).moved(2).__getattribute__, 'x'",
+    "a class": "lambda made: made(3).x, helper.Point",
+    "a module": "lambda: helper.add(1, 2)",
+    "a module of a function's": "helper.use, helper.point, 2",
+    "a member of an enum": "lambda colour: colour.value + 2, helper.Colour.red",
+    "a module in a closure": "(lambda module: lambda: module.point(2))(helper)",
+}
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_what_is_of_the_callers_own_modules_goes_in_whatever_way_it_is_met(how: str, pool: JailExecutor, tmp_path: Any) -> None:
+    """Each is the first of its module: what was met before does not count."""
+    name = f"helper_{list(WAYS).index(how)}"
+    (tmp_path / f"{name}.py").write_text(HELPER)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        call = eval(f"({WAYS[how]},)", {"helper": importlib.import_module(name), "functools": functools, "operator": operator})
+        assert pool.submit(*call).result() == 3
+    finally:
+        sys.path.remove(str(tmp_path))
 
 
 VALUES = [None, True, 1, 1 << 62, 1.5, "täxt", b"\0bytes\xff", [1, [2, {}]], {"a": {"b": [None]}}, date(2026, 11, 24), "x" * 5_000_000]
