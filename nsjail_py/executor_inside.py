@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 
 RESULT, ERROR = 0, 1
-ARRAY = 1
-"""MessagePack extension: an array's type, shape and bytes."""
+ARRAY, INTEGER = 1, 2
+"""MessagePack's extensions: an array's type, shape and bytes; the bytes of a number beyond 64 bits, little end first."""
 LENGTH = 8
 RESULT_FD, CALL_FD = 3, 4
 MOST_TEXT = 1 << 20
@@ -23,6 +23,17 @@ def plain(value: Any) -> object:
     raise TypeError(
         f"a result of type {kind.__module__}.{kind.__qualname__} cannot leave the jail: return numbers, text, bytes, lists, arrays"
     )
+
+
+def wide(value: Any) -> Any:
+    """With extensions for numbers beyond 64 bits, which MessagePack has not. A dictionary's keys stay as they are."""
+    if isinstance(value, int) and value.bit_length() > 63:
+        return msgspec.msgpack.Ext(INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [wide(item) for item in value]
+    if isinstance(value, dict):
+        return {key: wide(item) for key, item in value.items()}
+    return value
 
 
 def told(error: BaseException) -> list[str]:
@@ -42,7 +53,10 @@ def main() -> None:
     import pickle
 
     def send(*parts: object) -> None:
-        data = msgspec.msgpack.encode(parts, enc_hook=plain)
+        try:
+            data = msgspec.msgpack.encode(parts, enc_hook=plain)
+        except OverflowError:
+            data = msgspec.msgpack.encode(wide(parts), enc_hook=plain)
         written = 0
         view = memoryview(len(data).to_bytes(LENGTH, "little") + data)
         while written < len(view):

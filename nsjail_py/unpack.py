@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 
 from .errors import JailError, JobError
-from .executor_inside import ARRAY, RESULT
+from .executor_inside import ARRAY, INTEGER, RESULT
 
 MOST_VALUES = 4 << 20
 """Of one result. An empty dictionary is one byte there, and eighty here; what a value takes is less than ninety in any case."""
@@ -30,7 +30,7 @@ def decode(data: bytes) -> Any:
     """What a job has written. Raises JobError if it tells of an exception, and JailError for what is no result."""
     try:
         count(data)
-        kind, *rest = msgspec.msgpack.decode(data, ext_hook=_array)
+        kind, *rest = msgspec.msgpack.decode(data, ext_hook=_extension)
         if kind == RESULT:
             [value] = rest
             return value
@@ -57,9 +57,15 @@ def count(data: bytes) -> None:
             at += before + int.from_bytes(data[at + 1 : at + 1 + width], "big")
 
 
-def _array(code: int, data: memoryview) -> Any:
-    if code != ARRAY:
-        raise ValueError(f"extension {code}")
+def _extension(code: int, data: memoryview) -> Any:
+    if code == INTEGER:
+        return int.from_bytes(data, "little", signed=True)
+    if code == ARRAY:
+        return _array(data)
+    raise ValueError(f"extension {code}")
+
+
+def _array(data: memoryview) -> Any:
     import numpy as np
 
     name, shape, raw = msgspec.msgpack.decode(data, type=_Array)

@@ -82,13 +82,20 @@ def test_what_is_of_the_callers_own_modules_goes_in_whatever_way_it_is_met(how: 
         sys.path.remove(str(tmp_path))
 
 
-VALUES = [None, True, 1, 1 << 62, 1.5, "täxt", b"\0bytes\xff", [1, [2, {}]], {"a": {"b": [None]}}, date(2026, 11, 24), "x" * 5_000_000]
+NUMBERS = [sign * (1 << bits) + more for bits in (7, 8, 62, 63, 64, 71, 127, 5000) for sign in (1, -1) for more in (-1, 0, 1)]
+VALUES = [None, True, 1, 1.5, "täxt", b"\0bytes\xff", [1, [2, {}]], {"a": {"b": [None]}}, date(2026, 11, 24), "x" * 5_000_000]
+VALUES += [1 << 64, NUMBERS, {"a": [{1: 1 << 70, 2: b"x"}, 3]}]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20])
 def test_plain_data_comes_back_as_it_was(pool: JailExecutor, value: Any) -> None:
     result = pool.submit(lambda: value).result()
     assert result == (value.isoformat() if isinstance(value, date) else value)
+
+
+def test_a_number_that_has_no_way_out_is_told_with_the_limit(pool: JailExecutor) -> None:
+    with pytest.raises(JobError, match=r"2\*\*64"):
+        pool.submit(lambda: {1 << 64: 1}).result()
 
 
 def test_arrays_come_back_whole(pool: JailExecutor) -> None:
