@@ -57,6 +57,9 @@ def main() -> None:
             data = msgspec.msgpack.encode(parts, enc_hook=plain)
         except OverflowError:
             data = msgspec.msgpack.encode(wide(parts), enc_hook=plain)
+        most = os.fstat(RESULT_FD).st_size - LENGTH
+        if len(data) > most:
+            raise ValueError(f"a result of {len(data)} bytes cannot leave the jail: at most {most}")
         written = 0
         view = memoryview(len(data).to_bytes(LENGTH, "little") + data)
         while written < len(view):

@@ -98,6 +98,11 @@ def test_a_number_that_has_no_way_out_is_told_with_the_limit(pool: JailExecutor)
         pool.submit(lambda: {1 << 64: 1}).result()
 
 
+def test_a_result_that_is_too_large_is_told_with_the_limit(pool: JailExecutor) -> None:
+    with pytest.raises(JobError, match="at most 67108856"):
+        pool.submit(bytes, 65 << 20).result()
+
+
 def test_arrays_come_back_whole(pool: JailExecutor) -> None:
     for array in (
         np.arange(12.0).reshape(3, 4),
