@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from .errors import JailError, RunFailed, during
 from .executor_inside import CALL_FD, LENGTH, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail
-from .plan import Sealed
+from .plan import sealed
 from .policy import Policy
 from .unpack import decode
 
@@ -176,9 +176,8 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         file.truncate(RESULT_SIZE)  # all holes: what is not written takes no memory
         fcntl.fcntl(result, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         with during("call"):
-            payload = Sealed("call", pickled)
-        descriptors = {RESULT_FD: result, CALL_FD: payload.fd}
-        with jail.start_own("executor", descriptors, (DEVNULL, DEVNULL, PIPE)) as process:
+            call = sealed("call", pickled)
+        with open(call, "rb", 0), jail.start_own("executor", {RESULT_FD: result, CALL_FD: call}, (DEVNULL, DEVNULL, PIPE)) as process:
             outcome = process.communicate()
         if not outcome.ok:
             raise RunFailed(outcome)

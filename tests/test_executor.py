@@ -148,6 +148,14 @@ def test_an_exception_is_told_whatever_its_text_is(pool: JailExecutor) -> None:
         assert (caught.value.type.rpartition(".")[2], caught.value.message) == (error.__name__, message)
 
 
+def test_a_call_that_failed_keeps_no_descriptor(pool: JailExecutor) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    failed = [pool.submit(int, "x") for _ in range(20)]
+    wait(failed)
+    assert all(future.exception() for future in failed)
+    assert len(os.listdir("/proc/self/fd")) < before + 10  # those of the warm interpreter, where it is the first call
+
+
 def test_a_run_that_meets_a_limit_says_which(pool: JailExecutor) -> None:
     # Without a control group it is the process that is refused more memory, and it can say so.
     with pytest.raises((RunFailed, JobError)) as hungry:
