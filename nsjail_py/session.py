@@ -132,7 +132,7 @@ class Session:
         for descriptor in self._outputs:
             os.set_blocking(descriptor, False)
         self._output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
-        self._size = 0
+        self._size, self._stopped = 0, False
         self._asked = True
         """Whether an answer is on its way."""
         with self._whole():
@@ -150,7 +150,7 @@ class Session:
             self._need_state()
             self._count += 1
             head = {"do": "run", "name": f"<cell {self._count}>", "wall_time": wall, "cpu_time": cpu}
-            self._output, self._size = {"stdout": [], "stderr": []}, 0
+            self._output, self._size, self._stopped = {"stdout": [], "stderr": []}, 0, False
             answer, data = self._ask(head, None if wall is None else wall + GRACE, source)
             self._drain()
             return self._cell(answer, data, {"wall_time": wall, "cpu_time": cpu})
@@ -311,10 +311,18 @@ class Session:
             ready = dict(poll.poll(None if rest is None else min(rest, LONG)))
             for descriptor in ready.keys() & self._outputs.keys():
                 self._take(descriptor)
+            if event == select.POLLIN:  # between two messages of ours
+                self._stop_flood()
             if self._socket.fileno() in ready:
                 return
             if self._process.channel.fileno() in ready and self._process.hear():
                 raise _Broken("its run is over")
+
+    def _stop_flood(self) -> None:
+        """Once; a keeper that is not in a cell any more passes it over."""
+        if not self._stopped and self._limits.output is not None and self._size > self._limits.output:
+            self._stopped = True
+            self._send({"do": "stop", "why": "output"})
 
     def _take(self, descriptor: int) -> None:
         try:
@@ -326,10 +334,8 @@ class Session:
             return
         most = self._limits.output
         room = len(data) if most is None else max(0, most - self._size)
-        before, self._size = self._size, self._size + len(data)
+        self._size += len(data)
         self._output[self._outputs[descriptor]].append(data[:room])
-        if most is not None and before <= most < self._size:  # once; a keeper that is not in a cell any more passes it over
-            self._send({"do": "stop", "why": "output"})
 
     def _drain(self) -> None:
         """What was written before the answer, and not what a thread of the cell's goes on writing."""

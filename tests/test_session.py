@@ -207,6 +207,16 @@ def test_a_bad_argument_is_an_error_and_not_the_end(what: str, session: Session)
     assert session.run("x", wall_time=1e300, cpu_time=1e300).check().value == "1"
 
 
+def test_a_file_goes_in_whole_while_a_thread_writes_more_than_it_may() -> None:
+    with Jail("untrusted", output="1M") as jail, jail.session() as session:
+        session.run("import os, threading, time\ndef flood():\n time.sleep(.2)\n for _ in range(700): os.write(1, bytes(60_000))")
+        session.run("threading.Thread(target=flood).start()").check()
+        time.sleep(0.4 * PATIENCE)
+        data = os.urandom(48 << 20)
+        session.put("file", data)
+        assert session.get("file") == data
+
+
 def test_a_path_and_any_buffer_will_do(session: Session) -> None:
     session.put(Path("a"), memoryview(b"data"))
     assert session.get(Path("/work/a")) == b"data"
