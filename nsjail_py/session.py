@@ -115,7 +115,7 @@ class Session:
     def __init__(self, jail: Jail, limits: Any) -> None:
         self.result: Result | None = None
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a call that fails closes
         self._count = 0
         self._gone: str | None = None
         """Why there is no state at the moment."""
@@ -201,12 +201,14 @@ class Session:
         self._process.send_signal(signal.SIGINT)
 
     def close(self) -> None:
-        """Ends the session and everything in it."""
-        self._socket.close()
-        self._process.__exit__(None, None, None)
-        if self.result is None:
-            with contextlib.suppress(Exception):
-                self.result = self._process.wait()
+        """Ends the session and everything in it. In a thread that waits for a cell `run` raises SessionError then."""
+        self._process.kill()
+        with self._lock:  # that thread hears of it
+            self._socket.close()
+            self._process.__exit__(None, None, None)
+            if self.result is None:
+                with contextlib.suppress(Exception):
+                    self.result = self._process.wait()
 
     def __enter__(self) -> Self:
         return self

@@ -361,6 +361,16 @@ def test_threads_take_turns(session: Session) -> None:
     assert session.run("total").value == "20"
 
 
+def test_a_session_can_be_closed_while_a_cell_runs_in_another_thread(session: Session) -> None:
+    timer = threading.Timer(0.3 * PATIENCE, session.close)
+    timer.start()
+    with pytest.raises(SessionError, match="killed by the caller"):
+        session.run("import time; time.sleep(5)")
+    timer.join()
+    with pytest.raises(SessionError, match="killed by the caller"):
+        session.run("1")
+
+
 def test_a_policy_that_has_no_room_for_another_process_says_so() -> None:
     with Jail("untrusted", processes=2) as jail, jail.session() as session:
         session.run("x = 1").check()
