@@ -125,8 +125,10 @@ void cgroup_remove(struct launcher *launcher, struct run *run) {
 		if (run->counters[i] >= 0)
 			close(run->counters[i]);
 	name_of(run->generation, name, sizeof name);
-	if (!removed(launcher, name))
+	if (!removed(launcher, name)) {
 		launcher->undead++;
+		launcher->sweep_ms = 0; /* at once */
+	}
 	run->has_groups = 0;
 }
 

@@ -22,7 +22,8 @@ int message_send(const struct cell *cell, int socket, const void *message, size_
 		first->cmsg_len = CMSG_LEN(sizeof(int) * (size_t)count);
 		memcpy(CMSG_DATA(first), descriptors, sizeof(int) * (size_t)count);
 	}
-	return late(cell, SYS_sendmsg, socket, (long)&header, MSG_NOSIGNAL, 0, 0) == (long)size ? 0 : -1;
+	/* Nobody of ours waits for another to read: who is stopped would stop the launcher with all its jails. */
+	return late(cell, SYS_sendmsg, socket, (long)&header, MSG_NOSIGNAL | MSG_DONTWAIT, 0, 0) == (long)size ? 0 : -1;
 }
 
 /* count: how many descriptors there is room for, then how many there are. A message that is cut is an error. That the other side has

@@ -20,8 +20,9 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 
-enum { CONTROL = 0, EVENTS = 64, SWEEP_MS = 2 };
+enum { CONTROL = 0, EVENTS = 64, SWEEP_MS = 2, MAX_SWEEP_MS = 1024 };
 
 int watch(struct launcher *launcher, int descriptor, enum event event, const struct run *run) {
 	uint64_t tag = event;
@@ -40,6 +41,19 @@ void unwatch(struct launcher *launcher, int *descriptor) {
 	*descriptor = -1;
 }
 
+/* The caller is gone, or has closed his end. The kernel ends our cells with us; but where their new parent is the caller (process 1 of a
+ * container, a subreaper) he would find them dead and never asked for them. */
+_Noreturn static void leave(struct launcher *launcher) {
+	siginfo_t info;
+	for (uint32_t i = 0; i < launcher->top_run; i++)
+		if (launcher->runs[i].used && launcher->runs[i].init >= 0 && !cell_is_job(&launcher->runs[i]))
+			run_kill(&launcher->runs[i], CAUSE_CALLER);
+	for (uint32_t i = 0; i < launcher->top_run; i++)
+		if (launcher->runs[i].used && launcher->runs[i].init >= 0 && !cell_is_job(&launcher->runs[i]))
+			waitid(P_PIDFD, (id_t)launcher->runs[i].init, &info, WEXITED);
+	exit(0);
+}
+
 static void request(struct launcher *launcher) {
 	static struct {
 		struct request head;
@@ -48,7 +62,7 @@ static void request(struct launcher *launcher) {
 	int descriptors[MAX_FDS + 3], count = MAX_FDS + 3;
 	ssize_t size = message_receive(NULL, CONTROL, &request, sizeof request, MSG_CMSG_CLOEXEC, descriptors, &count);
 	if (size == 0 && count == 0)
-		exit(0); /* the caller closed it */
+		leave(launcher); /* the caller closed it */
 	int least = 5 + (size == sizeof request.head);
 	if (size >= (ssize_t)sizeof request.head && request.head.magic == REQUEST_MAGIC && count >= least &&
 	    request.head.inlined == (size_t)size - sizeof request.head)
@@ -63,7 +77,7 @@ static void request(struct launcher *launcher) {
 static void dispatch(struct launcher *launcher, uint64_t tag, uint32_t ready) {
 	enum event event = tag & 15;
 	if (event == EVENT_CALLER)
-		exit(0);
+		leave(launcher);
 	if (event == EVENT_CONTROL)
 		return request(launcher);
 	struct run *run = &launcher->runs[(tag & 0xffffffff) >> 4];
@@ -147,10 +161,10 @@ int main(int count, char **arguments) {
 	if (launcher.epoll < 0 || launcher.caller < 0 || getppid() != (pid_t)launcher.hello.caller ||
 	    watch(&launcher, CONTROL, EVENT_CONTROL, NULL) < 0 || watch(&launcher, launcher.caller, EVENT_CALLER, NULL) < 0)
 		return 1;
-	for (;;) {
+	for (uint64_t swept_ns = 0;;) {
 		int wait_ms = shelves_wait_ms(&launcher);
-		if (launcher.undead && (wait_ms < 0 || wait_ms > SWEEP_MS))
-			wait_ms = SWEEP_MS;
+		if (launcher.undead && (wait_ms < 0 || wait_ms > launcher.sweep_ms))
+			wait_ms = launcher.sweep_ms;
 		int heard = epoll_wait(launcher.epoll, events, EVENTS, wait_ms);
 		if (heard < 0 && errno != EINTR)
 			return 1;
@@ -158,7 +172,14 @@ int main(int count, char **arguments) {
 			dispatch(&launcher, events[i].data.u64, events[i].events);
 		if (heard == 0)
 			shelves_tend(&launcher);
-		if (launcher.undead)
-			cgroup_sweep(&launcher);
+		uint64_t now = launcher.undead ? now_ns() : 0;
+		if (!launcher.undead || now < swept_ns + (uint64_t)launcher.sweep_ms * 1000000u)
+			continue;
+		cgroup_sweep(&launcher);
+		swept_ns = now;
+		launcher.sweep_ms =
+		    launcher.sweep_ms ? 2 * launcher.sweep_ms : SWEEP_MS; /* a group that stays is not looked at for ever */
+		if (launcher.sweep_ms > MAX_SWEEP_MS)
+			launcher.sweep_ms = MAX_SWEEP_MS;
 	}
 }

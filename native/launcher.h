@@ -77,6 +77,7 @@ struct launcher {
 	int groups[GROUPS];
 	uint32_t sequence; /* names the next cell's groups */
 	int undead;        /* groups that could not be removed yet */
+	int sweep_ms;      /* until it is tried once more */
 	int cpus;
 	uint32_t parked;
 	int hungry;          /* some shelf may want a cell */

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 
 void run_answer(struct launcher *launcher, struct run *run) {
@@ -28,7 +29,9 @@ void run_kill(struct run *run, enum cause cause) {
 	if (run->report.cause == CAUSE_NONE)
 		run->report.cause = cause;
 	if (run->init < 0) {
-		run->doomed = 1; /* a job that is not born yet */
+		run->doomed = 1; /* a job that is not born yet, and never is: its template may have been stopped */
+		if (run->cell >= 0)
+			shutdown(run->cell, SHUT_RDWR);
 		return;
 	}
 	/* The kernel kills all of the pid namespace with it. Were the signal refused: init ends with its socket. */
@@ -196,8 +199,10 @@ void run_execed(struct launcher *launcher, struct run *run) {
 
 void run_command(struct launcher *launcher, struct run *run) {
 	struct command command;
-	if (recv(run->channel, &command, sizeof command, MSG_DONTWAIT) != sizeof command)
-		command = (struct command){.cause = CAUSE_CALLER}; /* the caller has let go of it */
+	if (recv(run->channel, &command, sizeof command, MSG_DONTWAIT) != sizeof command) {
+		command = (struct command){.cause = CAUSE_CALLER};                 /* the caller has let go of it, and says no more: */
+		epoll_ctl(launcher->epoll, EPOLL_CTL_DEL, run->channel, NULL); /* that would be heard until all is cleared away */
+	}
 	if (!command.signal && command.cause == CAUSE_NONE) {
 		run->asked = 1;
 		if (run->execed)

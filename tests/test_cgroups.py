@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT, ROOT
+from conftest import IS_ROOT, PATIENCE, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -183,6 +184,31 @@ def test_a_run_has_no_more_swap_than_memory() -> None:
     assert told.keys() >= {"v1": {"memory.limit_in_bytes"}, "v2": {"memory.max"}, "none": set[str]()}[claim.kind]
     assert claim.swap == any("sw" in name for name in told)
     assert told == {name: files[name] for name in told}
+
+
+def test_a_group_that_cannot_be_removed_does_not_keep_the_launcher_awake() -> None:
+    """Somebody has made one below it, say. It is removed when that is gone."""
+    with nsjail_py.Jail("moderate", stock=0).start(["/bin/sleep", "60"]) as process:
+        assert process.pid
+        busy = [
+            path
+            for top in launcher.current().claim.directories.values()
+            for path in top.glob("cell-*")
+            if (path / "cgroup.procs").read_text()
+        ]
+        for path in busy:
+            (path / "other").mkdir()
+    status = Path(f"/proc/{launcher.current().pid}/status")
+    time.sleep(0.5)
+    woken = int(status.read_text().rpartition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    time.sleep(0.5)
+    assert int(status.read_text().rpartition("\nvoluntary_ctxt_switches:")[2].split()[0]) - woken < 20
+    for path in busy:
+        (path / "other").rmdir()
+    deadline = time.monotonic() + 20 * PATIENCE
+    while any(map(Path.exists, busy)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(Path.exists, busy))
 
 
 def test_the_group_of_a_run_is_the_root_of_what_it_sees() -> None:

@@ -148,6 +148,22 @@ def test_death_of_the_caller_is_the_end_of_every_jail() -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+ADOPTS = """
+import ctypes, os, time, nsjail_py
+from pathlib import Path
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: as process 1 of a container
+jail = nsjail_py.Jail("untrusted")
+process = jail.start(["/bin/sleep", "60"])
+for _ in range(3): jail.run(["/bin/true"])
+nsjail_py.launcher.shutdown()
+print([Path(f"/proc/{child}/stat").read_text() for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()])
+"""
+
+
+def test_an_orderly_end_leaves_no_dead_process_to_a_caller_who_adopts_them() -> None:
+    assert subprocess.run([sys.executable, "-c", ADOPTS], capture_output=True, text=True, check=False).stdout == "[]\n"
+
+
 def test_odd_states_of_the_caller_do_no_harm() -> None:
     source = """
 import os, signal, prctl, nsjail_py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from msgspec.structs import replace
 
 import nsjail_py
 import nsjail_py.warm
-from nsjail_py import Jail, JailError, Mount, PolicyError, Result, launcher
+from nsjail_py import Jail, JailError, Mount, PolicyError, Result, SetupError, launcher
 from nsjail_py.layers.scan import scan
 
 
@@ -173,6 +174,31 @@ def test_a_killed_template_is_replaced() -> None:
         while jail._templates._current.alive:
             time.sleep(0.01)
         assert jail.run_python("print(2)").stdout == b"2\n"
+
+
+def template_of(pid: int) -> int:
+    """The last that this launcher has made."""
+    init = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1]
+    return int(Path(f"/proc/{init}/task/{init}/children").read_text().split()[0])
+
+
+def test_a_stopped_template_holds_up_neither_its_own_jobs_nor_others() -> None:
+    """Not even when it has been told of more jobs than a socket can hold."""
+    with Jail("untrusted", preload=[], stock=0) as jail:
+        jail.run_python("1").check()
+        os.kill(template := template_of(launcher.current().pid), signal.SIGSTOP)
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                jail.run_python("1", timeout=0.2)
+            waiting = [jail.start_python("1") for _ in range(450)]
+            assert nsjail_py.run(["/bin/true"], timeout=20 * PATIENCE).ok
+            for process in waiting:
+                process.kill()
+                with contextlib.suppress(SetupError):  # for those that it could not be told any more
+                    assert process.wait(timeout=20 * PATIENCE).verdict == "killed"
+        finally:
+            os.kill(template, signal.SIGCONT)
+    assert Jail("untrusted", preload=[]).run_python("1").ok
 
 
 def test_a_killed_launcher_is_replaced_and_so_is_its_template() -> None:
