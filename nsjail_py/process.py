@@ -198,7 +198,7 @@ class Process:
         from subprocess import TimeoutExpired
 
         read = {} if self._exchange is None else self._exchange.output
-        stdout, stderr = (b"".join(read.get(name, ())) or None for name in ("stdout", "stderr"))
+        stdout, stderr = (bytes(read.get(name, b"")) or None for name in ("stdout", "stderr"))
         return TimeoutExpired(self.args, timeout or 0.0, stdout, stderr)
 
     def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Result:
@@ -273,7 +273,7 @@ class Process:
         )
         if done is None:
             return context
-        stdout, stderr = (b"".join(done.output[name]) for name in ("stdout", "stderr"))
+        stdout, stderr = (bytes(done.output[name]) for name in ("stdout", "stderr"))
         return context._replace(stdout=stdout, stderr=stderr, stdout_cut=done.cut["stdout"], stderr_cut=done.cut["stderr"])
 
     def __enter__(self) -> Self:

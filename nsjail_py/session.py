@@ -131,7 +131,7 @@ class Session:
         self._outputs = {self._process.stdout.fileno(): "stdout", self._process.stderr.fileno(): "stderr"}
         for descriptor in self._outputs:
             os.set_blocking(descriptor, False)
-        self._output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self._output = {"stdout": bytearray(), "stderr": bytearray()}
         self._size, self._stopped = 0, False
         self._asked = True
         """Whether an answer is on its way."""
@@ -150,7 +150,7 @@ class Session:
             self._need_state()
             self._count += 1
             head = {"do": "run", "name": f"<cell {self._count}>", "wall_time": wall, "cpu_time": cpu}
-            self._output, self._size, self._stopped = {"stdout": [], "stderr": []}, 0, False
+            self._output, self._size, self._stopped = {"stdout": bytearray(), "stderr": bytearray()}, 0, False
             answer, data = self._ask(head, None if wall is None else wall + GRACE, source)
             self._drain()
             return self._cell(answer, data, {"wall_time": wall, "cpu_time": cpu})
@@ -337,7 +337,7 @@ class Session:
         most = self._limits.output
         room = len(data) if most is None else max(0, most - self._size)
         self._size += len(data)
-        self._output[self._outputs[descriptor]].append(data[:room])
+        self._output[self._outputs[descriptor]] += data[:room]
 
     def _drain(self) -> None:
         """What was written before the answer, and not what a thread of the cell's goes on writing."""
@@ -350,7 +350,7 @@ class Session:
     def _cell(self, answer: _Answer, data: bytes, limits: dict[str, float | None]) -> Cell:
         if answer.errno:
             raise _Broken("what it says makes no sense")
-        stdout, stderr = (b"".join(self._output[name]) for name in ("stdout", "stderr"))
+        stdout, stderr = (bytes(self._output[name]) for name in ("stdout", "stderr"))
         if answer.died:
             verdict, evidence = self._death(answer, limits)
             return Cell(verdict=verdict, evidence=evidence, stdout=stdout, stderr=stderr)

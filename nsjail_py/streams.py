@@ -157,7 +157,8 @@ class Exchange:
         self.process: Process = weakref.proxy(process)  # which has us: a handle that is dropped is to go at once
         self.limit = process.compiled.policy.limits.output
         self.input = octets(b"" if data is None else data)
-        self.output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self.output = {"stdout": bytearray(), "stderr": bytearray()}
+        """One buffer each: of a list of pieces every byte that is written alone would take thirty here."""
         self.cut = {"stdout": False, "stderr": False}
         self.count = 0
         self.looped = False
@@ -209,10 +210,10 @@ class Exchange:
 
     def taken(self) -> Iterator[tuple[str, bytes]]:
         """What has come since, each stream's in order; it is not kept any more."""
-        for name, parts in self.output.items():
-            self.output[name] = []
-            for part in parts:
-                yield name, part
+        for name, data in self.output.items():
+            self.output[name] = bytearray()
+            if data:
+                yield name, bytes(data)
 
     def _write(self) -> None:
         stdin = self.process.stdin
@@ -245,7 +246,7 @@ class Exchange:
         room = len(data) if self.limit is None else max(0, self.limit - self.count)
         self.count += len(data)
         if room:
-            self.output[name].append(data[:room])
+            self.output[name] += data[:room]
         if len(data) > room:
             if not any(self.cut.values()):
                 self.process.exceeded_output()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -149,3 +150,26 @@ def test_the_timeline_has_every_step_and_adds_up(warm: bool) -> None:
 def test_a_run_that_is_killed_has_a_timeline_too() -> None:
     result = nsjail_py.run(["/bin/sleep", "9"], wall_time=0.2)
     assert result.timeline["run"] > 150_000 and all(spent >= 0 for spent in result.timeline.values())
+
+
+SINGLE = """
+import array, fcntl, os, termios
+left = array.array('i', [0])
+for _ in range(5000):
+    os.write(1, b'x')
+    while fcntl.ioctl(1, termios.FIONREAD, left) or left[0]: pass
+"""
+
+
+def test_output_that_comes_byte_by_byte_takes_its_reader_no_more_than_its_size() -> None:
+    process = nsjail_py.Jail("untrusted").start_python(SINGLE, stdout=nsjail_py.PIPE)
+    exchange = process.exchange()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        while not process.reported:
+            exchange.wait(None)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert process.wait().check().stdout == b"x" * 5000 and after - before < 10 * 5000
