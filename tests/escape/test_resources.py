@@ -65,6 +65,27 @@ def test_memory(what: str, start: str) -> None:
         assert result.peak_memory <= 49 * M
 
 
+HUGE = "if call() == -1 and ctypes.get_errno() == errno.EPERM: raise PermissionError\nwon()"
+HUGE_PAGES = {
+    "mmap": "call = lambda: -1 if libc.mmap(None, ctypes.c_size_t(2 << 20), 3, 0x40022, -1, ctypes.c_long(0)) == -1 else 0\n",
+    "memfd_create": "call = lambda: libc.memfd_create(b'm', 4)\n",
+    "shmget": "def call():\n  i = libc.shmget(0, ctypes.c_size_t(2 << 20), 0o5600)\n  return i if i == -1 else libc.shmctl(i, 0, None)\n",
+}  # fmt: skip
+
+
+@STARTED
+@pytest.mark.parametrize("level", ["untrusted", "moderate"])
+@pytest.mark.parametrize("name", HUGE_PAGES)
+def test_huge_pages_which_no_limit_counts_are_refused_and_counted(name: str, level: str, start: str) -> None:
+    """Outside they are to be had as far as the host's pool goes, which mostly is empty: the answer is any but EPERM. Newer kernels have a
+    right for SHM_HUGETLB."""
+    attack = Attack(name, HUGE_PAGES[name] + HUGE)
+    if IS_ROOT or name != "shmget":
+        outside(attack)
+    result = inside(attack, level + start)
+    assert b"HELD PermissionError" in result.stdout and result.denied == {name: 1}, (result.summary, result.stdout)
+
+
 STRONG: dict[str, tuple[str, str, dict[str, Any]]] = {
     "threads": ("untrusted", "held = threading.Event()\nn = 0\ntry:\n  for n in range(60): threading.Thread(target=held.wait, args=(5,), daemon=True).start()\n  won()\nfinally: held.set()", {"processes": 16}),
     "processes": ("moderate", "n = [os.fork() or time.sleep(1) or os._exit(0) for _ in range(60)]\nwon()", {"processes": 16}),

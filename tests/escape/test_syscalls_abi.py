@@ -192,6 +192,9 @@ TRICKS = {
     "a new set-user-id file": ("open", (0, 0o100, 0o4755)),
     "a new set-user-id file at": ("openat", (-100, 0, 0o100, 0o6755)),
     "a created set-user-id file": ("creat", (0, 0o4755)),
+    "huge pages": ("mmap", (0, 1 << 21, 3, 0x40022, 0, 0)),
+    "a huge file in memory": ("memfd_create", (0, 4)),
+    "huge shared memory": ("shmget", (0, 1 << 21, 0o5600)),
     "a set-user-id node": ("mknod", (0, 0o104755, 0)),
 }  # fmt: skip
 
@@ -221,6 +224,7 @@ def test_the_tricks_are_no_crime_outside(programs: Path) -> None:
         "a set-user-id mode",
         "no randomised addresses",
         "a new set-user-id file",
+        "a huge file in memory",
     ):
         name, arguments = TRICKS[what]
         answer = int(unjailed(programs, "call", syscalls._number(name), *[a & ALL_ONES for a in arguments], *[0] * (6 - len(arguments))))
