@@ -2,8 +2,8 @@
  *
  * The template has rights in its user namespace, and no others. Its clone (job_init) makes the job's namespaces and mounts, forks the
  * job's process, gives up every right, and becomes a reaper by exec, so that nothing of the interpreter's memory is left in process 1.
- * The job's process (job_program) gives up every right, applies Landlock, limits and filter, and waits for its order; there is no exec
- * behind it, so no late call has a secret here. pid_namespaces(7), capabilities(7) */
+ * The job's process (job_program) gives up every right, applies Landlock and filter, waits for its order, and applies the limits; there is
+ * no exec behind it, so no late call has a secret here. pid_namespaces(7), capabilities(7) */
 #include "kernel.h"
 #include "ladder.h"
 
@@ -108,7 +108,6 @@ void job_program(struct cell *cell, int *listener) {
 		step(cell, STEP_LANDLOCK, landlock_apply(cell));
 		close(cell->ruleset);
 	}
-	step(cell, STEP_RESOURCE_LIMITS, limits_apply(cell));
 	step(cell, STEP_IDENTITY,
 	     prctl(PR_SET_DUMPABLE, 1)); /* as after an exec: there is nothing left to be protected from itself */
 	if (plan->flags & PLAN_FILTER)

@@ -71,18 +71,17 @@ static PyObject *texts(const struct order *order, struct span span) {
 	return list;
 }
 
-/* take(): in a job, when it is ready. Waits for the order and puts its descriptors into their places. */
+/* take(): in a job, when it is ready. Waits for the order and puts its descriptors into their places. The limits come last, as before an
+ * exec: under that of open files `ready` might be refused, since what other jobs have on its way is counted for the same user. unix(7) */
 static PyObject *take(PyObject *module, PyObject *nothing) {
 	struct order *order;
 	int descriptors[MAX_FDS];
 	(void)module;
 	(void)nothing;
-	if (ready(&cell, &listener) < 0)
-		fail(&cell, STEP_ORDER, errno);
-	if (order_take(&cell, &order, descriptors) < 0)
-		fail(&cell, STEP_ORDER, errno);
-	if (descriptors_place(&cell, order, descriptors) < 0)
-		fail(&cell, STEP_DESCRIPTORS, errno);
+	step(&cell, STEP_ORDER, ready(&cell, &listener));
+	step(&cell, STEP_ORDER, order_take(&cell, &order, descriptors));
+	step(&cell, STEP_DESCRIPTORS, descriptors_place(&cell, order, descriptors));
+	step(&cell, STEP_RESOURCE_LIMITS, limits_apply(&cell));
 	close(cell.orders); /* the launcher's sign that nothing of ours runs any more */
 	const struct order_file *file = at(order, order->files.offset);
 	if (order->files.count != 1)

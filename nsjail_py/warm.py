@@ -29,8 +29,8 @@ from .streams import ready
 from .warm_inside import ONE_THREAD
 
 HERE = Path(__file__).parent
-NEEDED = ("recvmsg", "sendmsg", "fstat", "fcntl", "dup3")
-"""What a job that waits calls under its own filter."""
+NEEDED = ("recvmsg", "sendmsg", "fstat", "fcntl", "dup3", "prlimit64")
+"""What a job that waits calls under its own filter, the last of its own limits."""
 MOST_JOBS = 1000
 OLDEST_S = 600.0
 START_S = 60.0
@@ -128,8 +128,9 @@ class Template:
 
 
 def _own(policy: Policy) -> Policy:
-    """The template's own jail: no filter and no Landlock, which its jobs would inherit, no clock, and room for their processes."""
-    limits = replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None, open_files=1024, processes=None)
+    """The template's own jail: no filter and no Landlock, which its jobs would inherit, no clock, and room for their processes and for
+    descriptors on the way: a new job sends its own under this limit, where others count as well (native/template.c)."""
+    limits = replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None, open_files=None, processes=None)
     return replace(policy, syscalls=None, landlock=False, limits=limits)
 
 
@@ -138,9 +139,9 @@ def _checked(compiled: Compiled) -> Compiled:
     if not shared(compiled.mounts):
         raise PolicyError("preload: a policy that shows files of the host (mounts, workdir, project, root) has no warm interpreter")
     if policy.syscalls is not None:
-        from .syscalls import compile_filter, name_of
+        from .syscalls import calls_of
 
-        lacking = sorted({name_of(number) for number in compile_filter(policy.syscalls).late} & set(NEEDED))
+        lacking = sorted(set(NEEDED) - set(calls_of(policy.syscalls)))
         if lacking:
             raise PolicyError(f"preload: the jobs of a warm interpreter need the system calls {', '.join(lacking)}")
     return compiled

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 import nsjail_py
 import nsjail_py.warm
-from nsjail_py import Jail, JailError, Mount, PolicyError, Result, SetupError, launcher
+from nsjail_py import PIPE, Jail, JailError, Mount, PolicyError, Result, SetupError, launcher
 from nsjail_py.layers.scan import scan
 
 
@@ -257,6 +257,14 @@ def test_what_cannot_be_preloaded_is_told(preload: list[str], said: str) -> None
         jail.run_python("print(1)")
 
 
+def test_a_policy_without_what_a_waiting_job_calls_is_told() -> None:
+    syscalls = nsjail_py.policy("untrusted").syscalls
+    assert syscalls
+    for name in ("sendmsg", "prlimit64"):
+        with pytest.raises(PolicyError, match=f"the jobs of a warm interpreter need the system calls {name}$"):
+            Jail("untrusted", syscalls=replace(syscalls, deny=(name,)), preload=[]).run_python("print(1)")
+
+
 def opening(path: str, monkeypatch: pytest.MonkeyPatch, top: Path) -> None:
     """From now on the modules of a template open this (an expression) and keep it open."""
     here, wanted = nsjail_py.warm.HERE, "    rehearse()\n    rehearse_failure()\n"
@@ -312,3 +320,20 @@ def test_many_jobs_at_once_are_not_refused_a_process() -> None:
     with Jail("untrusted", preload=[]) as jail, ThreadPoolExecutor(24) as pool:
         verdicts = {result.summary for result in pool.map(jail.run_python, ["import time; time.sleep(1)"] * 24)}
     assert verdicts == {"ok: the program exited with 0"}
+
+
+ON_THE_WAY = """
+import socket, sys
+pairs = [socket.socketpair() for _ in range(2)]
+for ours, _ in pairs: socket.send_fds(ours, [b'x'], [0] * 250)
+print('sent', flush=True)
+sys.stdin.read()
+"""
+
+
+def test_descriptors_that_a_job_keeps_on_their_way_cost_no_other_job() -> None:
+    """The kernel counts them for the user that all jobs of a template are, and refuses whoever is above its own limit of open files."""
+    with Jail("untrusted", preload=[], stock=0) as jail, jail.start_python(ON_THE_WAY, stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"sent\n"
+        for _ in range(3):
+            jail.run_python("import resource; assert resource.getrlimit(resource.RLIMIT_NOFILE) == (256, 256)").check()
