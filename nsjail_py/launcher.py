@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -19,6 +20,7 @@ import struct
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,7 +185,13 @@ class Launcher:
         with self.sending:
             if self.socket.fileno() < 0:  # another thread has found it dead
                 raise BrokenPipeError
-            self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+            try:
+                self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:
+                    raise
+                with most_files():
+                    self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
 
     @property
     def alive(self) -> bool:
@@ -218,6 +226,20 @@ def pair() -> tuple[socket.socket, socket.socket]:
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _sockets.update(ends)
     return ends
+
+
+@contextlib.contextmanager
+def most_files() -> Iterator[None]:
+    """As many open files as this process may give itself. The kernel compares that number, the soft limit, with how many descriptors of its
+    user's are on their way, and as an ordinary user our payloads are that user. unix(7)"""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _reap(pid: int) -> None:

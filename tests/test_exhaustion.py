@@ -329,3 +329,24 @@ def test_a_host_whose_other_clocks_are_shifted_has_the_same_limits() -> None:
     groups = nsjail_py.launcher.current().claim.directories.values()
     program(LIMITED, "unshare", "--time", "--fork", "--monotonic", "864000", "--boottime", "864000")
     assert all(map(Path.exists, groups))
+
+
+def test_descriptors_that_a_program_keeps_on_their_way_cost_its_caller_no_run() -> None:
+    """As an ordinary user they are of one user, and the kernel refuses whoever is above its own soft limit of open files."""
+    said = program("""
+keep = '''
+import socket, sys
+pairs = [socket.socketpair() for _ in range(2)]
+for ours, _ in pairs: socket.send_fds(ours, [b"x"], [0] * 250)
+print("sent", flush=True)
+sys.stdin.read()
+'''
+limits = (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+with cold.start_python(keep, stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE) as process:
+    assert process.stdout.readline() == b"sent\\n"
+    for kind in KINDS: attempt(kind, [])
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+ends()
+""")
+    assert said == "ok\n"
