@@ -9,21 +9,63 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import signal
 import stat
 import threading
+import weakref
+from typing import TYPE_CHECKING
 
 from .errors import SetupError
 
+if TYPE_CHECKING:
+    from .process import Process
+
 CHUNK = 1 << 18
+TOLD_MS = 1000
+"""How long a program may take to die of SIGXFSZ. One that ignores it finds its pipe closed after that."""
 
 
 def would_own(descriptor: int) -> bool:
     """Whether a program inside would be the owner of this file. Root gives each run a user of its own."""
     status = os.fstat(descriptor)
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() != 0
+
+
+class Bound:
+    """How large a run may make the files that are carried for it: RLIMIT_FSIZE, which does not hold for a pipe. A program that goes beyond
+    gets SIGXFSZ, as it would of a file of its own, and the file has what there was room for."""
+
+    def __init__(self, size: int | None, process: Process) -> None:
+        self.size = size
+        self.exceeded = False
+        self._process: Process = weakref.proxy(process)  # a handle that is dropped is to go at once
+        self._writing = threading.Lock()
+        """Two streams may be one file."""
+
+    def write(self, target: int, data: bytes) -> bool:
+        """False where it does not fit, and the program has been told."""
+        if self.size is None or not stat.S_ISREG(os.fstat(target).st_mode):
+            _write(target, data)
+            return True
+        with self._writing:
+            appends = fcntl.fcntl(target, fcntl.F_GETFL) & os.O_APPEND
+            room = max(0, self.size - (os.fstat(target).st_size if appends else os.lseek(target, 0, os.SEEK_CUR)))
+            _write(target, data[:room])
+        if len(data) <= room:
+            return True
+        self.exceeded = True
+        with contextlib.suppress(ReferenceError):
+            self._process.send_signal(signal.SIGXFSZ)
+        return False
+
+
+def _write(target: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
 
 
 class Carrier:
@@ -36,7 +78,7 @@ class Carrier:
         self.to_program = to_program
         self.error: OSError | None = None
         self._decided = threading.Event()
-        self._wanted = False
+        self._bound: Bound | None = None
         read, write = os.pipe2(os.O_CLOEXEC)
         self.inside, pipe = (read, write) if to_program else (write, read)
         opened = [read, write]
@@ -53,9 +95,9 @@ class Carrier:
                 raise SetupError("streams", errno.EAGAIN, str(error), "raise the limit of threads (ulimit -u), or end some") from None
             raise
 
-    def start(self) -> None:
+    def start(self, bound: Bound) -> None:
         """When the run has its end of the pipe."""
-        self._wanted = True
+        self._bound = bound
         self._decided.set()
 
     def close(self) -> None:
@@ -73,10 +115,11 @@ class Carrier:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPIPE])
         self._decided.wait()
         try:
-            while self._wanted and self._has_more() and (data := os.read(self._source, CHUNK)):
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(self._target, view) :]
+            while self._bound and self._has_more() and (data := os.read(self._source, CHUNK)):
+                if not self._bound.write(self._target, data):
+                    (told := select.poll()).register(self._source, 0)
+                    told.poll(TOLD_MS)
+                    break
         except BrokenPipeError:
             pass  # the program does not want the rest
         except OSError as error:

@@ -45,7 +45,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     open_files: int | None = 256
     """File descriptors open in one process (RLIMIT_NOFILE)."""
     file_size: int | None = None
-    """Bytes in one written file (RLIMIT_FSIZE)."""
+    """Bytes in one written file (RLIMIT_FSIZE), also in a file of the caller's that is a standard stream."""
     disk: int | None = 64 * 1024**2
     """Bytes in /work, /tmp and /dev/shm together (one tmpfs; it is memory, and counts there too)."""
     files: int | None = 65536

@@ -17,6 +17,7 @@ from msgspec import structs
 
 from . import launcher
 from ._native import ffi, lib
+from .carrier import Bound
 from .compiled import Compiled
 from .errors import JailError, LauncherDied
 from .reports import Context, parse, to_result
@@ -77,7 +78,8 @@ class Process:
                     file.close()
             ends.close()
             raise
-        ends.sent()
+        self._bound = Bound(compiled.policy.limits.file_size, self)
+        ends.sent(self._bound)
         self._finalizer = weakref.finalize(self, self._channel.close)
         _handles.add(self)
 
@@ -270,6 +272,7 @@ class Process:
             self.compiled.protections,
             begin_ns=self._begin_ns,
             heard_ns=self._heard_ns,
+            file_cut=self._bound.exceeded,
         )
         if done is None:
             return context

@@ -32,6 +32,8 @@ class Context(NamedTuple):
     stderr: bytes = b""
     stdout_cut: bool = False
     stderr_cut: bool = False
+    file_cut: bool = False
+    """A file that was carried for the program had no room for all that it wrote."""
     begin_ns: int = 0
     """When the start was asked for, and when the end was heard of; CLOCK_MONOTONIC."""
     heard_ns: int = 0
@@ -56,7 +58,7 @@ def to_result(report: Any, context: Context) -> Result:
         raise setup_error(step, report, context)
     if report.cause == lib.CAUSE_NONE and (context.stdout_cut or context.stderr_cut):
         report.cause = lib.CAUSE_OUTPUT  # it ended by itself before it could be ended
-    verdict, evidence = judge(report, context.policy, denied := denied_names(report))
+    verdict, evidence = judge(report, context, denied := denied_names(report))
     return Result(
         verdict=verdict,
         evidence=evidence,
@@ -130,8 +132,9 @@ def denied_names(report: Any) -> dict[str, int]:
     return named | {FURTHER_CALLS: report.denied_more} if report.denied_more else named
 
 
-def judge(report: Any, policy: Policy, denied: dict[str, int]) -> tuple[Verdict, dict[str, Any]]:
+def judge(report: Any, context: Context, denied: dict[str, int]) -> tuple[Verdict, dict[str, Any]]:
     """The verdict, most telling cause first: what the launcher ended, what the kernel ended, what the program itself said."""
+    policy = context.policy
     limits = policy.limits
     clocks = {
         lib.CAUSE_WALL: (Verdict.wall_time, limits.wall_time),
@@ -158,7 +161,7 @@ def judge(report: Any, policy: Policy, denied: dict[str, int]) -> tuple[Verdict,
     # Of these two the kernel leaves no other trace than the signal. A program that sends it to itself gets what it asked for.
     if report.signal == signal.SIGSYS and policy.syscalls is not None:
         return Verdict.syscall, {"syscall": "of a foreign architecture", "signal": signal.SIGSYS}
-    if report.signal == signal.SIGXFSZ and limits.file_size is not None:
+    if (report.signal == signal.SIGXFSZ or context.file_cut) and limits.file_size is not None:
         return Verdict.disk, {"limit": limits.file_size, "signal": signal.SIGXFSZ}
     if failed and report.flags & lib.REPORT_DISK_FULL:
         return Verdict.disk, {"limit": limits.disk}

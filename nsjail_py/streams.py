@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
-from .carrier import Carrier, would_own
+from .carrier import Bound, Carrier, would_own
 from .errors import PolicyError, during
 
 if TYPE_CHECKING:
@@ -121,11 +121,11 @@ class Ends:
         self.ours = [None, None, None]
         return opened
 
-    def sent(self) -> None:
+    def sent(self, bound: Bound) -> None:
         """The run has them now; our copies would hide its end of file."""
         self._close_opened()
         for carrier in self.carriers:
-            carrier.start()
+            carrier.start(bound)
 
     def finish(self) -> None:
         """At the end of the run. Raises OSError where the output could not be written to the caller's file."""

@@ -62,6 +62,29 @@ def test_files_as_streams_are_read_and_written_to_their_end(given: Path) -> None
         assert target.read() == data
 
 
+@pytest.mark.parametrize("mode", ["wb", "ab", "r+b"])
+@pytest.mark.parametrize("size", [(1 << 20) + 1, 3 << 20], ids=["a byte", "much"])
+def test_a_file_as_a_stream_becomes_no_larger_than_a_file_may(size: int, mode: str, given: Path) -> None:
+    """From where it is written to, as the kernel counts. What fits into it by a byte less does no harm."""
+    with open(given, mode) as file:
+        before = file.seek(5) if mode == "r+b" else file.tell()
+        result = nsjail_py.run(["/usr/bin/head", f"-c{size - before}", "/dev/zero"], stdout=file, file_size="1M")
+    assert given.stat().st_size == 1 << 20
+    assert result.verdict is Verdict.disk and result.evidence == {"limit": 1 << 20, "signal": signal.SIGXFSZ}, result.summary
+    with open(given, mode) as file:
+        file.truncate(0)
+        assert nsjail_py.run(["/usr/bin/head", f"-c{1 << 20}", "/dev/zero"], stdout=file, file_size="1M").ok
+    assert given.stat().st_size == 1 << 20
+
+
+def test_two_streams_that_are_one_file_have_one_limit(given: Path) -> None:
+    """Python ignores the signal: its calls fail."""
+    source = "import os\nfor _ in range(400): os.write(1, bytes(8000)); os.write(2, bytes(8000))"
+    with open(given, "wb") as file:
+        result = nsjail_py.run_python(source, stdout=file, stderr=file, file_size="1M")
+    assert given.stat().st_size == 1 << 20 and result.verdict in (Verdict.disk, Verdict.exit), result.summary
+
+
 def test_a_file_that_the_output_does_not_fit_into_is_an_error(tmp_path: Path) -> None:
     with open("/dev/full", "wb", buffering=0) as full:
         result = nsjail_py.run(["/bin/echo", "lost"], stdout=full)
