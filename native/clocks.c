@@ -2,7 +2,9 @@
  * caller does. timerfd_create(2)
  *
  * The processor clock cannot fire by itself: the timer is set to the earliest moment at which the rest could be used up by all
- * processors together, and then asked again. So for memory: FILL_RATE is what one processor can fill at most, in bytes per nanosecond. */
+ * processors together, and then asked again. So for memory: FILL_RATE is what one processor can fill at most, in bytes per nanosecond. But
+ * how long a look at memory takes is up to the program, and meanwhile we hear nobody: so a pause follows, LOOK_PAUSE times as long, and
+ * LOOK_LATEST_NS at most. */
 #include "kernel.h"
 #include "launcher.h"
 
@@ -11,6 +13,7 @@
 #include <time.h>
 
 enum { SETUP_LIMIT_S = 30, NEAREST_NS = 1000000, MEMORY_NEAREST_NS = 10000000, LOOK_AGAIN_NS = 10000000, FILL_RATE = 4 };
+enum { LOOK_PAUSE = 10, LOOK_LATEST_NS = 1000000000 };
 
 int run_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used) {
 	if ((run->counters[COUNTER_CPU] >= 0 ? cgroup_cpu(launcher, run, used) : tree_cpu(run->pid, used)) < 0)
@@ -29,9 +32,24 @@ static void set(struct run *run, uint64_t in_ns) {
 
 static uint64_t earlier(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-static void memory_due(const struct launcher *launcher, struct run *run, uint64_t now, uint64_t used) {
-	uint64_t in_ns = (run->plan->memory - used) / (uint64_t)(FILL_RATE * launcher->cpus);
-	run->memory_due_ns = now + (in_ns > MEMORY_NEAREST_NS ? in_ns : MEMORY_NEAREST_NS);
+static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+/* So long it takes at least to use up the rest. */
+static uint64_t fill_ns(const struct launcher *launcher, const struct run *run, uint64_t used) {
+	return later((run->plan->memory - used) / (uint64_t)(FILL_RATE * launcher->cpus), MEMORY_NEAREST_NS);
+}
+
+/* What we have worked. Not the time that passes: on a busy machine a short look lasts, too. */
+static uint64_t worked_ns(void) {
+	struct timespec worked;
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &worked);
+	return (uint64_t)worked.tv_sec * 1000000000u + (uint64_t)worked.tv_nsec;
+}
+
+/* After a look that took so long. */
+static void memory_due(const struct launcher *launcher, struct run *run, uint64_t took, uint64_t used) {
+	uint64_t pause = earlier(LOOK_PAUSE * took, LOOK_LATEST_NS);
+	run->memory_due_ns = now_ns() + later(fill_ns(launcher, run, used), pause);
 }
 
 static int passes(void) { return errno == EMFILE || errno == ENFILE || errno == ENOMEM; }
@@ -90,19 +108,20 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 	}
 	if (plan->memory && !run->has_groups) {
 		if (now >= run->memory_due_ns) {
-			uint64_t used;
+			uint64_t used, began = worked_ns();
 			if (tree_memory(run->pid, plan->memory, &used) < 0)
 				return unseen(run, next);
 			if (used > plan->memory) {
 				run->report.observed = used;
 				return run_kill(run, CAUSE_MEMORY);
 			}
-			memory_due(launcher, run, now, used);
+			memory_due(launcher, run, worked_ns() - began, used);
 		}
 		next = earlier(next, run->memory_due_ns - now);
 	}
+	uint64_t spent = now_ns() - now;
 	if (next != UINT64_MAX)
-		set(run, next);
+		set(run, next > spent ? next - spent : 0);
 }
 
 /* The program runs from now on: what was used before was ours. */
@@ -113,7 +132,7 @@ void clocks_start(struct launcher *launcher, struct run *run) {
 		return run_spoil(run, STEP_RESOURCE_LIMITS, errno);
 	run->cpu_base = base;
 	run->cpu_seen_ns = run->exec_ns;
-	memory_due(launcher, run, run->exec_ns, 0);
+	run->memory_due_ns = run->exec_ns + fill_ns(launcher, run, 0);
 	clocks_check(launcher, run);
 }
 
