@@ -233,6 +233,7 @@ void alone(int count, char **arguments) {
 		give_up(STATUS_SETUP, "the launcher must not be set-user-id");
 	if (count < 4 || strcmp(arguments[2], "--") != 0)
 		give_up(STATUS_SETUP, "usage: nsjail-launcher FILE -- CMD [ARGS...]");
+	limit_most(RLIMIT_NOFILE); /* whatever others of this user's keep on its way, we are to pass descriptors on. unix(7) */
 	alone.saved = saved_open(arguments[1]);
 	alone.claim.saved = alone.saved;
 	alone.relay.limit = alone.saved->output;

@@ -124,6 +124,7 @@ int label_ask(const struct cell *cell);
 
 /* limits.c */
 int limits_apply(const struct cell *cell);
+void limit_most(int resource);
 
 /* landlock.c */
 int landlock_prepare(struct cell *cell);

@@ -120,8 +120,7 @@ static void must(int result) {
 }
 
 static void settle(struct launcher *launcher) {
-	static const int wanted[] = {RLIMIT_NOFILE, RLIMIT_FSIZE};
-	struct rlimit limit, none = {0, 0};
+	struct rlimit none = {0, 0};
 	cpu_set_t cpus;
 	sigset_t none_blocked;
 	must((int)syscall(SYS_close_range, 3, ~0U, 0));
@@ -135,11 +134,8 @@ static void settle(struct launcher *launcher) {
 	prctl(PR_SET_NAME, "nsjail-launcher");
 	must(prctl(PR_SET_DUMPABLE, 0));
 	must(setrlimit(RLIMIT_CORE, &none));
-	for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
-		if (getrlimit(wanted[i], &limit) == 0) {
-			limit.rlim_cur = limit.rlim_max;
-			setrlimit(wanted[i], &limit);
-		}
+	limit_most(RLIMIT_NOFILE);
+	limit_most(RLIMIT_FSIZE);
 	launcher->cpus = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
 	must(launcher->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC));
 	launcher->stamps = mmap(NULL, MAX_RUNS * sizeof *launcher->stamps, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);

@@ -519,3 +519,20 @@ def test_the_groups_of_a_caller_that_cannot_be_looked_at_are_not_taken_for_a_dea
         for directory in ours:
             if directory.is_dir():
                 directory.rmdir()
+
+
+def test_descriptors_that_a_program_keeps_on_their_way_cost_the_same_user_no_other_run(plans: Path) -> None:
+    keep = """
+import socket, sys
+pairs = [socket.socketpair() for _ in range(2)]
+for ours, _ in pairs: socket.send_fds(ours, [b"x"], [0] * 250)
+print("sent", flush=True)
+sys.stdin.read()
+"""
+    command = [PROGRAM, plans / "python", "--", PYTHON, "-s", "-c", keep]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"sent\n"
+        few = (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        done = alone(plans / "any", "true", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, few))
+        assert done.returncode == 0, done.stderr
+        other.communicate()
