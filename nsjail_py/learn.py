@@ -7,7 +7,6 @@ or where only sets allow it, by the smallest one whose conditions the observed a
 from __future__ import annotations
 
 import importlib.metadata as metadata
-import json
 import math
 import os
 import sys
@@ -22,6 +21,7 @@ from .errors import PolicyError
 from .observe import START, Call, Observation, merge, observe, readable
 from .result import Result
 from .rootfs import PRIVATE, is_below
+from .toml import comment, string
 from .units import format_size, format_time
 
 KERNEL = ("proc", "dev", "sys", "run")
@@ -231,7 +231,7 @@ def text(seen: Observation, shown: View) -> str:
     lines += [f"#   {_comment(one)}" for one in seen.outcome]
     lines += ["# Read it before you use it. What other input needs is not in it: learn from more runs (--seen), or ask `nsjail-py why`."]
     lines += [f"# - {_comment(one)}" for one in [*shown.notes, *refused]]
-    lines += ["", 'extends = "untrusted"', f"description = {_string(f'Learned from {chr(44).join(seen.samples)}')}"]
+    lines += ["", 'extends = "untrusted"', f"description = {string(f'Learned from {chr(44).join(seen.samples)}')}"]
     if own:
         lines.append(f"exec_in_writable = true # it executed {_comment(own[0])}")
     if inet:
@@ -240,19 +240,19 @@ def text(seen: Observation, shown: View) -> str:
     chosen = seen.python if seen.python != sys.executable else None
     lines += ["", "[python]"] if shown.imports or seen.project or chosen else []
     if chosen:
-        lines.append(f"interpreter = {_string(chosen)}")
+        lines.append(f"interpreter = {string(chosen)}")
     if seen.project:
-        lines.append(f"project = {_string(seen.project)}")
+        lines.append(f"project = {string(seen.project)}")
     if shown.imports:
-        lines += ["imports = [", *(f"    {_string(one.entry)}, # {_comment(one.why)}" for one in shown.imports), "]"]
+        lines += ["imports = [", *(f"    {string(one.entry)}, # {_comment(one.why)}" for one in shown.imports), "]"]
     lines += ["", "[syscalls]"]
     lines.append(f"exec = {'true # ' + _comment(', '.join(programs)) if programs else 'false'}")
     lines += ["allow = [", *_listed(calls), "]", "", "[limits]", *_limits(seen)]
     for mount in seen.mounts:
-        lines += ["", "[[mounts]]", f"source = {_string(mount.source)}", f"target = {_string(mount.target)}"]
+        lines += ["", "[[mounts]]", f"source = {string(mount.source)}", f"target = {string(mount.target)}"]
         lines += ["writable = true # as it was bound"] if mount.writable else []
     for one in shown.mounts:
-        lines += ["", f"[[mounts]] # {_comment(one.why)}", f"source = {_string(one.entry)}", f"target = {_string(inside(one.entry))}"]
+        lines += ["", f"[[mounts]] # {_comment(one.why)}", f"source = {string(one.entry)}", f"target = {string(inside(one.entry))}"]
     return "\n".join(lines) + "\n"
 
 
@@ -262,10 +262,10 @@ def _listed(calls: list[Reason]) -> Iterator[str]:
     if starting:
         yield "    # the interpreter's start"
     for first in range(0, len(starting), 8):
-        yield f"    {', '.join(_string(name) for name in starting[first : first + 8])},"
+        yield f"    {', '.join(string(name) for name in starting[first : first + 8])},"
     for one in calls:
         if one.entry not in starting:
-            yield f"    {_string(one.entry)}, # {_comment(one.why)}"
+            yield f"    {string(one.entry)}, # {_comment(one.why)}"
 
 
 def _limits(seen: Observation) -> Iterator[str]:
@@ -280,16 +280,5 @@ def _limits(seen: Observation) -> Iterator[str]:
     yield f"processes = {max(8, 2 * seen.processes)} # it had {seen.processes or 'an unknown number'} at one time, threads counted"
 
 
-def _string(value: str) -> str:
-    """A TOML string. Raises PolicyError for a name that no policy can hold."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PolicyError(f"{value!r} is not valid Unicode (a file name that is not UTF-8?), and a policy cannot hold it") from None
-    return json.dumps(value).replace("\x7f", "\\u007f")
-
-
 def _comment(value: str) -> str:
-    """One line, whatever is in it."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in value)
-    return plain if len(plain) <= WIDTH else f"{plain[: WIDTH - 3]}..."
+    return comment(value, WIDTH)

@@ -7,13 +7,12 @@ never more, and says which are fewer. Written: a policy's rules, one by one.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any, NamedTuple
 
 import msgspec
 
-from . import syscalls
+from . import syscalls, toml
 from .errors import PolicyError
 from .policy import Syscalls
 
@@ -82,9 +81,9 @@ class Imported(NamedTuple):
     """Where the policy allows less than the profile."""
 
     def __str__(self) -> str:
-        lines = [f"# {note}" for note in self.notes] + ["[syscalls]", f"exec = {str(self.syscalls.exec).lower()}"]
-        lines += [f"on_denied = {json.dumps(self.syscalls.on_denied)}", "allow = ["]
-        names = [json.dumps(name) for name in self.syscalls.allow]
+        lines = [f"# {toml.comment(note)}" for note in self.notes] + ["[syscalls]", f"exec = {str(self.syscalls.exec).lower()}"]
+        lines += [f"on_denied = {toml.string(self.syscalls.on_denied)}", "allow = ["]
+        names = [toml.string(name) for name in self.syscalls.allow]
         lines += [f"    {', '.join(names[first : first + 8])}," for first in range(0, len(names), 8)]
         return "\n".join([*lines, "]"]) + "\n"
 

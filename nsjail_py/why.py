@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from . import syscalls
+from . import syscalls, toml
 from .errors import PolicyError
 from .policy import Policy, Syscalls
 from .policyfile import load, names
@@ -192,11 +192,11 @@ def _has(policy: Policy | None, entry: str) -> bool:
 def _way(entry: str, name: str, policy: Policy | None) -> Way:
     risk = SET_RISKS[entry[1:]] if entry.startswith("@") else _risk(name)
     if policy is None or policy.syscalls is None:
-        return Way(("[syscalls]", f"allow = [{json.dumps(entry)}] # beside what the list has"), risk)
+        return Way(("[syscalls]", f"allow = {toml.array([entry])} # beside what the list has"), risk)
     denied = [one for one in policy.syscalls.deny if one in (entry, name)]
-    lines = ["[syscalls]", f"allow = {json.dumps([*policy.syscalls.allow, entry])}"]
+    lines = ["[syscalls]", f"allow = {toml.array([*policy.syscalls.allow, entry])}"]
     if denied:
-        lines.append(f"deny = {json.dumps([one for one in policy.syscalls.deny if one not in denied])}")
+        lines.append(f"deny = {toml.array(one for one in policy.syscalls.deny if one not in denied)}")
     return Way(tuple(lines), risk)
 
 
@@ -223,9 +223,9 @@ def _limit(verdict: Verdict, evidence: dict[str, Any]) -> Iterator[Denial]:
         return
     twice: int | str = 2 * int(limit)
     if field.endswith("_time"):
-        twice = json.dumps(format_time(2 * limit))
+        twice = toml.string(format_time(2 * limit))
     elif field != "processes":
-        twice = json.dumps(format_size(2 * int(limit)))
+        twice = toml.string(format_size(2 * int(limit)))
     yield Denial(f"limit {field}", f"the run reached it ({verdict})", (Way(("[limits]", f"{field} = {twice}"), LIMIT_RISKS[field]),))
 
 
@@ -240,7 +240,7 @@ def _execution(verdict: Verdict, evidence: dict[str, Any]) -> Iterator[Denial]:
 
 
 def _mount(path: str, writable: bool = False) -> tuple[str, ...]:
-    lines = ("[[mounts]]", f"source = {json.dumps(path)}", f"target = {json.dumps(path)}")
+    lines = ("[[mounts]]", f"source = {toml.string(path)}", f"target = {toml.string(path)}")
     return (*lines, "writable = true") if writable else lines
 
 
@@ -249,12 +249,12 @@ def _last_words(said: str, policy: Policy | None) -> Iterator[Denial]:
     if (
         re.search(r"^MemoryError", said, re.M) and policy and policy.limits.memory
     ):  # where each process has its own limit, nobody else knows
-        more = f"memory = {json.dumps(format_size(2 * policy.limits.memory))}"
+        more = f"memory = {toml.string(format_size(2 * policy.limits.memory))}"
         yield Denial("memory", "the program says that it got no more", (Way(("[limits]", more), LIMIT_RISKS["memory"]),))
     imports = list(policy.python.imports) if policy else []
     for module in dict.fromkeys(re.findall(r"^ModuleNotFoundError: No module named '([\w.]{1,80})'", said, re.M)):
         top = module.partition(".")[0]
-        lines = ("[python]", f"imports = {json.dumps([*imports, top])}")
+        lines = ("[python]", f"imports = {toml.array([*imports, top])}")
         yield Denial(
             f"import of {module}",
             "the program says that there is no such module: only listed distributions are shown",

@@ -48,6 +48,14 @@ def test_modules_beside_the_script_are_local(tmp_path: Path) -> None:
     assert propose("import helper\nfrom . import x", project=[str(tmp_path)]).local == [".", "helper"]
 
 
+def test_no_name_in_a_script_adds_a_line_to_what_is_printed() -> None:
+    name = "x\n[[mounts]]\nsource = '/etc'\ntarget = '/e'\n#\r\x1b\x85\u2028"
+    for source in (f"__import__({name!r})", f"try: __import__({name!r})\nexcept ImportError: pass", f"__import__({'.' + name!r})"):
+        said = str(propose(f"{source}\nimport json, msgspec"))
+        assert tomllib.loads(said) == {"imports": ["msgspec"]}
+        assert all(line.isprintable() for line in said.split("\n"))
+
+
 def test_a_syntax_error_is_one() -> None:
     with pytest.raises(SyntaxError):
         propose("x = (")

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def test_conditions_of_a_profile_make_the_policy_narrower_and_never_wider(rule: 
     rule = {"action": "SCMP_ACT_ALLOW", **rule}
     profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [rule]}
     assert (entry in oci_seccomp.read(json.dumps(profile).encode()).syscalls.allow) is there
+
+
+def test_no_name_in_a_profile_adds_a_line_to_the_policy() -> None:
+    name = "q\nextends = 'untrusted'\nmounts = [{source = '/etc', target = '/e'}]\n#\r\x1b"
+    for args in ([], [{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]):
+        profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": [name], "action": "SCMP_ACT_ALLOW", "args": args}]}
+        said = str(oci_seccomp.read(json.dumps(profile).encode()))
+        assert tomllib.loads(said) == {"syscalls": {"exec": False, "on_denied": "errno", "allow": []}}
+        assert all(line.isprintable() for line in said.split("\n"))
 
 
 @pytest.mark.parametrize(

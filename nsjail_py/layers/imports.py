@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata as metadata
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from nsjail_py import distributions, interpreter, tree
+from nsjail_py import distributions, interpreter, toml, tree
 from nsjail_py.errors import PolicyError
 
 from .examine import IMPORTERS, folded
@@ -51,14 +50,15 @@ class Proposal(NamedTuple):
 
     def __str__(self) -> str:
         """Lines for a policy file."""
-        lines = [f"imports = {json.dumps(self.imports)}"]
+        notes = []
         for names, text in (
             (self.standard, "standard library, always there"),
             (self.local, "beside the script: show their directory with `project` or --project"),
             (self.optional, "not installed, and the script catches that"),
         ):
-            lines += [f"# {text}: {', '.join(names)}"] if names else []
-        return "\n".join([*lines, *(f"# NOT RESOLVED: {one}" for one in self.unresolved)])
+            notes += [f"{text}: {', '.join(names)}"] if names else []
+        notes += [f"NOT RESOLVED: {one}" for one in self.unresolved]
+        return "\n".join([f"imports = {toml.array(self.imports)}", *(f"# {toml.comment(note)}" for note in notes)])
 
 
 class Import(NamedTuple):
