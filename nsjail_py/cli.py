@@ -160,7 +160,7 @@ def systemd_unit(options: argparse.Namespace) -> int:
     files = unit(load(options.policy), named, command, options.name, options.user, options.listen)
     for name, text in files.items():
         if options.output:
-            (Path(options.output) / name).write_text(text)
+            (Path(options.output) / name).write_text(text, encoding="utf-8")
             _print(str(Path(options.output) / name))
         else:
             _print(f"# /etc/systemd/system/{name}\n{text}")

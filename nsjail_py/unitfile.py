@@ -6,8 +6,10 @@ systemd.resource-control(5), systemd.socket(5)
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,9 +40,13 @@ class Line(NamedTuple):
 
 def unit(policy: Policy, named: str, command: Sequence[str], name: str, user: str = "", listen: str = "") -> dict[str, str]:
     """The files by their names. named: the policy as nsjail-py is told it. listen: an address; then there is a socket, and each connection
-    is one run, with the connection as its standard input and output."""
+    is one run, with the connection as its standard input and output. Raises PolicyError for what no unit can hold."""
     if not re.fullmatch(r"[A-Za-z0-9:_.\\-]+", name):
         raise PolicyError(f"name {name!r}: letters, digits and :-_.\\ only")
+    if user and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*", user):
+        raise PolicyError(f"user {user!r}: letters, digits and -_.@ only")
+    if listen and not _is_address(listen):
+        raise PolicyError(f"listen {listen!r}: a path without blanks and backslashes, PORT, or HOST:PORT with the number of the host")
     head = Line(f"Description=A jail: {_plain(command[0])}", "what systemctl shows")
     service = [*_start(named, command, listen), *_identity(user), *_limits(policy), *_walls(policy, named, command[0])]
     if not listen:
@@ -72,14 +78,31 @@ START = Line("WantedBy=multi-user.target", "start it with the machine")
 LISTEN = Line("WantedBy=sockets.target", "listen from the start of the machine on")
 
 
+def _is_address(listen: str) -> bool:
+    """systemd looks no names up. systemd.socket(5)"""
+    if listen.startswith(("/", "@")):
+        return re.fullmatch(r"[^\s\\]+", listen) is not None
+    host, colon, port = listen.rpartition(":")
+    try:
+        if colon:
+            ipaddress.IPv6Address(host[1:-1]) if host[:1] + host[-1:] == "[]" else ipaddress.IPv4Address(host)
+    except ValueError:
+        return False
+    return re.fullmatch("[0-9]{1,5}", port) is not None and 0 < int(port) < 2**16
+
+
 def _text(**sections: Sequence[Line]) -> str:
-    """Comments have lines of their own: behind a setting they would be part of it."""
+    """Comments have lines of their own: behind a setting they would be part of it. systemd ends lines in more ways than one."""
+    for setting, _ in (line for lines in sections.values() for line in lines):
+        for letter in setting:
+            if unicodedata.category(letter) in ("Cc", "Cs") and letter != "\t":
+                raise PolicyError(f"{setting.partition('=')[0]}= of a unit cannot hold {letter!a}: no control character, and UTF-8 only")
     return "\n".join(f"[{title}]\n" + "".join(f"# {why}\n{setting}\n" for setting, why in lines) for title, lines in sections.items())
 
 
 def _socket(listen: str) -> list[Line]:
     return [
-        Line(f"ListenStream={listen}", "where connections are taken: a path, or HOST:PORT"),
+        Line(f"ListenStream={listen.replace('%', '%%')}", "where connections are taken: a path, or HOST:PORT"),
         Line("Accept=yes", "one connection, one run, one jail"),
         Line("MaxConnections=16", "runs at one time"),
         Line("SocketMode=0600", "only root may connect to a path; give it a SocketGroup= and 0660 to share it"),
@@ -88,11 +111,10 @@ def _socket(listen: str) -> list[Line]:
 
 def _start(named: str, command: Sequence[str], listen: str) -> list[Line]:
     words = [sys.executable, "-m", "nsjail_py", "exec", "--policy", named, "--", *command]
+    start = " ".join(quoted(word.replace("$", "$$")) for word in words)
     lines = [
         Line("Type=exec", "started when nsjail-py itself is started"),
-        Line(
-            f"ExecStart={' '.join(map(quoted, words))}", "the jail; the exit status is the program's own, 124 a limit, 125 a failed set-up"
-        ),
+        Line(f"ExecStart={start}", "the jail; the exit status is the program's own, 124 a limit, 125 a failed set-up"),
     ]
     if listen:
         lines += [Line("StandardInput=socket", "the connection is what the program reads"), Line("StandardOutput=socket", "and writes")]
@@ -132,8 +154,8 @@ def _limits(policy: Policy) -> list[Line]:
 
 def _walls(policy: Policy, named: str, program: str) -> list[Line]:
     lines = list(WALLS)
-    needed = [named, program, policy.root, policy.workdir or "", policy.python.project or "", *(mount.source for mount in policy.mounts)]
-    needed += [__file__, sys.prefix, sys.base_prefix]
+    needed = [named, program, policy.root.removeprefix("oci:"), policy.backend.removeprefix("oci:"), policy.workdir or ""]
+    needed += [policy.python.project or "", *(mount.source for mount in policy.mounts), __file__, sys.prefix, sys.base_prefix]
     if not any(path.startswith(HOMES) for path in needed):
         lines.append(Line("ProtectHome=yes", "homes are not there"))
     if not any(path.startswith(("/tmp", "/var/tmp")) for path in needed):
@@ -149,12 +171,11 @@ def _walls(policy: Policy, named: str, program: str) -> list[Line]:
 
 
 def quoted(word: str) -> str:
-    """A word of ExecStart=: no variable, no specifier, no escape in it is any."""
-    if "\n" in word or "\0" in word:
-        raise PolicyError(f"{word!r}: a line of a unit cannot hold it")
-    text = word.replace("%", "%%").replace("$", "$$").replace("\\", "\\\\").replace('"', '\\"')
+    """A word of a setting: no specifier and no escape in it is any. Variables are only expanded in ExecStart=."""
+    text = word.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
     return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text) else f'"{text}"'
 
 
 def _plain(word: str) -> str:
-    return " ".join(word.split()).replace("%", "%%")
+    """In words that systemd does not unquote; a backslash at the end of a line would go on in the next."""
+    return word.replace("%", "%%").replace("\\", "\\\\")

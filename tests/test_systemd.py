@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import IS_ROOT, PATIENCE
+from msgspec.structs import replace
 
 import nsjail_py
 from nsjail_py import cli, hostinfo, launcher, systemd, unitfile
@@ -150,7 +151,10 @@ def written(to: Path, *words: str) -> list[Path]:
 @pytest.mark.parametrize("policy", ["trusted", "moderate", "untrusted"])
 @pytest.mark.parametrize("options", [[], ["--user", "daemon"], ["--listen", "/run/jail.sock"]], ids=["root", "user", "socket"])
 def test_systemd_finds_no_fault_in_a_unit(policy: str, options: list[str], tmp_path: Path) -> None:
-    files = written(tmp_path, *options, policy, "--", "/usr/bin/sort", "-k", "2", '100% $HOME "it\'s" \\n')
+    (tmp_path / "mine.toml").write_text(f'extends = "{policy}"\nworkdir = \'/srv/100% $HOME "it" \\n\'')
+    to = tmp_path / "units"
+    to.mkdir()
+    files = written(to, *options, str(tmp_path / "mine.toml"), "--", "/usr/bin/sort", "-k", "2", '100% $HOME "it\'s" \\n')
     assert len(files) == (2 if "--listen" in options else 1)
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True, check=False)
     said = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "jail" in line.partition(":")[0]]
@@ -190,6 +194,59 @@ def test_a_unit_without_a_program_is_an_error(words: list[str], capfd: pytest.Ca
 def test_a_name_that_is_no_units_is_an_error(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["systemd", "unit", "--name", name, "untrusted", "--", "/bin/cat"]) == 125
     assert "name" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("letter", ["\n", "\r", "\0", "\x1b", "\x7f", "\x85", "\udcff"], ids=ascii)
+@pytest.mark.parametrize("where", ["argument", "program", "user", "listen", "mount", "workdir"])
+def test_nothing_adds_a_line_to_a_unit(letter: str, where: str) -> None:
+    word = f"/srv/a{letter}ExecStartPre=/bin/evil{letter}"
+    policy = nsjail_py.policy("moderate")
+    if where == "mount":
+        policy = replace(policy, mounts=(nsjail_py.Mount(source=word, target="/srv", writable=True),))
+    elif where == "workdir":
+        policy = replace(policy, workdir=word)
+    command = [word if where == "program" else "/bin/cat", word if where == "argument" else ""]
+    options = {where: word} if where in ("user", "listen") else {}
+    with pytest.raises(nsjail_py.PolicyError) as caught:
+        unitfile.unit(policy, "/etc/p.toml", command, "jail", **options)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(("option", "word"), [
+    ("user", "%i"), ("user", "a b"), ("user", "-x"), ("user", "a/b"),
+    ("listen", "localhost:80"), ("listen", "run/x"), ("listen", "1.2.3.4:99999"), ("listen", "1.2.3:80"), ("listen", "/a b"), ("listen", "/a\\"),
+])  # fmt: skip
+def test_a_user_or_an_address_that_is_none_is_an_error(option: str, word: str) -> None:
+    with pytest.raises(nsjail_py.PolicyError, match=option):
+        unitfile.unit(nsjail_py.policy("untrusted"), "untrusted", ["/bin/cat"], "jail", **{option: word})
+
+
+@pytest.mark.parametrize("listen", ["/run/100%.sock", "@jail", "127.0.0.1:80", "[::1]:80", "80"])
+def test_no_specifier_is_expanded_in_an_address(listen: str) -> None:
+    text = unitfile.unit(nsjail_py.policy("untrusted"), "untrusted", ["/bin/cat"], "jail", listen=listen)["jail.socket"]
+    assert f"\nListenStream={listen.replace('%', '%%')}\n" in text
+
+
+def test_a_path_that_may_be_written_is_the_policys_to_the_letter() -> None:
+    """systemd expands variables in a command only; specifiers, quotes and backslashes everywhere."""
+    policy = replace(nsjail_py.policy("moderate"), workdir='/srv/$a %h "b" \\t')
+    assert '\nReadWritePaths="/srv/$a %%h \\"b\\" \\\\t"\n' in unitfile.unit(policy, "p", ["/bin/echo", "$x"], "jail")["jail.service"]
+    assert '/bin/echo "$$x"\n' in unitfile.unit(policy, "p", ["/bin/echo", "$x"], "jail")["jail.service"]
+
+
+def test_a_description_goes_on_in_no_other_line() -> None:
+    text = unitfile.unit(nsjail_py.policy("moderate"), "p", ["/bin/x\\"], "jail")["jail.service"]
+    assert "\nDescription=A jail: /bin/x\\\\\n" in text
+
+
+@pytest.mark.parametrize("changes", [{"root": "oci:/home/me/image.tar"}, {"backend": "oci:/home/me/crun"}], ids=str)
+def test_an_image_or_a_runtime_in_a_home_can_be_reached(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("prefix", "base_prefix"):
+        monkeypatch.setattr(unitfile.sys, name, "/usr")
+    monkeypatch.setattr(unitfile, "__file__", "/usr/lib/unitfile.py")
+    policy = nsjail_py.policy("moderate")
+    assert "\nProtectHome=yes\n" in unitfile.unit(policy, "/etc/p.toml", ["/bin/sh"], "jail")["jail.service"]
+    assert "ProtectHome" not in unitfile.unit(replace(policy, **changes), "/etc/p.toml", ["/bin/sh"], "jail")["jail.service"]
 
 
 # ---------------------------------------------------------------- real units
