@@ -193,7 +193,7 @@ def policy_show(options: argparse.Namespace) -> int:
 
     path = locate(options.name)
     load(path)  # a file that is no policy is told as one
-    _print(path.read_text(), end="")
+    _print(path.read_text(encoding="utf-8"), end="")
     return 0
 
 

@@ -15,7 +15,8 @@ def string(value: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise PolicyError(f"{value!r} is not valid Unicode (a file name that is not UTF-8?), and a policy cannot hold it") from None
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    # JSON's pairs of surrogates are none of TOML's escapes, and TOML wants DEL escaped, too.
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in json.dumps(value, ensure_ascii=False))
 
 
 def array(values: Iterable[str]) -> str:

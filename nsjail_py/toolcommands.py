@@ -94,7 +94,7 @@ def command_learn(options: argparse.Namespace) -> int:
         sys.stderr.buffer.write(stream)
     sys.stderr.buffer.flush()
     if options.output:
-        Path(options.output).write_text(learned.text)
+        Path(options.output).write_text(learned.text, encoding="utf-8")
     else:
         _print(learned.text, end="")
     if kept:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,22 @@ def test_a_file_of_the_host_that_was_read_is_shown_and_no_other(tmp_path: Path) 
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """On the host, and in no minimal root."""
+    made = Path(tempfile.mkdtemp(prefix="nsjail-learn-", dir="/var/tmp"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+def test_a_file_may_have_any_name_that_is_unicode(folder: Path, tmp_path: Path) -> None:
+    path = folder / "\N{GRINNING FACE} \x1b\x7f\u2028"
+    path.write_text("data")
+    source = f"print(open({str(path)!a}).read())"
+    assert run(learn(source.encode()).text, source, tmp_path).check().stdout == b"data\n"
 
 
 def test_runs_are_merged(tmp_path: Path) -> None:
