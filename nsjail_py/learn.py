@@ -21,7 +21,7 @@ from .errors import PolicyError
 from .observe import START, Call, Observation, merge, observe, readable
 from .result import Result
 from .rootfs import PRIVATE, is_below
-from .toml import comment, string
+from .toml import array, comment, string
 from .units import format_size, format_time
 
 KERNEL = ("proc", "dev", "sys", "run")
@@ -68,13 +68,13 @@ def learn(
     **changes: Any,
 ) -> Learned:
     """Runs a trusted script twice, and gives the policy for it and for what was observed earlier. The first run finds what it has to see;
-    the second, which sees nothing else, which calls it makes then. changes: `project`, `mounts`, `env`. Raises as Jail does."""
+    the second, which sees nothing else, which calls it makes then. changes: `project`, `mounts`, `env`, `env_pass`. Raises as Jail does."""
     common: dict[str, Any] = {"name": name, "python": python, "input": input}
     first, _ = observe(source, args, **common, **changes)
     idle, _ = observe(b"", name=name, python=python)
     shown = view(merge([*earlier, first]), idle)
     mounts = [{"source": one.entry, "target": inside(one.entry)} for one in shown.mounts]
-    narrow = {"root": "minimal", "env": {}, "imports": [one.entry for one in shown.imports], "mounts": mounts}
+    narrow = {"root": "minimal", "imports": [one.entry for one in shown.imports], "mounts": mounts}
     second, result = observe(source, args, **common, **(changes | narrow | {"mounts": [*changes.get("mounts", ()), *mounts]}))
     second.mounts = first.mounts
     first.outcome = []
@@ -237,6 +237,8 @@ def text(seen: Observation, shown: View) -> str:
     if inet:
         lines.append(f"loopback = true # {_comment(', '.join(inet[:4]))}; there is no other network")
         lines.append("landlock = false # Landlock refuses TCP; so this second layer of the file system view is missing, too")
+    if seen.env_pass:
+        lines.append(f"env_pass = {array(seen.env_pass)} # as they were passed on")
     chosen = seen.python if seen.python != sys.executable else None
     lines += ["", "[python]"] if shown.imports or seen.project or chosen else []
     if chosen:
@@ -248,6 +250,7 @@ def text(seen: Observation, shown: View) -> str:
     lines += ["", "[syscalls]"]
     lines.append(f"exec = {'true # ' + _comment(', '.join(programs)) if programs else 'false'}")
     lines += ["allow = [", *_listed(calls), "]", "", "[limits]", *_limits(seen)]
+    lines += ["", "[env]", *(f"{string(name)} = {string(value)}" for name, value in seen.env.items())] if seen.env else []
     for mount in seen.mounts:
         lines += ["", "[[mounts]]", f"source = {string(mount.source)}", f"target = {string(mount.target)}"]
         lines += ["writable = true # as it was bound"] if mount.writable else []

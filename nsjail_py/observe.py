@@ -105,6 +105,9 @@ class Observation(Struct):
     project: str | None = None
     mounts: list[Mount] = []
     """What it was shown by name."""
+    env: dict[str, str] = {}
+    env_pass: list[str] = []
+    """Variables that it was given."""
     outcome: list[str] = []
     """How each run ended."""
     memory: int = 0
@@ -115,9 +118,10 @@ class Observation(Struct):
 
 
 def policy(python: str | None, changes: dict[str, Any]) -> Policy:
-    """What a sample runs under."""
+    """What a sample runs under: with all installed distributions, unless some are listed."""
     found = interpreter.inspect(python)
-    packages = [Mount(source=place, target=PACKAGES.format(number)) for number, place in enumerate(found.search) if os.path.isdir(place)]
+    shown = found.search if "imports" not in changes else ()
+    packages = [Mount(source=place, target=PACKAGES.format(number)) for number, place in enumerate(shown) if os.path.isdir(place)]
     basis = Policy(
         name="observation",
         root="host",
@@ -150,6 +154,7 @@ def observe(
     seen.files = {_on_host(path, places): file for path, file in seen.files.items()}
     seen.samples, seen.python, seen.project = [name], python or sys.executable, jail.policy.python.project
     seen.mounts = [mount for mount in jail.policy.mounts if not mount.target.startswith(PACKAGES.format(""))]
+    seen.env, seen.env_pass = dict(changes.get("env", {})), list(jail.policy.env_pass)
     seen.outcome = [result.summary]
     seen.memory = result.peak_memory if result.memory_source.startswith("cgroup") else 0
     seen.cpu_time, seen.wall_time = result.cpu_time, result.wall_time
@@ -332,6 +337,8 @@ def merge(observations: Sequence[Observation]) -> Observation:
         merged.python = merged.python or one.python
         merged.project = merged.project or one.project
         merged.mounts += [mount for mount in one.mounts if mount not in merged.mounts]
+        merged.env |= one.env
+        merged.env_pass += [name for name in one.env_pass if name not in merged.env_pass]
         merged.outcome += one.outcome
         merged.addresses |= one.addresses
         for name, call in one.calls.items():

@@ -87,7 +87,8 @@ def command_learn(options: argparse.Namespace) -> int:
     if options.bind:
         changes["mounts"] = [Mount(source=source, target=target, writable=rw) for source, target, rw in map(bind, options.bind)]
     if options.env:
-        changes["env"] = {name: value for text in options.env if (pair := variable(text)) for name, value in [pair]}
+        changes["env"] = dict(pair for text in options.env if "=" in text and (pair := variable(text)))
+        changes["env_pass"] = [text for text in options.env if "=" not in text]  # what it is, is not for a file
     input = Path(options.stdin).read_bytes() if options.stdin else None
     learned = learn(source, options.arguments, name=name, python=options.interpreter, input=input, earlier=earlier, **changes)
     for stream in (learned.result.stdout, learned.result.stderr):

@@ -147,6 +147,23 @@ def test_a_file_may_have_any_name_that_is_unicode(folder: Path, tmp_path: Path) 
     assert run(learn(source.encode()).text, source, tmp_path).check().stdout == b"data\n"
 
 
+def test_the_variables_of_a_sample_are_in_its_policy(cli: list[str], tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("import os\nif os.environ['B'] == 'b \"': print(os.environ['A'])")
+    policy, surroundings = tmp_path / "p.toml", {**os.environ, "A": "a secret"}
+    for command in (
+        [*cli, "learn", "--env", "A", "--env", 'B=b "', "--env", "NOT-THERE", "-o", policy, tmp_path / "s.py"],
+        [*cli, "run", "--policy", policy, tmp_path / "s.py"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=60 * PATIENCE, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "a secret\n")
+    assert "secret" not in policy.read_text(), "what is passed on is no text for a file"
+
+
+def test_the_last_run_sees_no_package_that_the_policy_does_not_list() -> None:
+    one = learn(b"import os, sys\nprint([path for path in (*os.listdir('/'), *sys.path) if 'packages' in path and 'python' not in path])")
+    assert one.result.stdout == b"[]\n"
+
+
 def test_runs_are_merged(tmp_path: Path) -> None:
     source = "import sys, os\nif sys.argv[1] == 'a': os.mkdir('d')\nelse: os.symlink('a', 'b')"
     first = learn(source.encode(), ["a"])
