@@ -73,8 +73,7 @@ def _for_python(policy: Policy, host: Host) -> Compiled:
     from . import interpreter, tree
 
     found = interpreter.inspect(policy.python.interpreter)
-    below = (*SYSTEM, found.prefix)
-    points = _mountpoints(policy, below) if policy.root == "minimal" else ()
+    points = _mountpoints(policy, f"/{found.prefix.split('/')[1]}") if policy.root == "minimal" else ()
     chosen = policy.python
     with during("minimal root"):
         root = tree.python_tree(found, chosen.imports, points, chosen.without, whole=chosen.whole)
@@ -111,7 +110,7 @@ def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int
         from . import tree
 
         with during("minimal root"):
-            root = tree.program_tree(path, _mountpoints(policy, SYSTEM))
+            root = tree.program_tree(path, _mountpoints(policy))
     visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
     inside = path if visible else f"/app/{os.path.basename(path)}"
     return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
@@ -124,7 +123,7 @@ def for_any(policy: Policy, host: Host, inside: str) -> Compiled:
         from . import tree
 
         with during("minimal root"):
-            root = tree.library_tree(_mountpoints(policy, SYSTEM))
+            root = tree.library_tree(_mountpoints(policy))
     return _compile(policy, host, root, inside, ("/bin/sh", inside), with_files=False)
 
 
@@ -160,8 +159,9 @@ def _below_private(path: str) -> bool:
     return path.split("/")[1] in rootfs.PRIVATE
 
 
-def _mountpoints(policy: Policy, tops: tuple[str, ...]) -> tuple[str, ...]:
-    """Targets of mounts that fall into the tree, which is read-only when they are needed."""
+def _mountpoints(policy: Policy, *more: str) -> tuple[str, ...]:
+    """Targets of mounts that fall into the tree, which is read-only when they are needed. more: what it has at its top beside the usual."""
+    tops = (*SYSTEM, "/etc", *more)
     points = [m.target + ("/" if os.path.isdir(m.source) else "") for m in policy.mounts]
     return tuple(sorted(point for point in points if any(rootfs.is_below(point, top.rstrip("/")) for top in tops)))
 

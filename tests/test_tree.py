@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from elfmaker import elf as made
 
-from nsjail_py import elf, interpreter, run_python, tree, treebuild
+from nsjail_py import Mount, elf, interpreter, run, run_python, tree, treebuild
 from nsjail_py.errors import PolicyError, SetupError
 
 TRUE = os.path.realpath("/bin/true")
@@ -209,6 +209,16 @@ def test_mount_points_are_made_and_give_another_tree(store):
     assert found.path != plain.path
     assert (found.path / "usr/share/data").is_dir()
     assert (found.path / "usr/share/file").is_file()
+
+
+def test_a_mount_may_lie_in_any_directory_that_a_tree_has(tmp_path):
+    (tmp_path / "file").write_text("here")
+    top = interpreter.inspect().prefix.split("/")[1]
+    for target in ("/etc/nsjail-test/file", f"/{top}/nsjail-test/file", "/opt/nsjail-test/file", "/nsjail-test/file"):
+        mounts = [Mount(source=str(tmp_path / "file"), target=target)]
+        assert run_python(f"print(open('{target}').read())", mounts=mounts).check().stdout == b"here\n"
+        if not target.startswith(f"/{top}/") or top == "usr":
+            assert run(["/bin/cat", target], mounts=mounts).check().stdout == b"here"
 
 
 def test_a_tree_is_built_once(store, monkeypatch):
