@@ -1,7 +1,8 @@
 """The smallest policy that runs what was observed (observe.py), as a file with a reason beside each entry.
 
-A file of the host is shown when the sample opened it, could read it, and the minimal root does not have it. A call is allowed by its name,
-or where only sets allow it, by the smallest one whose conditions the observed arguments fulfil. What no policy should give is a comment.
+A file of the host is shown when the sample opened or looked at it, could read it, and the minimal root does not have it. A call is
+allowed by its name, or where only sets allow it, by the smallest one whose conditions the observed arguments fulfil. What no policy should
+give is a comment.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def view(seen: Observation, idle: Observation) -> View:
     root = tree.python_tree(found, tuple(one.entry for one in shown.imports)).path
     known = [mount.target for mount in seen.mounts] + ["/project", *found.search]
     wanted: dict[str, str] = {}
+    looked = []
     for path, file in sorted(seen.files.items()):
         top = path.split("/")[1]
         if any(is_below(path, one) for one in known) or (path in idle.files and file.uses <= idle.files[path].uses):
@@ -113,10 +115,15 @@ def view(seen: Observation, idle: Observation) -> View:
             continue
         elif "list" in file.uses and not file.uses & {"read", "execute"}:
             shown.notes.append(f"listed {path}: it is not shown; a mount of this directory shows all that is in it")
+        elif file.uses == {"look"} and os.path.isdir(path):
+            looked.append(path)
         elif readable(path, os.geteuid() == 0):
             also = _with(path, root) if "execute" in file.uses else ()
             wanted |= dict.fromkeys((path, *also), f"{'/'.join(sorted(file.uses))}: {file.phase}")
     shown.mounts.extend(_gathered(wanted))
+    for path in looked:
+        if not any(is_below(one, path) for one in (*known, *(inside(mount.entry) for mount in shown.mounts))):
+            shown.notes.append(f"looked at {path}: it is not shown; a mount of this directory shows all that is in it")
     return shown
 
 

@@ -47,9 +47,11 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 PACKAGES = "/.packages-{}"
 """Where the directories of installed distributions are shown to the sample: all of them, wherever they lie."""
 
+LOOKING = ("stat", "lstat", "access", "readlink", "newfstatat", "statx", "faccessat", "faccessat2", "readlinkat")
 PATHS: dict[str, tuple[tuple[int | None, int], ...]] = {
     **dict.fromkeys(("open", "creat", "execve", "chdir", "mkdir", "rmdir", "unlink", "truncate", "chmod", "chown", "mknod"), ((None, 0),)),
     **dict.fromkeys(("openat", "execveat", "mkdirat", "unlinkat", "fchmodat", "fchownat", "mknodat", "utimensat"), ((0, 1),)),
+    **{name: ((None, 0),) if name in LOOKING[:4] else ((0, 1),) for name in LOOKING},
     "rename": ((None, 0), (None, 1)),
     **dict.fromkeys(("renameat", "renameat2"), ((0, 1), (2, 3))),
     "link": ((None, 0), (None, 1)),
@@ -88,7 +90,7 @@ class File(Struct):
     """One path that the sample named."""
 
     uses: set[str] = set()
-    """`read`, `write`, `list`, `execute`."""
+    """`read`, `write`, `list`, `execute`, `look`."""
     phase: str = ""
 
 
@@ -242,7 +244,7 @@ class Watch:
             fcntl.ioctl(self.listener, SEND, answer)
 
     def _note(self, name: str, pid: int, args: list[int], allowed: bool) -> None:
-        paths = [path for where in PATHS.get(name, ()) if (path := self._path(pid, where, args))]
+        paths = [path for where in PATHS.get(name, ()) if (path := self._path(name, pid, where, args))]
         about = paths[0] if paths else self._address(pid, args) if name in ADDRESSES else ""
         call = self.seen.calls.setdefault(name, Call(refused=not allowed))
         if not call.count:
@@ -275,17 +277,21 @@ class Watch:
     def _use(name: str, args: list[int]) -> str:
         if name in EXECUTING:
             return "execute"
+        if name in LOOKING:
+            return "look"
         if name not in OPENING:
             return "" if name == "chdir" else "write"
         flags = args[OPENING[name]]
         return "write" if flags & WRITING else "list" if flags & os.O_DIRECTORY else "read"
 
-    def _path(self, pid: int, where: tuple[int | None, int], args: list[int]) -> str:
+    def _path(self, name: str, pid: int, where: tuple[int | None, int], args: list[int]) -> str:
         """The absolute path that a call names, as it is inside."""
         directory, argument = where
         text = os.fsdecode(_memory(pid, args[argument], LONGEST_PATH).partition(b"\0")[0])
         if text.startswith("/"):
             return os.path.normpath(text)
+        if not text and name in LOOKING:
+            return ""  # fstat(2): it was opened before
         descriptor = AT_FDCWD if directory is None else _signed(args[directory])
         base = os.readlink(f"/proc/{pid}/cwd" if descriptor == AT_FDCWD else f"/proc/{pid}/fd/{descriptor}")
         return os.path.normpath(os.path.join(base, text))

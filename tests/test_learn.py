@@ -164,6 +164,33 @@ def test_the_last_run_sees_no_package_that_the_policy_does_not_list() -> None:
     assert one.result.stdout == b"[]\n"
 
 
+@pytest.mark.parametrize("look", [
+    "os.path.getsize(path)", "os.lstat(path)", "os.access(path, os.R_OK)", "os.stat('data', dir_fd=os.open(os.path.dirname(path), os.O_PATH))",
+    "lib.statx(-100, path.encode(), 0, 0xfff, ctypes.create_string_buffer(256)) and 1 / 0",
+])  # fmt: skip
+def test_a_file_of_the_host_that_was_only_looked_at_is_shown(look: str, folder: Path, tmp_path: Path) -> None:
+    path = folder / "data"
+    path.write_text("data")
+    source = f"import ctypes, os\nlib, path = ctypes.CDLL(None), {str(path)!r}\n{look}\nprint('seen')"
+    one = learn(source.encode())
+    assert one.result.stdout == b"seen\n" and f'# look: the script\nsource = "{path}"' in one.text
+    assert run(one.text, source, tmp_path).check().stdout == b"seen\n"
+
+
+def test_a_directory_that_was_only_looked_at_is_told_and_not_shown(folder: Path, tmp_path: Path) -> None:
+    (folder / "secret").touch()
+    one = learn(f"import os\nprint(os.path.isdir({str(folder)!r}), os.path.isdir('/var/tmp/none'))".encode())
+    assert one.result.stdout == b"False False\n"
+    assert f"# - looked at {folder}: " in one.text and "/var/tmp/none" not in one.text
+    assert "[[mounts]]" not in one.text
+
+
+def test_what_everything_looks_at_is_not_in_a_policy(learned: dict[str, Learned]) -> None:
+    for name in SAMPLES:
+        text = of(name, learned).text
+        assert "look: " not in text and "looked at" not in text, text
+
+
 def test_runs_are_merged(tmp_path: Path) -> None:
     source = "import sys, os\nif sys.argv[1] == 'a': os.mkdir('d')\nelse: os.symlink('a', 'b')"
     first = learn(source.encode(), ["a"])
