@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,24 +131,26 @@ class OciProcess(Process):
             if self._result is None:
                 if self._run.failed:
                     raise SetupError("oci runtime", detail=f"{os.path.basename(self.runtime)}: {self._run.failed}", advice="docs/oci.md")
-                own_ids = os.path.basename(self.runtime) not in SHARES_IDS
-                protections = tuple(_told(one, own_ids) for one in self.compiled.protections)
+                protections = told(self.compiled.policy, self.compiled.protections)
                 self._result = replace(
                     super()._finish(), cpu_source="unavailable", memory_source="unavailable", peak_processes=None, protections=protections
                 )
             return self._result
 
 
-def _told(one: Protection, own_ids: bool) -> Protection:
-    """A protection, as a runtime gives it."""
+def told(policy: Policy, protections: Iterable[Protection]) -> tuple[Protection, ...]:
+    """Protections, as the policy's runtime gives them."""
     lacks = {
         "own_uid": oci_bundle.BEYOND["own_uid"],
         "nested_userns": "a runtime does not limit user namespaces; the filter refuses them",
         **dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), oci_bundle.BEYOND["landlock"]),
     }
-    if not own_ids:
+    if os.path.basename(policy.backend.partition(":")[2]) in SHARES_IDS:
         lacks["user_namespace"] = "the runtime has a kernel of its own, and none is made of the host's"
-    return Protection(one.name, "unavailable", lacks[one.name]) if one.name in lacks and one.state != "not requested" else one
+    return tuple(
+        Protection(one.name, "unavailable", lacks[one.name]) if one.name in lacks and one.state != "not requested" else one
+        for one in protections
+    )
 
 
 def surroundings(runtime: str) -> list[str]:

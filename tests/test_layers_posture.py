@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import html.parser
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import IS_ROOT
 from msgspec.structs import replace
 
 import nsjail_py
 from nsjail_py.layers.exposures import EXPOSURES, HOLES
-from nsjail_py.layers.posture import LEVELS, Posture, posture, text
+from nsjail_py.layers.posture import LEVELS, Posture, _facts, posture, text
 from nsjail_py.layers.posture import html as as_html
 
 
@@ -162,6 +164,18 @@ def test_the_json_of_a_result_names_the_policy_and_its_level(cli: list[str], tmp
 def test_no_posture_is_judged_for_a_result_that_nobody_asks() -> None:
     source = "import sys, nsjail_py; nsjail_py.run_python('print(1)'); print('nsjail_py.layers.posture' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source], capture_output=True, check=True).stdout == b"False\n"
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="a bundle's user ids are root's to give")
+@pytest.mark.parametrize("runtime", [*filter(shutil.which, ("crun", "runc", "runsc"))])
+def test_nothing_is_closed_by_what_a_runtime_does_not_give(runtime: str) -> None:
+    strict = nsjail_py.policy("untrusted")
+    assert strict.syscalls
+    policy = replace(strict, backend=f"oci:{runtime}", landlock=False, syscalls=replace(strict.syscalls, exec=True))
+    facts, _, refused = _facts(policy)
+    assert facts.states == {one.name: one.state for one in nsjail_py.run(["/bin/true"], policy=policy).protections}
+    assert facts.reasons["own_uid"] and not refused
+    assert state(posture(policy), "rights of its user") != "closed"
 
 
 def test_the_posture_says_when_a_backend_cannot_give_what_the_policy_requires() -> None:

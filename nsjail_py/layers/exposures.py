@@ -181,6 +181,8 @@ def user(facts: Facts) -> Judgement:
         enforced = "a user id of its own on the host, for each run; root is never mapped"
         return Judgement(CLOSED, enforced, "files that are open to everybody, if shown")
     reason = facts.reasons.get("own_uid", "")
+    if facts.policy.backend != "native":
+        return Judgement(NARROW, "user ids of a runtime's containers, which nobody else has", reason, 'backend = "native"')
     change = "own_uid = true" if not reason else "run nsjail_py as a system service of root's"
     return Judgement(NARROW, "a user namespace", f"on the host it is the caller's user{f' ({reason})' if reason else ''}", change)
 

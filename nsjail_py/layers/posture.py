@@ -14,6 +14,7 @@ from msgspec import Struct, structs
 from nsjail_py import compiled, launcher, syscalls
 from nsjail_py.policy import Policy
 from nsjail_py.policyfile import load
+from nsjail_py.result import Protection
 
 from .exposures import EXPOSURES, HOLES, Exposure, Facts
 
@@ -94,16 +95,17 @@ def _facts(policy: Policy) -> tuple[Facts, str, tuple[str, ...]]:
     claim = launcher.current().claim
     host = compiled.Host.of(claim)
     found = compiled.protections(policy, host, judged=True)
+    if policy.landlock and not host.landlock_abi:
+        lack = Protection("landlock_fs", "unavailable", "this kernel has no Landlock")
+        found = tuple(lack if one.name == lack.name else one for one in found)
+    missing = [one for one in found if one.state == "unavailable" and one.name not in policy.best_effort]
+    refused = tuple(f"{one.name}: {one.reason}" for one in missing)
+    if policy.backend != "native":
+        from nsjail_py.oci_backend import lacks, told
+
+        found, refused = told(policy, found), refused + lacks(policy)
     states: dict[str, str] = {one.name: one.state for one in found}
     reasons = {one.name: one.reason for one in found if one.reason}
-    if policy.landlock and not host.landlock_abi:
-        states["landlock_fs"], reasons["landlock_fs"] = "unavailable", "this kernel has no Landlock"
-    missing = [name for name, state in states.items() if state == "unavailable" and name not in policy.best_effort]
-    refused = tuple(f"{name}: {reasons[name]}" for name in missing)
-    if policy.backend != "native":
-        from nsjail_py.oci_backend import lacks
-
-        refused += lacks(policy)
     calls = None if policy.syscalls is None else frozenset(syscalls.calls_of(policy.syscalls))
     return Facts(policy, states, reasons, calls), claim.mode, refused
 
