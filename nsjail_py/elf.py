@@ -10,7 +10,7 @@ import functools
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from .errors import passes
@@ -68,15 +68,27 @@ def read(path: str) -> Needs | None:
         strings = next((position + table - virtual for virtual, position, length in loads if virtual <= table < virtual + length), None)
         if strings is None:
             return Needs(loader, (), ())
-        origin = os.path.dirname(os.path.realpath(path))
-        names = tuple(text(strings + value) for tag, value in entries if tag == DT_NEEDED)
-        search = [folder for tag, value in entries if tag in (DT_RPATH, DT_RUNPATH) for folder in text(strings + value).split(":")]
-        folders = [folder.replace("${ORIGIN}", origin).replace("$ORIGIN", origin) for folder in search]
-        # Normalised, since the path is used in the tree too: `..` must not leave it. A relative folder means the caller's directory.
-        folders = [os.path.normpath(folder) for folder in folders if folder.startswith("/")]
-        if len(names) > MOST_NEEDED or len(folders) > MOST_FOLDERS:
+        needed = [value for tag, value in entries if tag == DT_NEEDED]
+        searched = [value for tag, value in entries if tag in (DT_RPATH, DT_RUNPATH)]
+        folders: list[str] = []
+        for value in searched[: MOST_FOLDERS + 1]:
+            # A relative folder means the caller's directory.
+            folders += [one for one in text(strings + value).split(":") if one.startswith(("/", "$ORIGIN", "${ORIGIN}"))]
+            if len(folders) > MOST_FOLDERS:
+                break
+        if len(needed) > MOST_NEEDED or len(searched) > MOST_FOLDERS or len(folders) > MOST_FOLDERS:
             raise ValueError(f"{path}: malformed ELF headers: too many libraries or folders")
-        return Needs(loader, names, tuple(folders))
+        return Needs(
+            loader, tuple(text(strings + value) for value in needed), tuple(_expanded(folders, os.path.dirname(os.path.realpath(path))))
+        )
+
+
+def _expanded(folders: Iterable[str], origin: str) -> Iterator[str]:
+    """Normalised, since the path is used in the tree too: `..` must not leave it. One that has become too long for a path leads nowhere."""
+    for folder in folders:
+        path = folder.replace("${ORIGIN}", origin).replace("$ORIGIN", origin)
+        if len(path) < MOST_TEXT:
+            yield os.path.normpath(path)
 
 
 def may_show(path: str) -> bool:

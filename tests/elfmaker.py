@@ -8,12 +8,13 @@ from collections.abc import Sequence
 NEEDED, STRTAB, RUNPATH = 1, 5, 29
 
 
-def elf(needed: Sequence[str] = (), runpath: str | None = None, loader: str | None = None) -> bytes:
-    """A shared object that asks for these libraries, in these folders, with this loader; there is no code in it."""
+def elf(needed: Sequence[str] = (), runpath: str | None = None, loader: str | None = None, times: int = 1) -> bytes:
+    """A shared object that asks for these libraries, in these folders (so many times), with this loader; there is no code in it."""
     strings, tags = b"\0", []
     for tag, text in [*((NEEDED, name) for name in needed), *([(RUNPATH, runpath)] if runpath else [])]:
         tags.append((tag, len(strings)))
         strings += text.encode() + b"\0"
+    tags += tags[-1:] * (times - 1)
     headers = 3 if loader else 2
     dynamic_at = 64 + 56 * headers
     strings_at = dynamic_at + 16 * (len(tags) + 2)

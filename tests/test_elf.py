@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_relative_folders_and_names_mean_nothing(program, tmp_path, monkeypatch)
 def test_too_many_libraries_are_refused(program):
     with pytest.raises(ValueError, match="malformed"):
         elf.read(program(made([f"lib{i}.so" for i in range(elf.MOST_NEEDED + 1)])))
+
+
+@pytest.mark.parametrize(("folder", "times"), [("$ORIGIN:", 4000), ("$ORIGIN", 64), ("/:", 1), ("/", 65)], ids=str)
+def test_too_many_folders_cost_nothing(program, folder, times):
+    path = program(made([], (folder * 4000)[:4000], times=times))
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError):
+            assert len(elf.read(path).search) <= elf.MOST_FOLDERS
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
