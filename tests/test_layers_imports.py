@@ -56,6 +56,12 @@ def test_no_name_in_a_script_adds_a_line_to_what_is_printed() -> None:
         assert all(line.isprintable() for line in said.split("\n"))
 
 
+@pytest.mark.parametrize("source", [f"x = {'-' * 30_000}1", f"x{'.a' * 30_000}"], ids=["minus", "dots"])
+def test_a_script_that_no_parser_takes_is_not_known(source: str, cli: list[str]) -> None:
+    done = subprocess.run([*cli, "imports", "-"], input=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout.startswith("imports = []\n# NOT RESOLVED: line 1: ?: "), done.stderr[-200:]
+
+
 def test_a_syntax_error_is_one() -> None:
     with pytest.raises(SyntaxError):
         propose("x = (")

@@ -75,8 +75,11 @@ def propose(source: str | bytes, *, interpreter: str | None = None, project: Ite
     found = Proposal([], [], [], [], [])
     chosen = _inspect(interpreter)
     installed = _installed(chosen)
-    for one in sorted(set(imports_of(source)), key=lambda one: one.line):
-        _sort_out(found, one, chosen, installed, list(project))
+    try:
+        for one in sorted(set(imports_of(source)), key=lambda one: one.line):
+            _sort_out(found, one, chosen, installed, list(project))
+    except (ValueError, RecursionError, MemoryError) as error:  # which the interpreter may take differently
+        found.unresolved.append(Unresolved(1, "?", f"the script cannot be parsed: {str(error) or 'too deep'}"))
     for names in (found.imports, found.standard, found.local, found.optional):
         names[:] = sorted(set(names))
     return found
