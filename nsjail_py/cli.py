@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from .errors import JailError, PolicyError
+from .oneline import one_line
 from .options import COMMANDS, LAYERS, TOOLS, changes, parser
 from .result import Result, Verdict
 
@@ -201,7 +202,7 @@ def policy_check(options: argparse.Namespace) -> int:
     from .policyfile import check
 
     problems = check(options.file)
-    _print("\n".join(problems) if problems else f"{options.file}: good")
+    _print("\n".join(map(one_line, problems)) if problems else f"{options.file}: good")
     return 1 if problems else 0
 
 
@@ -209,7 +210,7 @@ def policy_explain(options: argparse.Namespace) -> int:
     from .explain import sentences
     from .policyfile import load
 
-    _print("\n".join(sentences(load(options.name))))
+    _print("\n".join(map(one_line, sentences(load(options.name)))))
     return 0
 
 
@@ -229,7 +230,7 @@ def _print(text: str, end: str = "\n", stream: int = 1) -> None:
 
 def _say(text: str, status: int) -> int:
     with contextlib.suppress(OSError, AttributeError):
-        os.write(2, f"nsjail-py: {' '.join(text.split())}\n".encode(errors="backslashreplace"))
+        os.write(2, f"nsjail-py: {one_line(' '.join(text.split()))}\n".encode())
     return status
 
 

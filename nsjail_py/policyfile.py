@@ -30,6 +30,8 @@ NOT_POLICIES = ("syscalls",)
 OWN_FIELDS = ("name", "description")
 """What is said of one policy and not passed on to those that extend it."""
 MAX_FILE = 1024**2
+DEEPEST = 32
+"""Tables within tables; a policy needs four."""
 MOST_EXTENDED = 16
 
 
@@ -130,6 +132,8 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
         if len(data) > MAX_FILE:
             raise PolicyError(f"{shown}: larger than {MAX_FILE} bytes: this is no policy")
         table = tomllib.loads(data.decode())
+        if _depth(table) > DEEPEST:
+            raise RecursionError
     except (OSError, ValueError) as error:  # an unreadable file, a NUL in the path, not UTF-8, not TOML
         if isinstance(error, PolicyError):
             raise
@@ -150,6 +154,14 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
     except PolicyError as error:
         raise PolicyError(*(f"{shown}: $.extends: {problem}" for problem in error.problems)) from None
     return _merged({key: value for key, value in below.items() if key not in OWN_FIELDS}, table)
+
+
+def _depth(value: object) -> int:
+    """Of tables and lists; dotted keys make them deeper than Python's stack. At most one more than DEEPEST."""
+    depth, level = 0, [value]
+    while depth <= DEEPEST and (level := [one for one in level if isinstance(one, (dict, list))]):
+        depth, level = depth + 1, [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
 
 
 def _merged(below: Table, above: Table) -> Table:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 
 from .errors import PolicyError
+from .oneline import one_line
 
 
 def string(value: str) -> str:
@@ -26,5 +27,5 @@ def array(values: Iterable[str]) -> str:
 
 def comment(value: str, most: int = 1000) -> str:
     """What may follow a `#`: one line, whatever is in it, and safe to print."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in value)
+    plain = one_line(value)
     return plain if len(plain) <= most else f"{plain[: most - 3]}..."

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from . import syscalls, toml
 from .errors import PolicyError
+from .oneline import one_line
 from .policy import Policy, Syscalls
 from .policyfile import load, names
 from .result import FURTHER_CALLS, Result, Verdict
@@ -110,7 +111,7 @@ def why(result: Result | Mapping[str, Any], policy: Policy | None = None) -> lis
     try:
         verdict, denied = Verdict(report["verdict"]), {str(name): int(count) for name, count in report["denied"].items()}
         evidence, said = dict(report["evidence"]), str(report.get("stderr") or "")
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         raise PolicyError("this is no result of nsjail-py: write one with --report FILE, or --json") from None
     if policy is None and isinstance(result, Result):
         policy = result.settled
@@ -154,7 +155,7 @@ def text(found: list[Denial]) -> str:
             lines.append(f"    risk: {way.risk}")
         if not one.ways:
             lines.append("  no policy should allow it")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 # ---------------------------------------------------------------- system calls

@@ -223,6 +223,11 @@ def test_the_scan_is_done_in_a_jail_by_the_interpreter_of_the_policy(monkeypatch
         nsjail_py.run_python("import os", scan="refuse")
 
 
+def test_a_finding_is_one_line_that_can_be_printed() -> None:
+    found = [str(one) for one in scan("__import__('os.\\x1b[31m\\n\\x85')")]
+    assert all(one.isprintable() for one in found) and any("os.\\x1b[31m" in one for one in found)
+
+
 def test_unknown_rules_are_told(cli: Cli) -> None:
     with pytest.raises(nsjail_py.PolicyError, match=r'scan_ignore\[0\]: .*did you mean "files"'):
         nsjail_py.Jail("untrusted", scan_ignore=("file",))

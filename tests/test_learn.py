@@ -341,6 +341,14 @@ def test_every_call_that_can_be_denied_has_a_line_that_allows_it_or_none_at_all(
                 assert name in syscalls.calls_of(added), name
 
 
+def test_nothing_that_a_program_says_reaches_the_terminal_raw(tmp_path: Path) -> None:
+    path = tmp_path / "\x1b[31m\x85"
+    path.touch()
+    said = f"OSError: [Errno 30] Read-only file system: '{path}'\nFileNotFoundError: [Errno 2] No such file or directory: '{path}'"
+    found = why.why({"verdict": "ok", "denied": {"syscall \x1b[2J\n": 1}, "evidence": {}, "stderr": said})
+    assert len(found) == 3 and all(line.isprintable() for line in why.text(found).split("\n"))
+
+
 def test_every_set_has_a_risk() -> None:
     assert set(why.SET_RISKS) == set(syscalls.sets())
 
@@ -359,6 +367,7 @@ def test_the_command_explains_a_report_and_refuses_what_is_none(cli: list[str], 
         "[]",
         "{}",
         '{"verdict": "ok", "denied": 3, "evidence": {}}',
+        '{"verdict": "ok", "denied": {"fork": 1e999}, "evidence": {}}',
         "[" * 100000,
         '{"verdict": "x", "denied": {}, "evidence": {}}',
     ):

@@ -101,6 +101,8 @@ def test_a_file_extends_a_file_beside_it(write):
         ('extends = "a\\nb"', r"$.extends: 'a\nb': there is no policy"),
         ('extends = "./a\\nb"', r"b': cannot be read: No such file"),
         ('"a.b" = 1\nloopback = 1', "$.a.b: there is no such field"),
+        (f"env.{'.'.join('a' * 1500)} = 1", "nested too deeply"),
+        (f"proc.{'.'.join('a' * 1500)} = 1", "nested too deeply"),
     ],
 )  # fmt: skip
 def test_a_fault_is_told_with_its_file_and_place(write, text, said):

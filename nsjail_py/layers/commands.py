@@ -13,6 +13,7 @@ from typing import Any
 
 from nsjail_py.cli import _print, _say, _script
 from nsjail_py.errors import PolicyError
+from nsjail_py.oneline import one_line
 from nsjail_py.options import Parser
 from nsjail_py.suggest import did_you_mean
 
@@ -94,7 +95,8 @@ def _no_python(error: SyntaxError, name: str, as_json: bool) -> int:
         fault = {"message": error.msg, "line": error.lineno, "column": error.offset}
         _print(json.dumps({"file": name, "findings": [], "syntax_error": fault}, indent=2))
     else:
-        _print("".join(traceback.format_exception_only(error)), end="", stream=2)
+        said = "".join(traceback.format_exception_only(error)).split("\n")
+        _print("\n".join(map(one_line, said)), end="", stream=2)
     return NO_PYTHON
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from msgspec import Struct, structs
 
 from nsjail_py import compiled, launcher, syscalls
+from nsjail_py.oneline import one_line
 from nsjail_py.policy import Policy
 from nsjail_py.policyfile import load
 from nsjail_py.result import Protection
@@ -158,7 +159,7 @@ def text(found: Posture) -> str:
     if found.next_level:
         lines += ["", f"for the next level, {found.next_level} ({MEANING[found.next_level]}), change:"]
         lines += [f"  - {one}" for one in found.changes]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _wrapped(word: str, said: str) -> list[str]:

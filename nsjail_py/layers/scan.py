@@ -17,6 +17,7 @@ import msgspec
 
 from nsjail_py.coding import as_file
 from nsjail_py.errors import ScriptRefused
+from nsjail_py.oneline import one_line
 
 from .rules import HARMLESS_DUNDERS, RULES, SEVERITIES, Rule, Severity
 
@@ -45,7 +46,7 @@ class Finding(NamedTuple):
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.line}:{self.column}: {self.severity}: {self.what}: {self.sentence} {self.advice} [{self.rule}]"
+        return one_line(f"{self.line}:{self.column}: {self.severity}: {self.what}: {self.sentence} {self.advice} [{self.rule}]")
 
 
 class _Place(msgspec.Struct):
