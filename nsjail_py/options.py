@@ -207,11 +207,13 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
 
 def bind(text: str) -> tuple[str, str, bool]:
     r"""`SRC[:DST[:rw]]`, with `\:` and `\\` for a colon and a backslash in a path."""
-    parts = [re.sub(r"\\([\\:])", r"\1", part) for part in re.split(r"(?<!\\):", text)]
-    if len(parts) > 3 or not all(parts) or (len(parts) == 3 and parts[2] not in ("rw", "ro")):
+    path = r"((?:\\[\\:]|\\(?![\\:])|[^\\:])+)"
+    found = re.fullmatch(f"{path}(?::{path})?(?::(rw|ro))?", text)
+    if found is None:
         raise PolicyError(f"--bind {text!r} is not SRC[:DST[:rw]]; write \\: for a colon in a path")
-    source = str(Path(parts[0]).absolute())
-    return source, parts[1] if len(parts) > 1 else source, parts[2:] == ["rw"]
+    source, target = (re.sub(r"\\([\\:])", r"\1", part or "") for part in found.group(1, 2))
+    source = str(Path(source).absolute())
+    return source, target or source, found[3] == "rw"
 
 
 def variable(text: str) -> tuple[str, str] | None:

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import IS_ROOT, PATIENCE, ROOT
 
+import nsjail_py
+from nsjail_py.options import bind as split
+
 Cli = list[str]
 
 
@@ -251,6 +254,27 @@ def test_bind_project_and_workdir_show_what_they_say(cli: Cli, tmp_path: Path) -
     done = call(cli, "run", *options, "-", stdin=None, input=source.encode())
     assert (done.returncode, done.stdout) == (0, b"helped data\n"), done.stderr
     assert (tmp_path / "out" / "new").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (r"/a", ("/a", "/a", False)),
+        (r"/a:/b", ("/a", "/b", False)),
+        (r"/a:/b:rw", ("/a", "/b", True)),
+        (r"/a\:b:/c", ("/a:b", "/c", False)),
+        (r"/a\\:/b", ("/a\\", "/b", False)),
+        (r"/a\\\:b:/c", ("/a\\:b", "/c", False)),
+        (r"/a\b:/c\\:ro", ("/a\\b", "/c\\", False)),
+        *((wrong, None) for wrong in ("", ":", "/a:", ":/b", "/a::/b", "/a:/b:x", "/a:/b:rw:", "/a:/b:/c")),
+    ],
+)
+def test_a_bind_is_split_at_the_colons_that_are_not_escaped(text: str, parts: tuple[str, str, bool] | None) -> None:
+    if parts:
+        assert split(text) == parts
+    else:
+        with pytest.raises(nsjail_py.PolicyError, match="--bind"):
+            split(text)
 
 
 def test_neighbours_of_a_script_are_not_visible(cli: Cli, tmp_path: Path) -> None:
