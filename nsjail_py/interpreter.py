@@ -1,14 +1,16 @@
 """What there is to know about a Python interpreter before it is put into a root: where it, its library and its packages lie.
 
-The running interpreter is asked directly. Another one is run once, and its answer is kept in the cache as long as its file stays the same.
+The running interpreter is asked directly. Another one is run once, and its answer is kept in the cache as long as its file, its directories
+of packages and the .pth files in them stay the same.
 Inside, the base interpreter runs under its real path: a virtual environment is only a list of places where distributions are found.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +76,6 @@ def inspect(path: str | None = None) -> Interpreter:
     return _inspect(named, stamps)
 
 
-@functools.lru_cache(maxsize=32)
 def _inspect(path: str, stamps: tuple[Stamp, ...]) -> Interpreter:
     with open(path, "rb") as file:
         if file.read(4) != b"\x7fELF":
@@ -88,8 +89,16 @@ def _inspect(path: str, stamps: tuple[Stamp, ...]) -> Interpreter:
     if (known := _recall(kept, stamps)) is not None:
         return known
     found = _convert(path, _ask(path))
-    cachedir.write(kept, msgspec.json.encode(Answer(stamps, found)))
+    cachedir.write(kept, msgspec.json.encode(Answer((*stamps, *map(stamp, _deciding(found.search))), found)))
     return found
+
+
+def _deciding(search: Iterable[str]) -> Iterator[str]:
+    """What else a search path is made from: a .pth file names more directories. docs.python.org, module site"""
+    for place in search:
+        yield place
+        with contextlib.suppress(OSError):
+            yield from (f"{place}/{name}" for name in sorted(os.listdir(place)) if name.endswith(".pth"))
 
 
 def _recall(kept: Path, stamps: tuple[Stamp, ...]) -> Interpreter | None:
@@ -97,8 +106,9 @@ def _recall(kept: Path, stamps: tuple[Stamp, ...]) -> Interpreter | None:
         answer = msgspec.json.decode(kept.read_bytes(), type=Answer)
     except (OSError, msgspec.DecodeError):
         return None
+    same = answer.stamps[: len(stamps)] == stamps and all(stamp(known[0]) == known for known in answer.stamps[len(stamps) :])
     still_there = all(map(os.path.exists, (answer.interpreter.executable, *answer.interpreter.stdlib)))
-    return answer.interpreter if answer.stamps == stamps and still_there else None
+    return answer.interpreter if same and still_there else None
 
 
 def facts() -> dict[str, Any]:

@@ -18,9 +18,6 @@ from nsjail_py.errors import PolicyError
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NSJAIL_PY_CACHE", str(tmp_path / "cache"))
-    interpreter._inspect.cache_clear()
-    yield
-    interpreter._inspect.cache_clear()
 
 
 @pytest.fixture
@@ -56,22 +53,28 @@ def test_a_virtual_environment_runs_its_base_and_finds_its_own_distributions(oth
 
 def test_another_interpreter_is_run_only_once(other, monkeypatch):
     first = interpreter.inspect(other)
-    interpreter._inspect.cache_clear()  # as a new process would find it
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was run again"))
     assert interpreter.inspect(other) == first
 
 
 def test_a_changed_virtual_environment_is_asked_again(other, tmp_path):
     interpreter.inspect(other)
-    interpreter._inspect.cache_clear()
     config = tmp_path / "env/pyvenv.cfg"
     config.write_text(config.read_text().replace("include-system-site-packages = false", "include-system-site-packages = true "))
     assert len(interpreter.inspect(other).search) > 1
 
 
+def test_another_interpreter_is_asked_again_when_its_search_path_changes(other, tmp_path):
+    (site,) = interpreter.inspect(other).search
+    for name in ("first", "second"):
+        place = tmp_path / name / "site-packages"
+        place.mkdir(parents=True)
+        Path(site, "more.pth").write_text(f"{place}\n")  # the second time the file is written over, and its directory stays as it was
+        assert interpreter.inspect(other).search == (site, str(place))
+
+
 def test_a_damaged_answer_in_the_cache_is_asked_for_again(other, tmp_path):
     first = interpreter.inspect(other)
-    interpreter._inspect.cache_clear()
     for kept in (tmp_path / "cache/interpreters").iterdir():
         kept.write_text("{")
     assert interpreter.inspect(other) == first
@@ -82,7 +85,6 @@ def test_the_environment_of_the_caller_does_not_reach_it(other, monkeypatch, tmp
     (tmp_path / "json.py").write_text("raise SystemExit('misled')")
     for path in (tmp_path / "cache/interpreters").iterdir():
         path.unlink()
-    interpreter._inspect.cache_clear()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert interpreter.inspect(other) == first
