@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import stat
+import time
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib64/", "/opt/")
 PATH = "/usr/local/bin:/usr/bin:/bin"
+LOOK_AGAIN = 1.0
+"""Seconds for which a process believes that what a plan was made from is as it was."""
+_looked: dict[Path, float] = {}
 
 
 class Compiled(NamedTuple):
@@ -128,12 +132,26 @@ def for_any(policy: Policy, host: Host, inside: str) -> Compiled:
 
 
 def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> Compiled:
-    """What is known for this key, unless its tree was removed from the cache meanwhile: then it is made anew."""
+    """What is known for this key, unless its tree was removed from the cache meanwhile, or what that was made from has changed."""
     known = make(*key)
-    if known.tree is None or cachedir.mark_again(known.tree):
+    if known.tree is None or (cachedir.mark_again(known.tree) and _same(known)):
         return known
     make.cache_clear()
     return make(*key)
+
+
+def _same(known: Compiled) -> bool:
+    """Most times, a glance at the clock: there are some thirty files to look at."""
+    from . import elf, interpreter
+
+    assert known.tree is not None
+    if time.monotonic() - _looked.get(known.tree, -LOOK_AGAIN) < LOOK_AGAIN:
+        return True
+    _looked[known.tree] = time.monotonic()
+    if all(interpreter.stamp(source[0]) == source for source in known.sources):
+        return True
+    elf.cached_libraries.cache_clear()
+    return False
 
 
 def find(name: str) -> tuple[str, os.stat_result]:

@@ -1,8 +1,9 @@
 """Minimal roots: directory trees that hold one program and what it needs, copied once into the cache and then only bind-mounted.
 
 A tree is named by a hash over the path, size and time of change of all that goes into it, so a changed interpreter, library or package
-gives another tree (treebuild.py makes it). Which tree answers a question is
-noted beside the trees, with the stamps of what it was made from: asking again costs one small file and some stat calls.
+gives another tree (treebuild.py makes it). Which tree answers a question is noted beside the trees, with the stamps of what it was made
+from: asking again costs one small file, and a stat call for each shared library and each file of the listed distributions. Of the standard
+library only the directory and os.py are looked at: whoever edits one of its files in place removes the cache.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .interpreter import Interpreter, Stamp, stamp
 if TYPE_CHECKING:
     from .treebuild import Builder
 
-FORMAT = 7
+FORMAT = 8
 """Raised whenever the same inputs give another tree."""
 UNWANTED = frozenset({"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "site-packages", "dist-packages"})
 """Directories of a standard library that nothing inside needs; packages come from the list of imports only."""
@@ -70,6 +71,8 @@ class Note(msgspec.Struct, frozen=True):
 
     name: str
     stamps: tuple[Stamp, ...]
+    files: tuple[Stamp, ...] = ()
+    """Of the listed distributions: they may be many, and are only looked at by a process that does not know the tree yet."""
 
 
 def python_tree(
@@ -111,6 +114,8 @@ def python_tree(
     if not whole:
         watched += stdlib.DECIDING
     stamps = tuple(stamp(path) for path in watched)
+    files = tuple(stamp(path) for path in packages if not path.endswith(".pyc"))
+    contents = (interpreter, stamps, files, tuple(map(stamp, library)), without, whole, listed)
 
     def fill(builder: Builder) -> None:
         builder.copy(interpreter.executable, interpreter.executable)
@@ -121,7 +126,7 @@ def python_tree(
         builder.libraries(named)
         builder.compile(interpreter)
 
-    return _remember(question, stamps, _tree("python", (interpreter, stamps, without, whole, listed), mountpoints, fill))
+    return _remember(question, stamps, _tree("python", contents, mountpoints, fill), files)
 
 
 def _needed(
@@ -253,14 +258,14 @@ def _recall(question: tuple[object, ...]) -> Tree | None:
         note = msgspec.json.decode(kept.read_bytes(), type=Note)
     except (OSError, msgspec.DecodeError):
         return None
-    if any(stamp(known[0]) != known for known in note.stamps) or not cachedir.mark(store / note.name):
+    if any(stamp(known[0]) != known for known in (*note.stamps, *note.files)) or not cachedir.mark(store / note.name):
         return None
     cachedir.mark(kept)
     return _describe(store / note.name)._replace(stamps=note.stamps)
 
 
-def _remember(question: tuple[object, ...], stamps: tuple[Stamp, ...], tree: Tree) -> Tree:
-    cachedir.write(tree.path.parent / f"{_digest(question)}.json", msgspec.json.encode(Note(tree.path.name, stamps)))
+def _remember(question: tuple[object, ...], stamps: tuple[Stamp, ...], tree: Tree, files: tuple[Stamp, ...] = ()) -> Tree:
+    cachedir.write(tree.path.parent / f"{_digest(question)}.json", msgspec.json.encode(Note(tree.path.name, stamps, files)))
     return tree._replace(stamps=stamps)
 
 

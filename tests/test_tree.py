@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from elfmaker import elf as made
 
-from nsjail_py import Mount, elf, interpreter, run, run_python, tree, treebuild
+from nsjail_py import Mount, compiled, elf, interpreter, run, run_python, tree, treebuild
 from nsjail_py.errors import PolicyError, SetupError
 
 TRUE = os.path.realpath("/bin/true")
@@ -240,6 +240,40 @@ def test_a_changed_library_gives_another_tree(store, tmp_path, monkeypatch):
     second = tree.program_tree(str(program))
     assert first.path != second.path
     assert Path(f"{second.path}{library}").read_bytes().endswith(b"new")
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """An installed distribution's only module."""
+    site = tmp_path / "site-packages"
+    (site / "pk-1.dist-info").mkdir(parents=True)
+    (site / "pk-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: pk\nVersion: 1\n")
+    (site / "pk-1.dist-info/RECORD").write_text("pk/__init__.py,,\npk-1.dist-info/METADATA,,\npk-1.dist-info/RECORD,,\n")
+    (site / "pk").mkdir()
+    (site / "pk/__init__.py").write_text("VALUE = 'first'")
+    return site / "pk/__init__.py"
+
+
+def test_a_package_that_was_edited_in_place_gives_another_tree(store, package):
+    found = interpreter.inspect()._replace(search=(str(package.parents[1]),))
+    first = tree.python_tree(found, ("pk",))
+    package.write_text("VALUE = 'edited'")
+    second = tree.python_tree(found, ("pk",))
+    assert Path(f"{second.path}{found.site}/pk/__init__.py").read_text() == "VALUE = 'edited'"
+    assert tree.python_tree(found, ("pk",)) == second != first
+
+
+@pytest.mark.parametrize("wait", [0.0, 3600.0], ids=["looked at", "not looked at yet"])
+def test_a_process_sees_what_was_installed_meanwhile_when_it_looks_again(store, package, monkeypatch, wait):
+    compiled._for_python.cache_clear()
+    monkeypatch.setattr(compiled, "LOOK_AGAIN", wait)
+    found = interpreter.inspect()._replace(search=(str(package.parents[1]),))
+    monkeypatch.setattr(interpreter, "inspect", lambda path: found)
+    source = "import pk; print(pk.VALUE)"
+    assert run_python(source, imports=["pk"]).check().stdout == b"first\n"
+    package.write_text("VALUE = 'upgraded'")
+    (package.parents[1] / "pk-1.dist-info/RECORD").open("a").write("pk/new.py,,\n")
+    assert run_python(source, imports=["pk"]).check().stdout == (b"first\n" if wait else b"upgraded\n")
 
 
 def test_two_builders_at_once_both_get_the_tree(store):
