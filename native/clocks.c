@@ -41,7 +41,7 @@ static uint64_t fill_ns(const struct launcher *launcher, const struct run *run, 
 
 /* What we have worked. Not the time that passes: on a busy machine a short look lasts, too. */
 static uint64_t worked_ns(void) {
-	struct timespec worked;
+	struct timespec worked = {0};
 	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &worked);
 	return (uint64_t)worked.tv_sec * 1000000000u + (uint64_t)worked.tv_nsec;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,10 @@ IS_ROOT = os.geteuid() == 0
 ROOT = Path(__file__).parent.parent
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))
 """How many times slower this machine is than one of our own, for tests that hold a clock against a limit. ./dev vm sets it where it emulates."""
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # as in the background of a shell; what the tests start is to have it as from a terminal
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("ours", deadline=None)  # a shared machine is slow at any moment
 hypothesis.settings.load_profile("ours")

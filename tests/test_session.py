@@ -240,6 +240,7 @@ def test_an_interrupt_that_comes_too_late_or_twice_costs_nothing(session: Sessio
     session.run("x = 4").check()
     for _ in range(20):
         session.interrupt()
+    time.sleep(0.3 * PATIENCE)  # they are on their way, and would be in time for the next cell
     assert session.run("x").check().value == "4"
     session.checkpoint()
     session.interrupt()
@@ -250,6 +251,7 @@ def test_an_interrupt_that_comes_too_late_or_twice_costs_nothing(session: Sessio
     assert cell.error and cell.error[0] == "KeyboardInterrupt"
     for timer in timers:
         timer.join()
+    time.sleep(0.3 * PATIENCE)
     assert session.run("x").check().value == "4"
     session.restore()
     assert session.run("x").check().value == "4"

@@ -250,6 +250,7 @@ AFTER_EXEC = {
     "opendir": "where there are no descriptors or no memory, it is looked again at once",
     "realloc": "as opendir",
     "clock_gettime": "figures of use",
+    "clock_gettime:3": "how long a look at memory took: the pause after it is too short, or a second",
     "fstatfs": "whether the disk was full",
     "getrusage": "figures of use",
     "kill": "what is left is killed with init",
