@@ -85,7 +85,7 @@ def write(
     except FileExistsError:
         raise PolicyError(f"{directory}: there is a bundle already, or it is no directory") from None
     config = _config(compiled, argv, own_ids, THREADS.get(runtime, 0))
-    root = directory / "rootfs"
+    root = Path(os.path.realpath(directory / "rootfs"))
     config["mounts"] += [mount for step in compiled.mounts if (mount := _step(step, root, compiled.policy, copied, own_ids))]
     for file in files:
         (root / "app" / file.name).write_bytes(file.data)
@@ -152,21 +152,19 @@ def _resources(policy: Policy, threads: int) -> dict[str, Any]:
 
 def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bool) -> dict[str, Any] | None:
     """One mount step: done in rootfs, or the mount that does it at the start."""
-    path = root / step.target.lstrip("/")
     own = step.target == "/dev" or (is_below(step.target, "/dev") and step.target != "/dev/shm")
     if own and step.kind != lib.MOUNT_DEVPTS:
         if step.kind == lib.MOUNT_DIRECTORY and step.target == "/dev":
-            path.mkdir(exist_ok=True)
+            _place(root, step).mkdir(exist_ok=True)
         return None
     if step.kind == lib.MOUNT_DIRECTORY:
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _place(root, step).mkdir(exist_ok=True)
     elif step.kind == lib.MOUNT_FILE:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        _place(root, step).touch()
     elif step.kind == lib.MOUNT_SYMLINK:
-        path.symlink_to(step.source)
+        _place(root, step).symlink_to(step.source)
     elif step.kind == lib.MOUNT_BIND and copied and step.lasting:
-        shutil.copytree(step.source, path, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(step.source, _place(root, step), symlinks=True, dirs_exist_ok=True)
     elif step.kind == lib.MOUNT_BIND:
         return _mount(step, "bind", step.source, ["rbind", "rw" if step.flags & lib.MOUNT_WRITABLE else "ro"])
     elif step.kind == lib.MOUNT_PART and step.flags & lib.MOUNT_APP:
@@ -180,6 +178,15 @@ def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bo
     elif step.kind == lib.MOUNT_DEVPTS:
         return {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": DEVPTS}
     return None
+
+
+def _place(root: Path, step: MountStep) -> Path:
+    """Where a target is made. A link among the names that lead to it is the image's, and would have root write to wherever on the host it
+    says; the launcher refuses such a target, too."""
+    path = root / step.target.lstrip("/")
+    if os.path.realpath(path) != str(path):
+        raise PolicyError(f"mount on {step.target}: a symbolic link of the root's leads to it")
+    return path
 
 
 def _mount(step: MountStep, kind: str, source: str, options: list[str]) -> dict[str, Any]:

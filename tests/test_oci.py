@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 import nsjail_py
 from nsjail_py import cachedir, oci_backend, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
-from nsjail_py.policy import Policy, Syscalls
+from nsjail_py.policy import Mount, Policy, Syscalls
 from nsjail_py.streams import Ends
 
 PROFILE = ROOT / "tests" / "container_seccomp.json"
@@ -380,6 +380,27 @@ def backend(runtime: str, **changes: object) -> Policy:
 
 
 WORKING = tuple(filter(shutil.which, RUNTIMES))
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["bundle", *WORKING])
+@pytest.mark.parametrize("root", ["image", "directory"])
+@pytest.mark.parametrize("target", ["/data/in/input.txt", "/data/dir"])
+def test_a_link_of_the_root_s_leads_no_target_of_a_mount_onto_the_host(
+    how: str, root: str, target: str, base: bytes, tmp_path: Path
+) -> None:
+    victim, source = tmp_path / "victim", tmp_path / "source"
+    victim.mkdir()
+    source.mkdir()
+    mount = Mount(source=str(source if target == "/data/dir" else ROOT / "LICENSE"), target=target)
+    image = f"oci:{layout(tmp_path / 'i', [base, layer(entry('data', type=tarfile.SYMTYPE, linkname=str(victim)))])}"
+    changes = {"root": image if root == "image" else str(oci_image.unpacked(image)), "mounts": (mount,)}
+    with pytest.raises(nsjail_py.PolicyError, match=f"mount on {target.removesuffix('/input.txt')}"):
+        if how == "bundle":
+            oci_bundle.bundle(replace(policyfile.load("moderate"), **changes), tmp_path / "b", ["/bin/sh"])
+        else:
+            nsjail_py.run(["/bin/sh", "-c", ":"], policy=backend(how, **changes))
+    assert os.listdir(victim) == []
 
 
 @needs_root
