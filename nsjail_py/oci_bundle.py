@@ -88,11 +88,20 @@ def write(
     root = Path(os.path.realpath(directory / "rootfs"))
     config["mounts"] += [mount for step in compiled.mounts if (mount := _step(step, root, compiled.policy, copied, own_ids))]
     for file in files:
-        (root / "app" / file.name).write_bytes(file.data)
+        _write(root / "app" / file.name, file.data, ID_BASE + INSIDE_ID)
     unavailable = _unavailable(compiled.policy)
     config["annotations"] = {"nsjail_py.policy": compiled.policy.name, "nsjail_py.unavailable": "; ".join(unavailable)}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     return Bundle(directory, unavailable)
+
+
+def _write(path: Path, data: bytes, group: int = 0) -> None:
+    """For root, and for the container's group: everybody may go through a bundle's directories, and a run's script, arguments and
+    environment are its caller's."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        os.fchown(file.fileno(), 0, group)
+        os.fchmod(file.fileno(), 0o640 if group else 0o600)
+        file.write(data)
 
 
 def _config(compiled: Compiled, argv: Sequence[str], own_ids: bool, threads: int) -> dict[str, Any]:

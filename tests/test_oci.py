@@ -459,6 +459,22 @@ def test_nothing_but_pipes_goes_to_a_runtime() -> None:
 
 
 @needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_no_other_user_of_the_host_reads_a_run_s_script_arguments_or_environment(runtime: str) -> None:
+    policy = backend(runtime, env={"KEY": "secret"})
+    with nsjail_py.Jail(policy).start_python(
+        "print('secret', flush=True); input()", stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE
+    ) as process:
+        assert process.stdout and process.stdout.readline() == b"secret\n"
+        assert isinstance(process, oci_backend.OciProcess)
+        find = ["find", str(process._run.top), "-xdev", "-type", "f", "-exec", "grep", "-l", "secret", "{}", "+"]
+        assert len(subprocess.run(find, capture_output=True, check=False).stdout.splitlines()) > 1
+        nobody = subprocess.run(find, user=65534, group=65534, extra_groups=[], capture_output=True, check=False)
+        assert nobody.stdout == b"" and b"main.py: Permission denied" in nobody.stderr, nobody
+        process.kill()
+
+
+@needs_root
 def test_a_run_under_a_runtime_leaves_nothing(leaves_nothing: None) -> None:
     before = set(os.listdir("/run/nsjail_py"))
     nsjail_py.run_python("print(1)", policy=backend("runc")).check()
