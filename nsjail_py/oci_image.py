@@ -36,8 +36,15 @@ MAX_BYTES = 8 * 1024**3
 """Of all that one image unpacks to."""
 MAX_ENTRIES = 1_000_000
 MAX_LAYERS = 200
-MAX_HEADER = MAX_JSON
+MAX_FILES = 10_000
+"""Of what docker save wrote: layers and their descriptions."""
+MAX_HEADER = 32 * 1024
 """Of what stands before an entry (long names, attributes), which is read into memory."""
+MAX_GLOBAL = 100
+"""Attributes for all entries that follow, which stay there."""
+PIECE = 256 * 1024
+DIGITS = re.compile(rb"\d{256}")
+"""No name, number or time has so many in a row. tarfile's search in a header that has is quadratic (CVE-2024-6232)."""
 MAX_LINKS = 40
 DEEPEST = 256
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
@@ -60,7 +67,7 @@ class Layer(NamedTuple):
     name: str
     diff_id: str
     """SHA-256 of what it unpacks to."""
-    open: Callable[[], contextlib.AbstractContextManager[IO[bytes]]]
+    open: Callable[[], io.BufferedReader]
 
 
 def parse(root: str) -> Place:
@@ -105,13 +112,13 @@ def _source(place: Place) -> Iterator[tuple[str, list[Layer]]]:
     if os.path.isdir(place.path):
         yield _layout(Path(place.path), place.tag)
         return
-    with open(place.path, "rb") as file, tarfile.open(mode="r:", fileobj=cast("IO[bytes]", Bounded(file))) as archive:
+    with open(place.path, "rb") as file:
         members: dict[str, tarfile.TarInfo] = {}
-        for member in archive:
-            if len(members) >= MAX_ENTRIES:
-                _refuse(member.name, f"more than {MAX_ENTRIES} entries")
+        for count, member in enumerate(_members(Bounded(file))):
+            if count >= MAX_FILES:
+                _refuse(member.name, f"more than {MAX_FILES} entries")
             members[member.name] = member
-        yield _saved(archive, members, place.tag)
+        yield _saved(file, members, place.tag)
 
 
 def _json(data: bytes, name: str) -> Any:
@@ -152,7 +159,7 @@ def _layout(top: Path, tag: str | None) -> tuple[str, list[Layer]]:
     return str(found["digest"]), layers
 
 
-def _opener(path: Path) -> Callable[[], IO[bytes]]:
+def _opener(path: Path) -> Callable[[], io.BufferedReader]:
     return lambda: path.open("rb")
 
 
@@ -174,40 +181,28 @@ def _choose(index: Any, tag: str | None) -> Any:
     return mine[0]
 
 
-def _saved(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], tag: str | None) -> tuple[str, list[Layer]]:
+def _saved(file: IO[bytes], members: dict[str, tarfile.TarInfo], tag: str | None) -> tuple[str, list[Layer]]:
     """What `docker save` writes: manifest.json, one configuration and one archive of layers for each image."""
 
-    def take(name: str, most: int) -> bytes:
+    def part(name: str) -> Callable[[], io.BufferedReader]:
         member = members.get(name)
-        if member is None or not member.isreg():
+        if member is None or not member.isreg() or member.issparse():
             _refuse(name, "is missing, or no regular file")
-        if member.size > most:
-            _refuse(name, f"larger than {most} bytes")
-        file = archive.extractfile(member)
-        return file.read(most) if file else b""
+        return lambda: io.BufferedReader(Part(file, member.offset_data, member.size))
 
-    images = _json(take("manifest.json", MAX_JSON), "manifest.json")
+    images = _json(part("manifest.json")().read(MAX_JSON + 1), "manifest.json")
     try:
         wanted = [one for one in images if tag is None or any(str(name).rpartition(":")[2] == tag for name in one.get("RepoTags") or ())]
         if len(wanted) != 1:
             _refuse(
                 "manifest.json", f"has {len(wanted)} images {'in all' if tag is None else f'with the tag {tag!r}'}; name one by its tag"
             )
-        names, config = [str(name) for name in wanted[0]["Layers"]], take(str(wanted[0]["Config"]), MAX_JSON)
+        names, config = [str(name) for name in wanted[0]["Layers"]], part(str(wanted[0]["Config"]))().read(MAX_JSON + 1)
     except (KeyError, TypeError, AttributeError):
         _refuse("manifest.json", "is no list of images")
     diff_ids = _diff_ids(_json(config, "configuration"))
-    layers = []
-    for name, diff_id in _paired(names, diff_ids):
-        member = members.get(name)
-        if member is None or not member.isreg():
-            _refuse(name, "is missing, or no regular file")
-        layers.append(Layer(name, diff_id, _member(archive, member)))
+    layers = [Layer(name, diff_id, part(name)) for name, diff_id in _paired(names, diff_ids)]
     return hashlib.sha256(config).hexdigest(), layers
-
-
-def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[], IO[bytes]]:
-    return lambda: archive.extractfile(member) or io.BytesIO()
 
 
 def _diff_ids(config: Any) -> list[str]:
@@ -229,35 +224,83 @@ def _paired(layers: Any, diff_ids: list[str]) -> list[tuple[Any, str]]:
 # ---------------------------------------------------------------- unpacking
 
 
+class Part(io.RawIOBase):
+    """The data of one entry of a file."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self.file, self.at, self.end = file, start, start + size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.pread(self.file.fileno(), min(len(buffer), self.end - self.at), self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
 class Bounded:
-    """A file that is read in reasonable pieces only: tarfile takes what stands before an entry in one, however long it says that it is."""
+    """An archive for tarfile, which believes every header: no more of what stands before an entry than there has to be, and no next entry
+    that stands before the last one (CVE-2025-8194). The data of entries does not go through tarfile."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self.file, self.at, self.left = file, 0, MAX_HEADER
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER:
-            raise Refused(f"a header of {size} bytes")
-        return self.file.read(size)
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise Refused(f"a header of more than {MAX_HEADER} bytes")
+        data = self.data(size)
+        if DIGITS.search(data):
+            raise Refused("a header with a number that is none")
+        return data
+
+    def data(self, size: int) -> bytes:
+        found = self.file.read(size)
+        self.at += len(found)
+        return found
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, to: int) -> None:
+        if to < self.at:
+            raise Refused("an entry stands before the one before it")
+        self._skip(to)
+
+    def _skip(self, to: int) -> None:
+        self.at = self.file.seek(to)
 
 
-class Hashed:
+class Hashed(Bounded):
     """A layer as it unpacks: counted, and its digest taken."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
-        self.file, self.name = file, name
-        self.digest, self.count = hashlib.sha256(), 0
+        super().__init__(file)
+        self.name, self.digest = name, hashlib.sha256()
 
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER:
-            _refuse(self.name, f"a header of {size} bytes")
-        data = self.file.read(size)
-        self.count += len(data)
-        if self.count > MAX_BYTES:
+    def data(self, size: int) -> bytes:
+        found = super().data(size)
+        if self.at > MAX_BYTES:
             _refuse(self.name, f"unpacks to more than {MAX_BYTES} bytes")
-        self.digest.update(data)
-        return data
+        self.digest.update(found)
+        return found
+
+    def _skip(self, to: int) -> None:
+        while self.at < to and self.data(min(PIECE, to - self.at)):
+            pass
+
+
+def _members(file: Bounded) -> Iterator[tarfile.TarInfo]:
+    """The entries of an archive, none of which is kept; the file is where their data begins."""
+    with tarfile.open(mode="r:", fileobj=cast("IO[bytes]", file)) as archive:
+        while member := archive.next():
+            archive.members.clear()  # type: ignore[attr-defined]
+            if member.size < 0 or len(archive.pax_headers) > MAX_GLOBAL:
+                _refuse(member.name, f"has a negative size, or more than {MAX_GLOBAL} attributes before it that are for all")
+            file.left = MAX_HEADER
+            yield member
 
 
 def _unpack(layers: list[Layer], target: Path) -> None:
@@ -279,20 +322,18 @@ def _apply(root: Root, layer: Layer) -> None:
     with layer.open() as packed, _plain(packed, layer.name) as file:
         hashed = Hashed(file, layer.name)
         added: set[str] = set()
-        with tarfile.open(fileobj=hashed, mode="r|", bufsize=64 * 1024) as archive:  # type: ignore[call-overload]
-            for member in archive:
-                root.entry(archive, member, added)
-        while hashed.read(64 * 1024):
+        for member in _members(hashed):
+            root.entry(hashed, member, added)
+        while hashed.data(PIECE):
             pass
         if f"sha256:{hashed.digest.hexdigest()}" != layer.diff_id:
             _refuse(layer.name, "is not the layer that the image names")
 
 
 @contextlib.contextmanager
-def _plain(file: IO[bytes], name: str) -> Iterator[IO[bytes]]:
+def _plain(file: io.BufferedReader, name: str) -> Iterator[IO[bytes]]:
     """A layer without its compression, which its first bytes tell."""
-    head = file.read(4)
-    file.seek(0)
+    head = file.peek(4)[:4]
     if head[:2] == b"\x1f\x8b":
         with gzip.GzipFile(fileobj=file) as plain:
             yield plain  # type: ignore[misc]
@@ -309,11 +350,11 @@ class Root:
         self.top = str(top)
         self.bytes = self.entries = 0
 
-    def entry(self, archive: tarfile.TarFile, member: tarfile.TarInfo, added: set[str]) -> None:
+    def entry(self, source: Bounded, member: tarfile.TarInfo, added: set[str]) -> None:
         name = member.name
         parts = self._parts(name, name)
         self.entries += 1
-        self.bytes += max(0, member.size)
+        self.bytes += member.size
         if self.entries > MAX_ENTRIES or self.bytes > MAX_BYTES:
             _refuse(name, f"with it, the image has more than {MAX_ENTRIES} entries or {MAX_BYTES} bytes")
         if not parts:
@@ -327,7 +368,7 @@ class Root:
         if member.isdir():
             self._make_directory(path, member)
         elif member.isreg():
-            self._write(archive, member, self._clear(path))
+            self._write(source, member, self._clear(path))
         elif member.issym():
             self._link(member, parts, self._clear(path))
         elif member.islnk():
@@ -398,13 +439,15 @@ class Root:
         os.chmod(path, (member.mode & 0o1777) | 0o700)
 
     @staticmethod
-    def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
+    def _write(source: Bounded, member: tarfile.TarInfo, path: str) -> None:
         if member.issparse():
             _refuse(member.name, "is a sparse file, whose size says nothing")
-        source = archive.extractfile(member)
+        left = member.size
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb") as file:
-            if source is not None:
-                shutil.copyfileobj(source, file, 256 * 1024)
+            while left and (piece := source.data(min(left, PIECE))):
+                left -= file.write(piece)
+            if left:
+                _refuse(member.name, "is cut off")
             os.fchmod(file.fileno(), member.mode & 0o777)
             os.utime(file.fileno(), (0, max(0, min(int(member.mtime), 2**31))))
 
