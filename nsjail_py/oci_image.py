@@ -311,8 +311,10 @@ def _unpack(layers: list[Layer], target: Path) -> None:
         for layer in layers:
             _apply(root, layer)
         work.chmod(0o755)
-        with contextlib.suppress(FileExistsError):
-            work.rename(target)
+        work.rename(target)
+    except OSError:
+        if not target.is_dir():  # else somebody was quicker: ENOTEMPTY
+            raise
     finally:
         if work.exists():
             shutil.rmtree(work, ignore_errors=True)

@@ -344,6 +344,21 @@ def test_a_root_that_names_no_place_is_a_fault_of_the_policy(root: str) -> None:
         nsjail_py.Jail(root=root)
 
 
+def test_of_two_first_uses_at_the_same_time_one_stays_and_both_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, apply, quicker = f"oci:{layout(tmp_path / 'i', [layer(entry('a', b'x'))])}", oci_image._apply, []
+
+    def slow(*arguments: object) -> None:
+        monkeypatch.setattr(oci_image, "_apply", apply)
+        quicker.append(oci_image.unpacked(root))
+        (quicker[0] / "first").touch()
+        apply(*arguments)
+
+    monkeypatch.setattr(oci_image, "_apply", slow)
+    top = oci_image.unpacked(root)
+    assert quicker == [top] and sorted(os.listdir(top)) == ["a", "first"]
+    assert os.listdir(top.parent) == [top.name]
+
+
 def test_owners_set_id_bits_and_times_are_tame(tmp_path: Path) -> None:
     made = layer(entry("suid", b"x", mode=0o6755, uid=0, mtime=2**40), entry("d", type=tarfile.DIRTYPE, mode=0o7000))
     top = oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [made])}")
