@@ -168,7 +168,8 @@ class Run:
         self, runtime: str, compiled: Compiled, argv: Sequence[str], files: Sequence[OrderFile], streams: list[int], channel: socket.socket
     ) -> None:
         self.policy, self.channel, self.failed = compiled.policy, channel, ""
-        launcher.LOCKS.mkdir(mode=0o755, exist_ok=True)
+        launcher.LOCKS.mkdir(exist_ok=True)
+        launcher.LOCKS.chmod(0o755)  # whatever the umask was
         self.top = Path(tempfile.mkdtemp(prefix="oci-", dir=launcher.LOCKS))
         self.top.chmod(0o755)
         self.name = self.top.name

@@ -79,10 +79,11 @@ def write(
     have where the root lies in a directory of root's."""
     if os.geteuid():
         raise Unavailable("bundle", detail="its user ids are root's to give", advice="write it as root")
+    new = [path for path in (*reversed(directory.parents), directory, directory / "rootfs") if not path.exists()]
     try:
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        (directory / "rootfs").mkdir(mode=0o755)
-    except FileExistsError:
+        for path in new or [directory / "rootfs"]:
+            _mkdir(path)
+    except (FileExistsError, NotADirectoryError):
         raise PolicyError(f"{directory}: there is a bundle already, or it is no directory") from None
     config = _config(compiled, argv, own_ids, THREADS.get(runtime, 0))
     root = Path(os.path.realpath(directory / "rootfs"))
@@ -102,6 +103,12 @@ def _write(path: Path, data: bytes, group: int = 0) -> None:
         os.fchown(file.fileno(), 0, group)
         os.fchmod(file.fileno(), 0o640 if group else 0o600)
         file.write(data)
+
+
+def _mkdir(path: Path) -> None:
+    """For everybody to go through, whatever the caller's umask is."""
+    path.mkdir()
+    path.chmod(0o755)
 
 
 def _config(compiled: Compiled, argv: Sequence[str], own_ids: bool, threads: int) -> dict[str, Any]:
@@ -164,12 +171,14 @@ def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bo
     own = step.target == "/dev" or (is_below(step.target, "/dev") and step.target != "/dev/shm")
     if own and step.kind != lib.MOUNT_DEVPTS:
         if step.kind == lib.MOUNT_DIRECTORY and step.target == "/dev":
-            _place(root, step).mkdir(exist_ok=True)
+            _mkdir(_place(root, step))
         return None
     if step.kind == lib.MOUNT_DIRECTORY:
-        _place(root, step).mkdir(exist_ok=True)
+        _mkdir(_place(root, step))
     elif step.kind == lib.MOUNT_FILE:
-        _place(root, step).touch()
+        path = _place(root, step)
+        path.touch()
+        path.chmod(0o644)
     elif step.kind == lib.MOUNT_SYMLINK:
         _place(root, step).symlink_to(step.source)
     elif step.kind == lib.MOUNT_BIND and copied and step.lasting:

@@ -408,7 +408,8 @@ class Root:
             except FileNotFoundError:
                 if not make:
                     _refuse(name, "leads to what is not there")
-                os.mkdir(path, 0o755)
+                os.mkdir(path)
+                os.chmod(path, 0o755)  # whatever the caller's umask is
                 mode = stat.S_IFDIR
             if stat.S_ISLNK(mode):
                 followed += 1

@@ -22,7 +22,7 @@ from conftest import IS_ROOT, ROOT
 from msgspec.structs import replace
 
 import nsjail_py
-from nsjail_py import cachedir, oci_backend, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
+from nsjail_py import cachedir, launcher, oci_backend, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
 from nsjail_py.policy import Mount, Policy, Syscalls
 from nsjail_py.streams import Ends
 
@@ -359,6 +359,21 @@ def test_of_two_first_uses_at_the_same_time_one_stays_and_both_have_it(tmp_path:
     assert os.listdir(top.parent) == [top.name]
 
 
+@pytest.fixture
+def narrow_umask() -> Iterator[None]:
+    """As a systemd unit has it with UMask=0077."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+def test_an_image_is_the_same_whatever_the_umask_was(narrow_umask: None, base: bytes, tmp_path: Path) -> None:
+    made = layer(entry("implied/below/x", b"text", mode=0o644))
+    root = f"oci:{layout(tmp_path / 'i', [base, made])}"
+    assert [(oci_image.unpacked(root) / name).stat().st_mode & 0o777 for name in (".", "implied", "implied/below")] == [0o755] * 3
+    assert nsjail_py.run(["cat", "/implied/below/x"], root=root).check().stdout == b"text"
+
+
 def test_owners_set_id_bits_and_times_are_tame(tmp_path: Path) -> None:
     made = layer(entry("suid", b"x", mode=0o6755, uid=0, mtime=2**40), entry("d", type=tarfile.DIRTYPE, mode=0o7000))
     top = oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [made])}")
@@ -544,6 +559,19 @@ def test_crun_has_its_control_groups_of_version_1_where_it_refuses_those_of_both
         assert int(limit) == policyfile.load("untrusted").limits.memory
         process.kill()
     assert oci_backend.HYBRID.is_mount() and not Path(f"/sys/fs/cgroup/memory{group}").exists()
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_a_runtime_runs_whatever_the_umask_was(runtime: str, place: Path, narrow_umask: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "text").write_text("text")
+    (place / "text").chmod(0o644)
+    mounts = (Mount(source=str(place / "text"), target="/data/text"),)
+    oci_bundle.bundle(replace(policyfile.load("moderate"), mounts=mounts), place / "new" / "b", ["/bin/cat", "/data/text"])
+    done = under(runtime, place / "new" / "b", place / "state")
+    assert done.stdout == b"text", done
+    monkeypatch.setattr(launcher, "LOCKS", place / "locks")
+    assert nsjail_py.run(["/bin/cat", "/data/text"], policy=backend(runtime, mounts=mounts)).check().stdout == b"text"
 
 
 @needs_root
