@@ -10,12 +10,15 @@ import contextlib
 import os
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import SetupError
 
 UNUSED = 7 * 86400.0
 """Seconds without a mark after which an entry goes."""
+STALE = 60.0
+"""Seconds after which something unfinished that nobody holds locked is rubbish."""
 AGAIN = 3600.0
 """Seconds after which a process marks what it goes on using."""
 EXECUTED = ("roots", "images")
@@ -67,6 +70,51 @@ def write(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise SetupError("cache directory", error.errno or 0, str(path), "set NSJAIL_PY_CACHE to a directory with room") from None
+
+
+@contextlib.contextmanager
+def filling(path: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when it is whole; where somebody was quicker, his stays. What killed builders left, and what
+    nobody uses any more, is removed before. Raises OSError."""
+    import fcntl
+    import shutil
+    import tempfile
+
+    _sweep(path.parent)
+    prune(path.parent)
+    work = Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
+    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield work
+        try:
+            work.rename(path)
+        except OSError:
+            if not path.is_dir():  # ENOTEMPTY
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep(store: Path) -> None:
+    """Removes what was never finished: its builder was killed, so that nobody holds the lock."""
+    import fcntl
+    import shutil
+
+    for work in store.glob(".new-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - work.stat().st_mtime < STALE:
+                continue
+            if not work.is_dir():
+                work.unlink()
+                continue
+            lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(work, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def mark(path: Path) -> bool:

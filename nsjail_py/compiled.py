@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import cachedir, cpuset, hostinfo, label, landlock, plan, rootfs
+from . import cachedir, cpuset, hostinfo, label, landlock, launcher, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable, during
 from .result import Protection
@@ -37,7 +37,7 @@ class Compiled(NamedTuple):
     mounts: tuple[rootfs.MountStep, ...]
     protections: tuple[Protection, ...]
     tree: Path | None
-    """The cached tree that its root is made of."""
+    """The cached tree, or unpacked image, that its root is made of."""
     sources: tuple[Stamp, ...] = ()
     """What that was made from."""
 
@@ -96,15 +96,16 @@ def _of_image(policy: Policy, host: Host, name: str, *, with_files: bool) -> Com
     """A program of the image that is the root, found as a shell inside would."""
     from . import oci_image
 
-    return _from_image(policy, host, name, with_files, oci_image.identity(policy.root))
+    return _standing(_from_image, policy, host, name, with_files, oci_image.identity(policy.root))
 
 
 @functools.lru_cache(maxsize=64)
 def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identity: tuple[object, ...]) -> Compiled:
     from . import oci_image
 
-    program, real = oci_image.find(oci_image.unpacked(policy.root), name, PATH)
-    return _compile(policy, host, None, program, None, with_files=with_files, image=real)
+    top = oci_image.unpacked(policy.root)
+    program, real = oci_image.find(top, name, PATH)
+    return _compile(policy, host, None, program, None, with_files=with_files, image=real)._replace(tree=top)
 
 
 @functools.lru_cache(maxsize=256)
@@ -137,6 +138,7 @@ def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> C
     if known.tree is None or (cachedir.mark_again(known.tree) and _same(known)):
         return known
     make.cache_clear()
+    launcher.current().plans = {}  # it keeps what it has mounted of a plan, and the new one is the same
     return make(*key)
 
 

@@ -17,7 +17,6 @@ import re
 import shutil
 import stat
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,7 +85,7 @@ def unpacked(root: str) -> Path:
     try:
         with _source(place) as (key, layers):
             target = cachedir.directory("images") / hashlib.sha256(f"{FORMAT} {key}".encode()).hexdigest()[:32]
-            if not target.is_dir():
+            if not cachedir.mark(target):
                 _unpack(layers, target)
             return target
     except (OSError, tarfile.TarError, EOFError, zlib.error, msgspec.DecodeError, RecursionError, OverflowError) as error:
@@ -304,20 +303,11 @@ def _members(file: Bounded) -> Iterator[tarfile.TarInfo]:
 
 
 def _unpack(layers: list[Layer], target: Path) -> None:
-    """Under another name first: what has its name is whole."""
-    work = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
-    try:
+    with cachedir.filling(target) as work:
         root = Root(work)
         for layer in layers:
             _apply(root, layer)
         work.chmod(0o755)
-        work.rename(target)
-    except OSError:
-        if not target.is_dir():  # else somebody was quicker: ENOTEMPTY
-            raise
-    finally:
-        if work.exists():
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def _apply(root: Root, layer: Layer) -> None:
@@ -422,7 +412,7 @@ class Root:
                 here.append(part)
             else:
                 _refuse(name, "goes through what is no directory")
-            if len(here) + len(rest) > 4 * DEEPEST:
+            if len(here) > DEEPEST or len(rest) > 4 * DEEPEST:
                 _refuse(name, "is nested too deeply")
         return os.path.join(self.top, *here)
 

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import shutil
 import stat
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,61 +20,30 @@ from .errors import PolicyError, SetupError
 if TYPE_CHECKING:
     from .interpreter import Interpreter
 
-STALE = 60.0
-"""Seconds after which an unfinished tree that nobody holds locked is rubbish."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 NO_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
 
 def build(store: Path, path: Path, mountpoints: tuple[str, ...], fill: Callable[[Builder], None]) -> None:
     """Make the tree under another name, then rename it. Whoever builds the same meanwhile is welcome: the first one's stays."""
-    _sweep(store)
-    cachedir.prune(store)
     try:
-        work = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
-        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with cachedir.filling(path) as work:
+            builder = Builder(work)
+            fill(builder)
+            for name, text in tree.ETC.items():
+                builder.write(f"/etc/{name}", text)
+            for point in mountpoints:
+                builder.mountpoint(point)
+            for here, _, _ in os.walk(work):  # whatever the caller's umask is
+                os.chmod(here, 0o755)
     except OSError as error:
-        raise _failed(error, path) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        builder = Builder(work)
-        fill(builder)
-        for name, text in tree.ETC.items():
-            builder.write(f"/etc/{name}", text)
-        for point in mountpoints:
-            builder.mountpoint(point)
-        for here, _, _ in os.walk(work):  # whatever the caller's umask is
-            os.chmod(here, 0o755)
-        with contextlib.suppress(FileExistsError):
-            os.rename(work, path)
-    except OSError as error:
-        if not path.is_dir():  # else somebody was quicker: ENOTEMPTY
+        if not path.is_dir():  # else somebody was quicker
             raise _failed(error, path) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
 
 
 def _failed(error: OSError, path: Path) -> SetupError:
     advice = "make room there, or set NSJAIL_PY_CACHE to a directory with room" if error.errno in FULL else ""
     return SetupError("minimal root", error.errno or 0, str(error.filename or path), advice)
-
-
-def _sweep(store: Path) -> None:
-    """Remove trees that were never finished: their builder was killed, so that nobody holds the lock."""
-    for work in store.glob(".new-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - work.stat().st_mtime < STALE:
-                continue
-            if not work.is_dir():
-                work.unlink()
-                continue
-            lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(work, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 class Builder:

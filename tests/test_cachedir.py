@@ -106,12 +106,14 @@ def test_what_nobody_used_for_a_week_goes_when_something_new_is_built(base: Path
     assert len(trees(base)) == 1 and tree not in trees(base)
 
 
-def test_a_root_that_was_removed_is_built_again(base: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run([program, "0"]).check()
+@pytest.mark.parametrize("own", [True, False])
+def test_a_root_that_was_removed_is_built_again(own: bool, base: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = program if own else "/bin/sleep"  # which all is in the root, so that the launcher keeps it
+    run([name, "0"], env={"OWN": str(base)}).check()
     settled(*trees(base))
     shutil.rmtree(base)
     monkeypatch.setattr(cachedir, "AGAIN", 0.0)
-    assert run([program, "0"]).check().ok and len(trees(base)) == 1
+    assert run([name, "0"], env={"OWN": str(base)}).check().ok and len(trees(base)) == 1
 
 
 def test_what_was_used_stays(base: Path, program: str) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,6 +232,10 @@ HOSTILE: dict[str, tuple[list[list[Entry]], str]] = {
     ),
     "through a file": ([[entry("a", b"x"), entry("a/b", b"x")]], "'a/b'"),
     "nested": ([[entry("/".join("d" * 300), b"x")]], "nested too deeply"),
+    "nested by a link": (
+        [[entry("l", type=tarfile.SYMTYPE, linkname="/".join("d" * 200)), entry("/".join("d" * 200), type=tarfile.DIRTYPE),
+          entry("l/" + "/".join("d" * 200), type=tarfile.DIRTYPE)]], "'l/d/.*nested too deeply",
+    ),
     "a whiteout of the parent": ([[entry("a/.wh...", b"")]], "wh"),
 }  # fmt: skip
 
@@ -357,6 +362,29 @@ def test_of_two_first_uses_at_the_same_time_one_stays_and_both_have_it(tmp_path:
     top = oci_image.unpacked(root)
     assert quicker == [top] and sorted(os.listdir(top)) == ["a", "first"]
     assert os.listdir(top.parent) == [top.name]
+
+
+def test_what_a_killed_unpacking_left_is_swept_away_and_what_nobody_uses_goes(tmp_path: Path) -> None:
+    first, second = (f"oci:{layout(tmp_path / name, [layer(entry(name, b'x'))])}" for name in ("a", "b"))
+    store, top = cachedir.directory("images"), oci_image.unpacked(first)
+    left = store / ".new-left"
+    left.mkdir()
+    os.utime(left, (time.time() - 2 * cachedir.STALE,) * 2)
+    os.utime(top, (time.time() - cachedir.UNUSED - 60,) * 2)
+    assert oci_image.unpacked(first) == top  # used
+    other = oci_image.unpacked(second)
+    assert set(store.iterdir()) == {top, other}
+    os.utime(top, (time.time() - cachedir.UNUSED - 60,) * 2)
+    third = oci_image.unpacked(f"oci:{layout(tmp_path / 'c', [layer(entry('c', b'x'))])}")
+    assert set(store.iterdir()) == {other, third}
+
+
+def test_an_image_that_was_removed_from_the_cache_is_unpacked_again(base: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jail = nsjail_py.Jail(root=f"oci:{layout(tmp_path / 'i', [base])}", stock=0)
+    for _ in range(2):
+        assert jail.run(["cat", "/etc/image"]).check().stdout == b"first layer\n"
+        shutil.rmtree(cachedir.directory("images"))
+        monkeypatch.setattr(cachedir, "AGAIN", 0.0)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from elfmaker import elf as made
 
-from nsjail_py import Mount, compiled, elf, interpreter, run, run_python, tree, treebuild
+from nsjail_py import Mount, cachedir, compiled, elf, interpreter, run, run_python, tree, treebuild
 from nsjail_py.errors import PolicyError, SetupError
 
 TRUE = os.path.realpath("/bin/true")
@@ -304,7 +304,7 @@ def test_what_a_killed_builder_left_is_swept_away_but_not_what_is_being_built(st
     old, busy = store / ".new-old", store / ".new-busy"
     for path in (old, busy):
         (path / "usr").mkdir(parents=True)
-        os.utime(path, (time.time() - 2 * treebuild.STALE,) * 2)
+        os.utime(path, (time.time() - 2 * cachedir.STALE,) * 2)
     with subprocess.Popen(
         ["flock", "-x", str(busy), "-c", "echo locked; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
