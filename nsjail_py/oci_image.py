@@ -28,7 +28,8 @@ from . import cachedir
 from .errors import PolicyError
 
 PREFIX = "oci:"
-FORMAT = 1
+FORMAT = 2
+"""Raised whenever the same image gives another tree."""
 REF_NAME = "org.opencontainers.image.ref.name"
 MAX_JSON = 4 * 1024**2
 MAX_BYTES = 8 * 1024**3
@@ -367,7 +368,9 @@ class Root:
             self._hard_link(member, path)
         else:
             _refuse(name, "is a device, a pipe or something else that no root needs")
-        added.add(path)
+        while path not in added and path != self.top:
+            added.add(path)
+            path = os.path.dirname(path)
 
     @staticmethod
     def _parts(path: str, name: str) -> list[str]:
@@ -468,14 +471,20 @@ class Root:
         """What lower layers have is hidden by the upper one."""
         if base == OPAQUE:
             for below in os.listdir(parent):
-                if os.path.join(parent, below) not in added:
-                    self._clear(os.path.join(parent, below))
+                self._hide(os.path.join(parent, below), added)
             return
         hidden = base.removeprefix(WHITEOUT)
         if hidden in ("", ".", ".."):
             _refuse(name, "hides nothing that could be")
-        if os.path.join(parent, hidden) not in added:
-            self._clear(os.path.join(parent, hidden))
+        self._hide(os.path.join(parent, hidden), added)
+
+    def _hide(self, path: str, added: set[str]) -> None:
+        """Takes away what lower layers have there; what this layer has added, before or below, stays."""
+        if path not in added:
+            self._clear(path)
+        elif os.path.isdir(path) and not os.path.islink(path):
+            for below in os.listdir(path):
+                self._hide(os.path.join(path, below), added)
 
 
 def identity(root: str) -> tuple[object, ...]:

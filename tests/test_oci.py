@@ -261,6 +261,18 @@ def test_a_link_of_one_layer_leads_no_other_layer_out(tmp_path: Path) -> None:
     assert (top / str(outside).lstrip("/") / "evil").read_bytes() == b"x"  # where the kernel would have put it inside
 
 
+@pytest.mark.parametrize("whiteout", ["d/.wh..wh..opq", ".wh.d"])
+@pytest.mark.parametrize("upper", [["d/sub"], ["d", "d/sub"], ["d/sub", "d/sub/new"], ["d/sub/new"]])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_whiteout_hides_all_of_lower_layers_and_nothing_of_its_own(whiteout: str, upper: list[str], first: bool, tmp_path: Path) -> None:
+    lower = layer(entry("d/old", b"x"), entry("d/sub/old", b"x"), entry("d/sub/deep/old", b"x"), entry("stays", b"x"))
+    entries = [entry(name, type=tarfile.REGTYPE if "new" in name else tarfile.DIRTYPE) for name in upper]
+    made = layer(*[entry(whiteout)] * first, *entries, *[entry(whiteout)] * (not first))
+    top = oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [lower, made])}")
+    found = {str(path.relative_to(top)) for path in top.rglob("*")}
+    assert found == {"d", "d/sub", "stays", *upper}
+
+
 @pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_ENTRIES"])
 def test_bombs_are_refused_before_they_fill_the_disk(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oci_image, limit, 1024 * 1024 if limit == "MAX_BYTES" else 50)
