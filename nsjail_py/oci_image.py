@@ -20,7 +20,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, cast
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
 
 import msgspec
 
@@ -51,7 +51,7 @@ WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 ARCHES = {"x86_64": "amd64", "aarch64": "arm64"}
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-LAYER_NAME = re.compile(r"[\w./-]{1,255}", re.A)
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -59,6 +59,64 @@ class Place(NamedTuple):
 
     path: str
     tag: str | None
+
+
+class Platform(msgspec.Struct):
+    """What a manifest is for."""
+
+    architecture: str | None = None
+    os: str | None = None
+
+
+class Descriptor(msgspec.Struct, rename="camel"):
+    """opencontainers/image-spec, descriptor.md"""
+
+    digest: str
+    media_type: str | None = None
+    annotations: dict[str, str] | None = None
+    platform: Platform | None = None
+
+    @property
+    def tag(self) -> str | None:
+        return (self.annotations or {}).get(REF_NAME)
+
+    @property
+    def is_ours(self) -> bool:
+        for_what, arch = self.platform or Platform(), ARCHES.get(os.uname().machine)
+        return (for_what.architecture or arch) == arch and (for_what.os or "linux") == "linux"
+
+
+class Index(msgspec.Struct):
+    """index.json, and any other index."""
+
+    manifests: list[Descriptor]
+
+
+class Manifest(msgspec.Struct):
+    """One image."""
+
+    config: Descriptor
+    layers: list[Descriptor]
+
+
+class RootFs(msgspec.Struct):
+    """The part of a configuration that names the layers by what they unpack to."""
+
+    diff_ids: list[str]
+
+
+class Configuration(msgspec.Struct):
+    """An image's configuration."""
+
+    rootfs: RootFs
+
+
+class Saved(msgspec.Struct, rename="pascal"):
+    """One image in manifest.json of `docker save`."""
+
+    config: str
+    layers: list[str]
+    repo_tags: list[str] | None = None
 
 
 class Layer(NamedTuple):
@@ -89,7 +147,7 @@ def unpacked(root: str) -> Path:
             if not cachedir.mark(target):
                 _unpack(layers, target)
             return target
-    except (OSError, tarfile.TarError, EOFError, zlib.error, msgspec.DecodeError, RecursionError, OverflowError) as error:
+    except (OSError, tarfile.TarError, EOFError, zlib.error, RecursionError, OverflowError, ValueError) as error:
         raise PolicyError(f"$.root: {place.path}: {getattr(error, 'strerror', None) or error}") from None
     except Refused as error:
         raise PolicyError(f"$.root: {place.path}: {error}") from None
@@ -121,63 +179,57 @@ def _source(place: Place) -> Iterator[tuple[str, list[Layer]]]:
         yield _saved(file, members, place.tag)
 
 
-def _json(data: bytes, name: str) -> Any:
+def _json(data: bytes, name: str, kind: type[T]) -> T:
     if len(data) > MAX_JSON:
         _refuse(name, f"larger than {MAX_JSON} bytes")
-    return msgspec.json.decode(data)
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        _refuse(name, str(error))
 
 
 def _layout(top: Path, tag: str | None) -> tuple[str, list[Layer]]:
     """An OCI image layout: index, manifest, configuration, layers, each named by its digest."""
 
-    def blob(descriptor: Any) -> Path:
-        match = DIGEST.fullmatch(str(descriptor["digest"]))
+    def blob(descriptor: Descriptor) -> Path:
+        match = DIGEST.fullmatch(descriptor.digest)
         if not match:
-            _refuse(str(descriptor["digest"]), "only sha256 digests are known")
+            _refuse(descriptor.digest, "only sha256 digests are known")
         path = top / "blobs" / "sha256" / match[1]
         if not stat.S_ISREG(os.lstat(path).st_mode):
             _refuse(f"blobs/sha256/{match[1]}", "is no regular file")
         return path
 
-    def checked(descriptor: Any) -> Any:
+    def checked(descriptor: Descriptor, kind: type[T]) -> T:
         path = blob(descriptor)
         with path.open("rb") as file:
             data = file.read(MAX_JSON + 1)
         if hashlib.sha256(data[: MAX_JSON + 1]).hexdigest() != path.name:
             _refuse(f"blobs/sha256/{path.name}", "is not what its digest says")
-        return _json(data, path.name)
+        return _json(data, path.name, kind)
 
     with (top / "index.json").open("rb") as file:
-        found = _choose(_json(file.read(MAX_JSON + 1), "index.json"), tag)
+        found = _choose(_json(file.read(MAX_JSON + 1), "index.json", Index), tag)
     for _ in range(3):
-        if found.get("mediaType") not in INDEXES:
+        if found.media_type not in INDEXES:
             break
-        found = _choose(checked(found), None)
-    manifest = checked(found)
-    diff_ids = _diff_ids(checked(manifest["config"]))
-    layers = [Layer(str(one["digest"]), diff_id, _opener(blob(one))) for one, diff_id in _paired(manifest["layers"], diff_ids)]
-    return str(found["digest"]), layers
+        found = _choose(checked(found, Index), None)
+    manifest = checked(found, Manifest)
+    paired = _paired(manifest.layers, checked(manifest.config, Configuration))
+    return found.digest, [Layer(one.digest, diff_id, _opener(blob(one))) for one, diff_id in paired]
 
 
 def _opener(path: Path) -> Callable[[], io.BufferedReader]:
     return lambda: path.open("rb")
 
 
-def _choose(index: Any, tag: str | None) -> Any:
+def _choose(index: Index, tag: str | None) -> Descriptor:
     """The manifest of a tag, for this machine."""
-    try:
-        entries = [one for one in index["manifests"] if isinstance(one, dict)]
-        if tag is not None:
-            entries = [one for one in entries if (one.get("annotations") or {}).get(REF_NAME) in (tag, *([f"latest:{tag}"]))]
-        arch = ARCHES.get(os.uname().machine)
-        mine = [one for one in entries if (one.get("platform") or {}).get("architecture", arch) == arch]
-    except (KeyError, TypeError, AttributeError):
-        _refuse("index.json", "is no index of images")
+    mine = [one for one in index.manifests if one.is_ours and (tag is None or one.tag in (tag, f"latest:{tag}"))]
     if not mine:
         _refuse("index.json", f"has no image {'' if tag is None else f'with the tag {tag!r} '}for this machine")
-    if len({str(one.get("digest")) for one in mine}) > 1:
-        tags = [str((one.get("annotations") or {}).get(REF_NAME)) for one in mine][:9]
-        _refuse("index.json", f"has several images; name one: {', '.join(tags)}")
+    if len({one.digest for one in mine}) > 1:
+        _refuse("index.json", f"has several images; name one: {', '.join(repr(one.tag) for one in mine[:9])}")
     return mine[0]
 
 
@@ -190,33 +242,20 @@ def _saved(file: IO[bytes], members: dict[str, tarfile.TarInfo], tag: str | None
             _refuse(name, "is missing, or no regular file")
         return lambda: io.BufferedReader(Part(file, member.offset_data, member.size))
 
-    images = _json(part("manifest.json")().read(MAX_JSON + 1), "manifest.json")
-    try:
-        wanted = [one for one in images if tag is None or any(str(name).rpartition(":")[2] == tag for name in one.get("RepoTags") or ())]
-        if len(wanted) != 1:
-            _refuse(
-                "manifest.json", f"has {len(wanted)} images {'in all' if tag is None else f'with the tag {tag!r}'}; name one by its tag"
-            )
-        names, config = [str(name) for name in wanted[0]["Layers"]], part(str(wanted[0]["Config"]))().read(MAX_JSON + 1)
-    except (KeyError, TypeError, AttributeError):
-        _refuse("manifest.json", "is no list of images")
-    diff_ids = _diff_ids(_json(config, "configuration"))
-    layers = [Layer(name, diff_id, part(name)) for name, diff_id in _paired(names, diff_ids)]
-    return hashlib.sha256(config).hexdigest(), layers
+    images = _json(part("manifest.json")().read(MAX_JSON + 1), "manifest.json", list[Saved])
+    wanted = [one for one in images if tag is None or any(name.rpartition(":")[2] == tag for name in one.repo_tags or ())]
+    if len(wanted) != 1:
+        _refuse("manifest.json", f"has {len(wanted)} images {'in all' if tag is None else f'with the tag {tag!r}'}; name one by its tag")
+    config = part(wanted[0].config)().read(MAX_JSON + 1)
+    paired = _paired(wanted[0].layers, _json(config, "configuration", Configuration))
+    return hashlib.sha256(config).hexdigest(), [Layer(name, diff_id, part(name)) for name, diff_id in paired]
 
 
-def _diff_ids(config: Any) -> list[str]:
-    try:
-        found = [str(one) for one in config["rootfs"]["diff_ids"]]
-    except (KeyError, TypeError):
-        _refuse("configuration", "does not name the layers")
-    if not all(map(DIGEST.fullmatch, found)):
+def _paired(layers: list[T], config: Configuration) -> list[tuple[T, str]]:
+    diff_ids = config.rootfs.diff_ids
+    if not all(map(DIGEST.fullmatch, diff_ids)):
         _refuse("configuration", "names layers by something else than sha256")
-    return found
-
-
-def _paired(layers: Any, diff_ids: list[str]) -> list[tuple[Any, str]]:
-    if not isinstance(layers, list) or len(layers) != len(diff_ids) or len(layers) > MAX_LAYERS:
+    if len(layers) != len(diff_ids) or len(layers) > MAX_LAYERS:
         _refuse("manifest", f"has not as many layers as its configuration, or more than {MAX_LAYERS}")
     return list(zip(layers, diff_ids, strict=True))
 
@@ -316,7 +355,10 @@ def _apply(root: Root, layer: Layer) -> None:
         hashed = Hashed(file, layer.name)
         added: set[str] = set()
         for member in _members(hashed):
-            root.entry(hashed, member, added)
+            try:
+                root.entry(hashed, member, added)
+            except (ValueError, OverflowError) as error:  # a time that is none, a NUL in a name
+                _refuse(member.name, str(error))
         while hashed.data(PIECE):
             pass
         if f"sha256:{hashed.digest.hexdigest()}" != layer.diff_id:

@@ -208,7 +208,7 @@ def test_a_tag_chooses_among_images(tmp_path: Path) -> None:
     for tag in ("a", "b"):
         layout(top, [layer(entry("name", tag.encode()))], tag)
     assert (oci_image.unpacked(f"oci:{top}:b") / "name").read_text() == "b"
-    for root, why in ((f"oci:{top}", "several images; name one: a, b"), (f"oci:{top}:c", "with the tag 'c'")):
+    for root, why in ((f"oci:{top}", "several images; name one: 'a', 'b'"), (f"oci:{top}:c", "with the tag 'c'")):
         with pytest.raises(nsjail_py.PolicyError, match=why):
             oci_image.unpacked(root)
 
@@ -353,6 +353,60 @@ def test_a_damaged_image_is_one_line(damage: str, tmp_path: Path) -> None:
     with pytest.raises(nsjail_py.PolicyError) as told:
         nsjail_py.run(["/bin/true"], root=f"oci:{path}")
     assert "\n" not in str(told.value)
+
+
+MALFORMED: dict[str, tuple[bytes | Entry, str]] = {
+    "a time that is none": (entry("e", pax_headers={"mtime": "nan"}), "'e'"),
+    "a time without end": (entry("e", pax_headers={"mtime": "inf"}), "'e'"),
+    "a link to NUL": (entry("e", type=tarfile.SYMTYPE, pax_headers={"linkpath": "a\0b"}), "'e'"),
+    "a hard link to NUL": (entry("e", type=tarfile.LNKTYPE, pax_headers={"linkpath": "a\0b"}), "'e'"),
+    "a NUL in a name": (entry("e", pax_headers={"path": "a\0b"}), "a.*b"),
+    "a hole that is no number": (entry("e", pax_headers={"GNU.sparse.map": "x"}), "literal for int"),
+    "half a hole": (entry("e", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}), "not enough values"),
+    "a name on two lines": (entry("/e\nf"), r"e\\nf"),
+    "a manifest without digest": (b'{"manifests": [{}]}', "'index.json'.*digest"),
+    "a digest that is none": (b'{"manifests": [{"digest": "sha256:\\n/"}]}', "sha256"),
+    "an index that is a list": (b"[]", "'index.json'"),
+    "a platform that is a word": (b'{"manifests": [{"digest": "", "platform": "linux"}]}', "'index.json'.*platform"),
+    "a text that is none": (b'{"manifests": [{"digest": "\xff"}]}', "'index.json'"),
+    "a manifest that is empty": (b"{}", "config"),
+    "a manifest that is a list": (b"[ ]", "Expected `object`"),
+    "a manifest without layers": (json.dumps({"config": {"digest": sha(b"")}}).encode(), "layers"),
+    "a configuration that is a list": (json.dumps({"config": {"digest": sha(b"[]")}, "layers": []}).encode(), "Expected `object`"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_image_is_one_line_that_names_what_is_wrong(name: str, tmp_path: Path) -> None:
+    what, told = MALFORMED[name]
+    if isinstance(what, bytes):
+        top = layout(tmp_path / "i", [])
+        for blob in (what, b"[]"):
+            (top / "blobs" / "sha256" / sha(blob)[7:]).write_bytes(blob)
+        is_index = b"manifests" in what or what == b"[]"
+        (top / "index.json").write_bytes(what if is_index else json.dumps({"manifests": [{"digest": sha(what)}]}).encode())
+    else:
+        top = layout(tmp_path / "i", [layer(what)])
+    with pytest.raises(nsjail_py.PolicyError, match=told) as error:
+        nsjail_py.run(["/bin/true"], root=f"oci:{top}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"{}", b"[]", b"[{}]", b"[[]]", b'[{"Config": "c", "Layers": [1]}]', b'[{"Config": "c", "Layers": []}]'])
+def test_a_malformed_manifest_of_docker_save_is_one_line(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "i").write_bytes(layer(entry("manifest.json", data)))
+    with pytest.raises(nsjail_py.PolicyError, match=r"'manifest.json'|'c'") as error:
+        nsjail_py.run(["/bin/true"], root=f"oci:{tmp_path}/i")
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_for_another_system_is_none_of_several(tmp_path: Path) -> None:
+    top = layout(layout(tmp_path / "i", [layer(entry("a", b"windows"))]), [layer(entry("a", b"linux"))])
+    index = json.loads((top / "index.json").read_text())
+    for one, system in zip(index["manifests"], ("windows", "linux"), strict=True):
+        one["platform"] = {"os": system, "architecture": oci_image.ARCHES[os.uname().machine]}
+    (top / "index.json").write_text(json.dumps(index))
+    assert (oci_image.unpacked(f"oci:{top}") / "a").read_text() == "linux"
 
 
 @pytest.mark.parametrize("root", ["oci:", "oci:relative", "oci:/a/../b", "oci:/x\0y"])
