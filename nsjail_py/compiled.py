@@ -105,7 +105,7 @@ def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identit
 
     top = oci_image.unpacked(policy.root)
     program, real = oci_image.find(top, name, PATH)
-    return _compile(policy, host, None, program, None, with_files=with_files, image=real)._replace(tree=top)
+    return _compile(policy, host, None, program, None, with_files=with_files, image=(top, real))._replace(tree=top)
 
 
 @functools.lru_cache(maxsize=256)
@@ -187,9 +187,16 @@ def _mountpoints(policy: Policy, *more: str) -> tuple[str, ...]:
 
 
 def _compile(
-    policy: Policy, host: Host, root: Tree | None, program: str, outside: tuple[str, str] | None, *, with_files: bool, image: str = ""
+    policy: Policy,
+    host: Host,
+    root: Tree | None,
+    program: str,
+    outside: tuple[str, str] | None,
+    *,
+    with_files: bool,
+    image: tuple[Path, str] | None = None,
 ) -> Compiled:
-    """image: where a program of an image is on the host."""
+    """image: where it is on the host, and a program of it."""
     mounts = tuple(rootfs.build(policy, root, outside, with_files))
     bpf, unknown_from = b"", 0
     late: tuple[int, ...] = ()
@@ -207,7 +214,7 @@ def _compile(
         raise Unavailable("landlock", detail=reason, advice=f"{remedy}; or landlock = false in the policy")
     decided = landlock.Decision((0, 0, 0), [])
     if policy.landlock:
-        decided = landlock.decide(policy, host.landlock_abi, _executables(program, (image, program) if image else outside), mounts)
+        decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside, image), mounts)
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,
@@ -223,9 +230,12 @@ def _compile(
     return Compiled(policy, plan.compile_plan(policy, parts), program, mounts, protections(policy, host), tree, sources)
 
 
-def _executables(program: str, outside: tuple[str, str] | None) -> list[str]:
+def _executables(program: str, outside: tuple[str, str] | None, image: tuple[Path, str] | None) -> list[str]:
     """Where exec is refused: the program, what a `#!` line names, and the loaders that the kernel opens with them."""
-    from . import elf, tree
+    from . import elf, oci_image, tree
+
+    if image:
+        return oci_image.executables(image[0], program, image[1], PATH)
 
     host = outside[0] if outside else program
     named = [path for path in tree.shebang(host) if tree.is_system(path)]

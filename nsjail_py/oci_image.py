@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
 
 import msgspec
 
-from . import cachedir
+from . import cachedir, rootfs
 from .errors import PolicyError
 
 PREFIX = "oci:"
@@ -543,19 +543,39 @@ def _status(path: str, name: str) -> os.stat_result | None:
 
 def find(top: Path, name: str, search: str) -> tuple[str, str]:
     """A program's path inside an image, and its file on the host. Raises FileNotFoundError (the shell's 127) and PermissionError (126)."""
-    root = Root(top)
+    root, refused = Root(top), False
     for place in [""] if "/" in name else search.split(":"):
-        path = os.path.normpath(f"/{place}/{name}".replace("//", "/"))
+        path = "/" + os.path.normpath(f"/{place}/{name}").lstrip("/")  # which keeps two of them
         try:
             folder = root.directory(path.strip("/").split("/")[:-1], path, make=False)
             real = _final(root, os.path.join(folder, os.path.basename(path)))
-        except (Refused, OSError):
+        except (Refused, OSError, ValueError):
             continue
         mode = os.stat(real, follow_symlinks=False).st_mode
-        if not stat.S_ISREG(mode) or not mode & 0o111:
-            raise PermissionError(13, "not a program that can be executed", name)
-        return path, real
+        if stat.S_ISREG(mode) and mode & 0o111:
+            return path, real
+        refused = True
+    if refused:
+        raise PermissionError(13, "not a program that can be executed", name)
     raise FileNotFoundError(2, "no such program in the image", name)
+
+
+def executables(top: Path, program: str, real: str, search: str) -> list[str]:
+    """A program's path inside, and of what the kernel opens with it: what a `#!` line names, and the loaders. Each is the image's."""
+    from . import elf, tree
+
+    found = {program: real}
+
+    def add(names: list[str]) -> None:
+        for name in names:
+            with contextlib.suppress(OSError):
+                path, file = find(top, name, search)
+                if path.split("/")[1] not in rootfs.PRIVATE:
+                    found[path] = file
+
+    add(tree.shebang_names(real))
+    add([loader for file in list(found.values()) if (loader := elf.loader(file)) and loader.startswith("/")])
+    return list(found)
 
 
 def _final(root: Root, path: str) -> str:

@@ -193,17 +193,23 @@ def is_system(path: str) -> bool:
 
 def shebang(program: str) -> list[str]:
     """The programs that a script's first line names. The script may be the enemy's: it must not choose just any file (elf.may_show)."""
+    found, *sought = shebang_names(program) or [""]
+    if sought:
+        import shutil
+
+        sought = [real for name in sought if (real := shutil.which(name, path=PATH))]
+    return [path for path in (found, *sought) if is_system(path) and os.access(path, os.X_OK) and elf.may_show(path)]
+
+
+def shebang_names(program: str) -> list[str]:
+    """The interpreter's path in a script's first line, and if that is env, the name that it is to look for."""
     with open(program, "rb") as file:
         first = file.readline(256)
     words = os.fsdecode(first[2:]).split() if first.startswith(b"#!") else []
     if not words or not words[0].startswith("/"):
         return []
-    found = [os.path.normpath(words[0])]
-    if os.path.basename(found[0]) == "env" and len(words) > 1:
-        import shutil
-
-        found += [real] if (real := shutil.which(os.path.basename(words[1]), path=PATH)) else []
-    return [path for path in found if is_system(path) and os.access(path, os.X_OK) and elf.may_show(path)]
+    interpreter = os.path.normpath(words[0])
+    return [interpreter, *(os.path.basename(word) for word in words[1:2] if os.path.basename(interpreter) == "env")]
 
 
 def _closure(programs: list[str], modules: list[str]) -> set[str]:

@@ -23,7 +23,7 @@ from conftest import IS_ROOT, ROOT
 from msgspec.structs import replace
 
 import nsjail_py
-from nsjail_py import cachedir, launcher, oci_backend, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
+from nsjail_py import cachedir, elf, launcher, oci_backend, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
 from nsjail_py.policy import Mount, Policy, Syscalls
 from nsjail_py.streams import Ends
 
@@ -163,8 +163,6 @@ SCRIPT = b"#!/lib/ld.so\n"
 @pytest.fixture(scope="module")
 def base() -> bytes:
     """A minimal image of our own: a static program would do; it is the host's dash and echo with their libraries."""
-    from nsjail_py import elf
-
     files = {}
     for program in ("/bin/sh", "/bin/cat", "/bin/ls"):
         files[f"usr{program}"] = Path(program).read_bytes()
@@ -413,6 +411,37 @@ def test_an_image_for_another_system_is_none_of_several(tmp_path: Path) -> None:
 def test_a_root_that_names_no_place_is_a_fault_of_the_policy(root: str) -> None:
     with pytest.raises(nsjail_py.PolicyError, match="absolute path"):
         nsjail_py.Jail(root=root)
+
+
+def test_a_script_of_an_image_runs_with_the_image_s_interpreter_and_loader(base: bytes, tmp_path: Path) -> None:
+    """None of them is the host's."""
+    shell = Path("/bin/sh").read_bytes()
+    loader = elf.loader("/bin/sh")
+    assert loader
+    other = loader[:-4] + ".own"
+    made = layer(
+        entry("opt/own", shell.replace(loader.encode(), other.encode())), entry(other.lstrip("/"), Path(loader).read_bytes()),
+        entry("usr/bin/direct", b"#!/opt/own\necho ran\n"), entry("usr/bin/by-env", b"#!/usr/bin/env own-sh\necho ran\n"),
+        entry("usr/bin/env", Path("/usr/bin/env").read_bytes()), entry("usr/bin/own-sh", type=tarfile.SYMTYPE, linkname="/opt/own"),
+        entry("entry.sh", b"#!/opt/own\necho ran\n"),
+    )  # fmt: skip
+    root = f"oci:{layout(tmp_path / 'i', [base, made])}"
+    for level in ("moderate", "untrusted"):
+        for program in ("direct", "/entry.sh"):
+            assert nsjail_py.run([program], policy=level, root=root).check().stdout == b"ran\n"
+    top = oci_image.unpacked(root)
+    found = oci_image.executables(top, "/usr/bin/by-env", str(top / "usr/bin/by-env"), "/usr/bin")
+    assert found == ["/usr/bin/by-env", "/usr/bin/env", "/usr/bin/own-sh", loader, other]
+
+
+def test_a_program_that_cannot_be_executed_hides_none_behind_it_in_the_path(base: bytes, tmp_path: Path) -> None:
+    made = layer(entry("usr/local/bin/cat", b"text", mode=0o644), entry("usr/local/bin/data", b"text", mode=0o644))
+    root = f"oci:{layout(tmp_path / 'i', [base, made])}"
+    assert nsjail_py.run(["cat", "/etc/image"], root=root).check().stdout == b"first layer\n"
+    with pytest.raises(PermissionError):
+        nsjail_py.run(["data"], root=root)
+    with pytest.raises(FileNotFoundError):
+        nsjail_py.run(["a\0b"], root=root)
 
 
 def test_of_two_first_uses_at_the_same_time_one_stays_and_both_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
