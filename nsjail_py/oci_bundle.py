@@ -85,6 +85,17 @@ def write(
             _mkdir(path)
     except (FileExistsError, NotADirectoryError):
         raise PolicyError(f"{directory}: there is a bundle already, or it is no directory") from None
+    try:
+        unavailable = _fill(directory, compiled, argv, files, copied, own_ids, runtime)
+    except BaseException:
+        shutil.rmtree(new[0], ignore_errors=True)
+        raise
+    return Bundle(directory, unavailable)
+
+
+def _fill(
+    directory: Path, compiled: Compiled, argv: Sequence[str], files: Iterable[OrderFile], copied: bool, own_ids: bool, runtime: str
+) -> dict[str, str]:
     config = _config(compiled, argv, own_ids, THREADS.get(runtime, 0))
     root = Path(os.path.realpath(directory / "rootfs"))
     config["mounts"] += [mount for step in compiled.mounts if (mount := _step(step, root, compiled.policy, copied, own_ids))]
@@ -93,7 +104,7 @@ def write(
     unavailable = _unavailable(compiled.policy)
     config["annotations"] = {"nsjail_py.policy": compiled.policy.name, "nsjail_py.unavailable": "; ".join(unavailable)}
     _write(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-    return Bundle(directory, unavailable)
+    return unavailable
 
 
 def _write(path: Path, data: bytes, group: int = 0) -> None:
@@ -182,7 +193,10 @@ def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bo
     elif step.kind == lib.MOUNT_SYMLINK:
         _place(root, step).symlink_to(step.source)
     elif step.kind == lib.MOUNT_BIND and copied and step.lasting:
-        shutil.copytree(step.source, _place(root, step), symlinks=True, dirs_exist_ok=True)
+        if os.path.isdir(step.source):
+            shutil.copytree(step.source, _place(root, step), symlinks=True, dirs_exist_ok=True)
+        else:
+            shutil.copy2(step.source, _place(root, step))
     elif step.kind == lib.MOUNT_BIND:
         return _mount(step, "bind", step.source, ["rbind", "rw" if step.flags & lib.MOUNT_WRITABLE else "ro"])
     elif step.kind == lib.MOUNT_PART and step.flags & lib.MOUNT_APP:

@@ -563,6 +563,25 @@ def test_a_bundle_s_filter_and_root_refuse_what_the_policy_refuses(runtime: str,
     assert done.stdout == b"worked\n" and b"Cannot fork" in done.stderr, done
 
 
+@needs_root
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_bundle_of_an_image_has_its_files_at_the_top(runtime: str, place: Path, base: bytes, tmp_path: Path) -> None:
+    image = layout(tmp_path / "i", [base, layer(entry("entry.sh", b"#!/bin/sh\necho ran\n"))])
+    oci_bundle.bundle(replace(policyfile.load("moderate"), root=f"oci:{image}"), place / "b", ["/entry.sh"])
+    done = under(runtime, place / "b", place / "state")
+    assert done.stdout == b"ran\n", done
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["b", "new/b", "old/b", "old"])
+def test_a_bundle_that_fails_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr(oci_bundle, "_unavailable", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        oci_bundle.bundle("moderate", tmp_path / name, ["/bin/true"])
+    assert {path.name for path in tmp_path.rglob("*") if "cache" not in path.parts} == {"old"}
+
+
 def backend(runtime: str, **changes: object) -> Policy:
     base = policyfile.load("untrusted")
     assert base.syscalls
