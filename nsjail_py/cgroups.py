@@ -387,7 +387,7 @@ def _make(directory: Path) -> Path:
 
 
 def _remove(directory: Path) -> bool:
-    """Removes a directory of ours and the cells below it. False while there is a process in one."""
+    """Removes a directory of ours and the cells below it, if we may. False while there is a process in one."""
     try:
         for cell in directory.iterdir():
             if cell.name.startswith("cell-") and cell.is_dir():
@@ -395,8 +395,8 @@ def _remove(directory: Path) -> bool:
         directory.rmdir()
     except FileNotFoundError:
         return True
-    except OSError:
-        return False
+    except OSError as error:  # any other than EBUSY lasts: we have given up root, say
+        return error.errno != errno.EBUSY
     return True
 
 

@@ -60,9 +60,9 @@ class Host(NamedTuple):
 
     @classmethod
     def of(cls, claim: Claim) -> Host:
-        """This one, with these control groups."""
+        """This one, with the control groups and the rights of one launcher: this process may have others by now."""
         groups = (claim.quota, claim.cpuset, claim.processors)
-        return cls(claim.kind, claim.reason, claim.swap, os.geteuid() == 0, landlock_abi(), *groups)
+        return cls(claim.kind, claim.reason, claim.swap, claim.mode == "root", landlock_abi(), *groups)
 
 
 def for_python(policy: Policy, host: Host) -> Compiled:

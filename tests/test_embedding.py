@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, _children
+from conftest import IS_ROOT, PATIENCE, _children
 from msgspec.structs import replace
 
 import nsjail_py
@@ -177,6 +177,44 @@ print(nsjail_py.run_python("import signal; print(signal.pthread_sigmask(signal.S
 """
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60 * PATIENCE, check=False)
     assert done.stdout == "b'set()\\n'\n", done.stderr[-2000:]
+
+
+RIGHTS = """
+import os, shutil, tempfile, time
+import nsjail_py
+from nsjail_py import launcher
+nsjail_py.run(["/bin/true"], policy="trusted")  # everything is imported now: the interpreter may be where only root may look
+launcher.shutdown()
+top = tempfile.mkdtemp()
+launcher.PROGRAM = shutil.copy(launcher.PROGRAM, top)
+os.environ["NSJAIL_PY_CACHE"] = top
+os.chown(top, {first}, -1)
+os.seteuid({first})
+nsjail_py.run(["/bin/true"], policy="trusted")
+os.seteuid(0)
+os.chown(top, {then}, -1)
+os.seteuid({then})
+try:
+    insisting = dict(own_uid=True, best_effort=["cgroup", "swap", "cpus", "cpuset", "nested_userns"])
+    result = nsjail_py.run(["/bin/true"], policy="trusted", **insisting)
+    print(result.mode, *(one.state for one in result.protections if one.name in ("own_uid", "groups")))
+except nsjail_py.Unavailable as error:
+    print(error)
+began = time.monotonic()
+launcher.shutdown()
+print(time.monotonic() - began < 1)
+os.seteuid(0)
+shutil.rmtree(top)
+"""
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can become somebody else")
+@pytest.mark.parametrize(("first", "then", "said"), [(65534, 0, "protections (own_uid: only root"), (0, 65534, "root applied applied\n")])
+def test_what_is_said_of_a_run_rests_on_the_launchers_rights_and_not_on_the_callers_of_now(first: int, then: int, said: str) -> None:
+    """The launcher has had its own since it was started; the caller may have taken others, or given root up."""
+    source = RIGHTS.format(first=first, then=then)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60 * PATIENCE, check=False)
+    assert done.stdout.startswith(said) and done.stdout.endswith("\nTrue\n"), done.stdout + done.stderr[-2000:]
 
 
 WAYS = {
