@@ -51,7 +51,7 @@ MAX_PLANS = 32
 """How many plans keep a descriptor open in this process."""
 END_S = 5.0
 """How long a launcher may take to end."""
-DYING_MS = 200
+DYING_S = 0.2
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 """All between this process, its launcher and its runs."""
 numbers = itertools.count(1)
@@ -195,13 +195,22 @@ class Launcher:
 
     @property
     def alive(self) -> bool:
-        """Whether it listens. Of one that is just dying the descriptors go in any order."""
+        """Whether it listens."""
         poll = select.poll()
         with self.sending:
             if self.socket.fileno() < 0:
                 return False
             poll.register(self.socket, 0)
-            return not poll.poll(DYING_MS)
+            return not poll.poll(0)
+
+    def dies(self) -> bool:
+        """Whether it is dead, or just dying: of one that is the descriptors go in any order. Others may send meanwhile."""
+        deadline = time.monotonic() + DYING_S
+        while self.alive:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     def close(self) -> None:
         """Ends the launcher and every jail of it."""

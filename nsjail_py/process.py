@@ -158,7 +158,7 @@ class Process:
                 return
         else:
             report = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
-            if not self.launcher.alive:
+            if self.launcher.dies():
                 self._lost = True
                 launcher.lost(self.launcher)
         self._heard_ns = time.monotonic_ns()

@@ -80,6 +80,17 @@ def test_the_watchdog_is_fed_while_a_launcher_can_be_had(ear: socket.socket, mon
             ear.recv(999)
 
 
+def test_no_run_waits_while_the_watchdogs_thread_looks_at_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "2000")
+    with systemd.Resident():
+        nsjail_py.run(["/bin/true"])
+        began = time.monotonic()
+        for _ in range(20):
+            nsjail_py.run(["/bin/true"]).check()
+        assert time.monotonic() - began < 1 * PATIENCE
+
+
 def test_a_watchdog_of_another_process_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
     monkeypatch.setenv("WATCHDOG_PID", "1")
