@@ -69,19 +69,19 @@ def for_python(policy: Policy, host: Host) -> Compiled:
     """For scripts: the order brings the script, the root has the interpreter."""
     if policy.root.startswith("oci:"):
         return _of_image(policy, host, policy.python.interpreter or "python3", with_files=True)
-    return _standing(_for_python, policy, host)
+    return _standing(_for_python, policy, host, rootfs.sources(policy))
 
 
 @functools.lru_cache(maxsize=64)
-def _for_python(policy: Policy, host: Host) -> Compiled:
+def _for_python(policy: Policy, host: Host, shown: rootfs.Sources) -> Compiled:
     from . import interpreter, tree
 
     found = interpreter.inspect(policy.python.interpreter)
-    points = _mountpoints(policy, f"/{found.prefix.split('/')[1]}") if policy.root == "minimal" else ()
+    points = _mountpoints(policy, shown, f"/{found.prefix.split('/')[1]}") if policy.root == "minimal" else ()
     chosen = policy.python
     with during("minimal root"):
         root = tree.python_tree(found, chosen.imports, points, chosen.without, whole=chosen.whole)
-    return _compile(policy, host, root, str(found.executable), None, with_files=True)
+    return _compile(policy, host, root, str(found.executable), None, shown, with_files=True)
 
 
 def for_program(policy: Policy, host: Host, name: str) -> Compiled:
@@ -89,47 +89,47 @@ def for_program(policy: Policy, host: Host, name: str) -> Compiled:
     if policy.root.startswith("oci:"):
         return _of_image(policy, host, name, with_files=False)
     path, status = find(name)
-    return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns))
+    return _standing(_for_program, policy, host, path, (status.st_ino, status.st_size, status.st_mtime_ns), rootfs.sources(policy))
 
 
 def _of_image(policy: Policy, host: Host, name: str, *, with_files: bool) -> Compiled:
     """A program of the image that is the root, found as a shell inside would."""
     from . import oci_image
 
-    return _standing(_from_image, policy, host, name, with_files, oci_image.identity(policy.root))
+    return _standing(_from_image, policy, host, name, with_files, oci_image.identity(policy.root), rootfs.sources(policy))
 
 
 @functools.lru_cache(maxsize=64)
-def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identity: tuple[object, ...]) -> Compiled:
+def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identity: tuple[object, ...], shown: rootfs.Sources) -> Compiled:
     from . import oci_image
 
     top = oci_image.unpacked(policy.root)
     program, real = oci_image.find(top, name, PATH)
-    return _compile(policy, host, None, program, None, with_files=with_files, image=(top, real))._replace(tree=top)
+    return _compile(policy, host, None, program, None, shown, with_files=with_files, image=(top, real))._replace(tree=top)
 
 
 @functools.lru_cache(maxsize=256)
-def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int, int]) -> Compiled:
+def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int, int], shown: rootfs.Sources) -> Compiled:
     root = None
     if policy.root == "minimal":
         from . import tree
 
         with during("minimal root"):
-            root = tree.program_tree(path, _mountpoints(policy))
+            root = tree.program_tree(path, _mountpoints(policy, shown))
     visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
     inside = path if visible else f"/app/{os.path.basename(path)}"
-    return _compile(policy, host, root, inside, None if visible else (path, inside), with_files=False)
+    return _compile(policy, host, root, inside, None if visible else (path, inside), shown, with_files=False)
 
 
 def for_any(policy: Policy, host: Host, inside: str) -> Compiled:
     """For whatever program is shown at `inside` later (saved.py); what stands there now only says which loader programs have here."""
-    root = None
+    root, shown = None, rootfs.sources(policy)
     if policy.root == "minimal":
         from . import tree
 
         with during("minimal root"):
-            root = tree.library_tree(_mountpoints(policy))
-    return _compile(policy, host, root, inside, ("/bin/sh", inside), with_files=False)
+            root = tree.library_tree(_mountpoints(policy, shown))
+    return _compile(policy, host, root, inside, ("/bin/sh", inside), shown, with_files=False)
 
 
 def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> Compiled:
@@ -179,10 +179,10 @@ def _below_private(path: str) -> bool:
     return path.split("/")[1] in rootfs.PRIVATE
 
 
-def _mountpoints(policy: Policy, *more: str) -> tuple[str, ...]:
+def _mountpoints(policy: Policy, shown: rootfs.Sources, *more: str) -> tuple[str, ...]:
     """Targets of mounts that fall into the tree, which is read-only when they are needed. more: what it has at its top beside the usual."""
     tops = (*SYSTEM, "/etc", *more)
-    points = [m.target + ("/" if os.path.isdir(m.source) else "") for m in policy.mounts]
+    points = [m.target + ("/" if source.is_directory else "") for m, source in zip(policy.mounts, shown.mounts, strict=True)]
     return tuple(sorted(point for point in points if any(rootfs.is_below(point, top.rstrip("/")) for top in tops)))
 
 
@@ -192,12 +192,13 @@ def _compile(
     root: Tree | None,
     program: str,
     outside: tuple[str, str] | None,
+    shown: rootfs.Sources,
     *,
     with_files: bool,
     image: tuple[Path, str] | None = None,
 ) -> Compiled:
     """image: where it is on the host, and a program of it."""
-    mounts = tuple(rootfs.build(policy, root, outside, with_files))
+    mounts = tuple(rootfs.build(policy, root, outside, with_files, shown))
     bpf, unknown_from = b"", 0
     late: tuple[int, ...] = ()
     if policy.syscalls is not None:

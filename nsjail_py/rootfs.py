@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,6 +73,26 @@ class MountStep(NamedTuple):
     """A bind whose source is the same file for as long as this process lives: ours by content, or a device."""
 
 
+class Source(NamedTuple):
+    """A path of the host's that a policy shows, and what of it decides the plan."""
+
+    path: str
+    """The real one."""
+    is_directory: bool
+    is_roots: bool
+
+
+class Sources(NamedTuple):
+    """All of one policy, as they are now: part of the plan's key, since each may be another by the next run."""
+
+    workdir: str | None = None
+    mounts: tuple[Source, ...] = ()
+    project: Source | None = None
+
+
+NONE = Sources()
+
+
 class Root:
     """Collects the steps of one root: `steps()` gives them in the order in which they are safe."""
 
@@ -95,10 +116,11 @@ class Root:
             self.directory(posixpath.dirname(path))
         self.targets.setdefault(path, MountStep(lib.MOUNT_SYMLINK, path, text))
 
-    def bind(self, source: str, target: str, flags: int = 0, *, lasting: bool = False) -> None:
+    def bind(self, source: str, target: str, flags: int = 0, *, lasting: bool = False, is_directory: bool | None = None) -> None:
         """A file or directory of the host; its target is made unless it lies in a tree that is mounted before."""
         if not self.inside_mount(target):
-            (self.directory if os.path.isdir(source) else self.file)(target)
+            is_directory = os.path.isdir(source) if is_directory is None else is_directory
+            (self.directory if is_directory else self.file)(target)
         self.mounts.append(MountStep(lib.MOUNT_BIND, target, source, flags, lasting=lasting))
 
     def inside_mount(self, target: str) -> bool:
@@ -112,7 +134,50 @@ def is_below(path: str, top: str) -> bool:
     return path == top or path.startswith(top.rstrip("/") + "/")
 
 
-def build(policy: Policy, tree: Tree | None, program: tuple[str, str] | None, with_files: bool) -> list[MountStep]:
+def sources(policy: Policy) -> Sources:
+    """What the policy shows of the host, looked at for each run. Raises PolicyError for what is not there. A work directory of root's is
+    given away."""
+    project = policy.python.project
+    if policy.workdir is None and not policy.mounts and not project:
+        return NONE
+    return Sources(
+        None if policy.workdir is None else _workdir(policy.workdir),
+        tuple(_source(mount.source, f"mount on {mount.target}") for mount in policy.mounts),
+        _source(project, "mount on /project") if project else None,
+    )
+
+
+def _source(path: str, where: str) -> Source:
+    try:
+        real = os.path.realpath(path)
+        status = os.stat(real)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{where}: {path!r}: {error.strerror if isinstance(error, OSError) else error}") from None
+    return Source(real, stat.S_ISDIR(status.st_mode), status.st_uid == 0)
+
+
+def _workdir(path: str) -> str:
+    found = _source(path, "$.workdir")
+    if not found.is_directory:
+        raise PolicyError(f"$.workdir: {path!r} is not a directory")
+    if found.is_roots:
+        _leave_root(found.path)
+    return found.path
+
+
+def _leave_root(directory: str) -> None:
+    """A work directory of root's is given to an id that no run has: what is left there is neither root's nor another run's."""
+    if os.geteuid():
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_uid == 0:
+            os.fchown(descriptor, KEPT_ID, KEPT_ID)
+    finally:
+        os.close(descriptor)
+
+
+def build(policy: Policy, tree: Tree | None, program: tuple[str, str] | None, with_files: bool, shown: Sources) -> list[MountStep]:
     """The mount steps for this policy.
 
     tree: the cached minimal root of the program, where the policy wants one. program: (host path, path inside) of a program from
@@ -125,13 +190,13 @@ def build(policy: Policy, tree: Tree | None, program: tuple[str, str] | None, wi
     _devices(root)
     if policy.proc != "none":
         _proc(root, policy)
-    _writable(root, policy, with_files)
+    _writable(root, policy, with_files, shown.workdir)
     if program:
         root.bind(program[0], program[1])
-    for mount in policy.mounts:
-        _extra(root, mount.source, mount.target, mount.writable, mount.executable)
-    if policy.python.project:
-        _extra(root, policy.python.project, "/project", False, True)
+    for mount, source in zip(policy.mounts, shown.mounts, strict=True):
+        _extra(root, source, mount.target, mount.writable, mount.executable)
+    if shown.project:
+        _extra(root, shown.project, "/project", False, True)
     if policy.proc == "masked":
         root.mounts += [MountStep(lib.MOUNT_MASK, f"/proc/{name}", flags=lib.MOUNT_NOEXEC) for name in MASKED]
         root.mounts.append(MountStep(lib.MOUNT_READONLY, "/proc/sys", flags=lib.MOUNT_NOEXEC))
@@ -190,7 +255,7 @@ def _proc(root: Root, policy: Policy) -> None:
     root.mounts.append(MountStep(lib.MOUNT_PROC, "/proc", flags=flags))
 
 
-def _writable(root: Root, policy: Policy, with_files: bool) -> None:
+def _writable(root: Root, policy: Policy, with_files: bool, workdir: str | None) -> None:
     """One tmpfs holds all that can be written, so one number limits it."""
     noexec = 0 if policy.exec_in_writable else lib.MOUNT_NOEXEC
     own = lib.MOUNT_WRITABLE | lib.MOUNT_OWNED | noexec
@@ -201,43 +266,16 @@ def _writable(root: Root, policy: Policy, with_files: bool) -> None:
     parts = [("shm", "/dev/shm", own, 0o1777), ("tmp", "/tmp", own, 0o1777)]
     if with_files:
         parts.insert(0, ("app", "/app", lib.MOUNT_APP | lib.MOUNT_OWNED | noexec, 0o755))
-    if policy.workdir is None:
+    if workdir is None:
         parts.insert(0, ("work", "/work", own, 0o700))
     else:
-        _source_exists(policy.workdir, "$.workdir")
-        if not os.path.isdir(policy.workdir):
-            raise PolicyError(f"$.workdir: {policy.workdir!r} is not a directory")
-        _leave_root(policy.workdir)
         flags = lib.MOUNT_WRITABLE | lib.MOUNT_IDMAP | noexec
-        root.mounts.append(MountStep(lib.MOUNT_BIND, "/work", os.path.realpath(policy.workdir), flags))
+        root.mounts.append(MountStep(lib.MOUNT_BIND, "/work", workdir, flags))
     root.mounts += [MountStep(lib.MOUNT_PART, target, name, flags, mode) for name, target, flags, mode in parts]
 
 
-def _leave_root(directory: str) -> None:
-    """A work directory of root's is given to an id that no run has: what is left there is neither root's nor another run's."""
-    if os.geteuid():
-        return
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if os.fstat(descriptor).st_uid == 0:
-            os.fchown(descriptor, KEPT_ID, KEPT_ID)
-    finally:
-        os.close(descriptor)
-
-
-def _extra(root: Root, source: str, target: str, writable: bool, executable: bool) -> None:
-    _source_exists(source, f"mount on {target}")
-    flags = (lib.MOUNT_WRITABLE | _idmap(source) if writable else 0) | (0 if executable else lib.MOUNT_NOEXEC)
-    root.bind(os.path.realpath(source), target, flags)
-
-
-def _idmap(source: str) -> int:
-    """The owner of a writable source is the jail's user inside. Root's own files never are: there, the permission bits decide."""
-    return lib.MOUNT_IDMAP if os.stat(source).st_uid else 0
-
-
-def _source_exists(path: str, where: str) -> None:
-    try:
-        os.stat(path)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"{where}: {path!r}: {error.strerror if isinstance(error, OSError) else error}") from None
+def _extra(root: Root, source: Source, target: str, writable: bool, executable: bool) -> None:
+    # The owner of a writable source is the jail's user inside. Root's own files never are: there, the permission bits decide.
+    idmap = 0 if source.is_roots else lib.MOUNT_IDMAP
+    flags = (lib.MOUNT_WRITABLE | idmap if writable else 0) | (0 if executable else lib.MOUNT_NOEXEC)
+    root.bind(source.path, target, flags, is_directory=source.is_directory)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+from conftest import IS_ROOT
 
 import nsjail_py
 from nsjail_py import Jail, Mount, compiled
@@ -23,6 +26,53 @@ def test_every_target_is_made_before_anything_is_mounted(level: str, tmp_path: P
         kinds = [step.kind in MADE for step in made.mounts]
         assert kinds == sorted(kinds, reverse=True)
         assert {"/shown/data", "/shown/file", "/work"} <= {step.target for step in made.mounts if step.kind in MADE}
+
+
+def write(name: str, **shown: object) -> str:
+    """What a run says that writes a file of this name."""
+    return nsjail_py.run(["/bin/sh", "-c", f"echo > {name} && echo written"], policy="moderate", **shown).stdout.decode().strip()
+
+
+def test_a_work_directory_that_is_made_anew_is_the_work_directory(tmp_path: Path) -> None:
+    """A server's, that makes one for each request under the same name."""
+    for _ in range(3):
+        (tmp_path / "work").mkdir()
+        assert write("out", workdir=str(tmp_path / "work")) == "written"
+        shutil.rmtree(tmp_path / "work")
+
+
+@pytest.mark.parametrize("field", ["workdir", "mounts", "project"])
+def test_a_link_leads_each_run_where_it_leads_then(field: str, tmp_path: Path) -> None:
+    shown, inside = str(tmp_path / "shown"), {"workdir": "/work", "mounts": "/data", "project": "/project"}[field]
+    jail = Jail("moderate", **{field: [Mount(source=shown, target="/data")] if field == "mounts" else shown})
+    for name in ("first", "second", "first"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "name").write_text(name)
+        (tmp_path / "fresh").symlink_to(name)
+        (tmp_path / "fresh").replace(shown)
+        assert jail.run(["/bin/cat", f"{inside}/name"]).stdout.decode() == name
+    (tmp_path / "shown").unlink()
+    with pytest.raises(nsjail_py.PolicyError, match="No such file"):
+        jail.run(["/bin/true"])
+
+
+def test_a_source_may_be_a_file_now_and_a_directory_then(tmp_path: Path) -> None:
+    shown, mounts = tmp_path / "shown", [Mount(source=str(tmp_path / "shown"), target="/data")]
+    for make, remove in ((shown.touch, shown.unlink), (shown.mkdir, shown.rmdir)):
+        make()
+        assert nsjail_py.run(["/bin/ls", "-d", "/data"], policy="moderate", mounts=mounts).ok
+        remove()
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can give a directory away")
+def test_a_writable_source_is_its_owners_of_now(tmp_path: Path) -> None:
+    """Root's own files are never the run's: there the permission bits decide."""
+    (tmp_path / "shown").mkdir()
+    mounts = [Mount(source=str(tmp_path / "shown"), target="/data", writable=True)]
+    for owner, said in ((0, ""), (65534, "written"), (0, "")):
+        os.chown(tmp_path / "shown", owner, owner)
+        assert write("/data/out", mounts=mounts) == said
+        (tmp_path / "shown" / "out").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("text", ["/canary", "../../../../../../canary", "{outside}", "/proc/self/root{outside}"])
