@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .result import Result
 
 SHOWN = 3
+CLOSED = "this Jail is closed: make another"
 
 
 class JailError(Exception):

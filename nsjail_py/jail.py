@@ -18,7 +18,7 @@ from . import launcher
 from ._native import lib
 from .coding import as_file
 from .compiled import PATH, Compiled, Host, for_program, for_python
-from .errors import PolicyError, SetupError
+from .errors import CLOSED, JailError, PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
 from .policyfile import load, override
@@ -68,6 +68,7 @@ class Jail:
         self._sessions: dict[float | None, Jail] = {}
         self._templates: Templates | None = None
         self._known_host: tuple[Claim, Host] | None = None
+        self._closed = False
         if self.policy.backend != "native":
             from .oci_backend import check
 
@@ -90,8 +91,10 @@ class Jail:
         self.close()
 
     def close(self) -> None:
-        """Ends the warm interpreter, if there is one, with its jobs and sessions. Nothing else is held between runs."""
-        for jail in self._sessions.values():
+        """Ends the warm interpreter, if there is one, with its jobs and sessions; nothing else is held between runs, and other runs go on
+        to their end. From now on every start is a JailError, whatever the policy."""
+        self._closed = True
+        for jail in self._sessions.copy().values():  # other threads may be adding theirs
             jail.close()
         if self._templates is not None:
             self._templates.close()
@@ -167,6 +170,8 @@ class Jail:
 
         if lifetime not in self._sessions:
             self._sessions.setdefault(lifetime, inner_jail(self, lifetime))
+        if self._closed:  # after that: `close` may have looked before
+            self._sessions[lifetime].close()
         return Session(self._sessions[lifetime], self.policy.limits)
 
     def _probe(self, template: Template) -> bytes:
@@ -200,6 +205,9 @@ class Jail:
         return for_program(self.policy, self._host(), program)
 
     def _host(self) -> Host:
+        """What each start begins with."""
+        if self._closed:
+            raise JailError(CLOSED)
         claim = launcher.current().claim
         if self._known_host is None or self._known_host[0] is not claim:
             self._known_host = claim, Host.of(claim)

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from . import launcher
 from ._native import lib
 from .compiled import Compiled, Host, for_python
-from .errors import JailError, PolicyError, SetupError, during
+from .errors import CLOSED, JailError, PolicyError, SetupError, during
 from .plan import OrderFile, Sealed, as_template, compile_order, shared
 from .policy import Policy
 from .reports import STEP_NAMES, Context, parse, setup_error
@@ -152,6 +152,7 @@ class Templates:
 
     def __init__(self, policy: Policy, preload: tuple[str, ...]) -> None:
         self.policy, self.preload = policy, preload
+        self._closed = False
         self.inherited()
         _everybodys.add(self)
 
@@ -163,6 +164,8 @@ class Templates:
     def take(self, host: Host, environment: dict[str, str], probe: Any) -> Template:
         """The template for one job more."""
         with self._lock:
+            if self._closed:
+                raise JailError(CLOSED)
             current = self._current
             if current is None or not current.alive or current.spent:
                 fresh = Template(self.policy, self.preload, host, environment)
@@ -176,7 +179,9 @@ class Templates:
             return current
 
     def close(self) -> None:
+        """For good: a run that was on its way meanwhile starts no other."""
         with self._lock:
+            self._closed = True
             if self._current is not None:
                 self._current.close()
             self._current = None

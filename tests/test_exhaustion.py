@@ -41,6 +41,11 @@ def attempt(kind, errnos):
         assert result.ok and result.stdout == b"1\\n", result
         seen.add("ok")
 
+def renew():  # the next warm interpreter is another Jail's
+    global warm
+    warm.close()
+    warm = Jail("untrusted", preload=[], stock=1)
+
 def ends():
     for kind in KINDS:
         assert KINDS[kind]().ok, kind
@@ -86,7 +91,7 @@ soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 for most in range(3, 34):
     for kind in ["cold", "warm"]:
         if {launcher!r} == "new":
-            warm.close()
+            renew()
             launcher.shutdown()
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         try: attempt(kind, [errno.EMFILE])
@@ -229,7 +234,7 @@ def test_a_user_without_processes_gets_a_typed_error() -> None:
     said = starved("RLIMIT_NPROC", "(0, 1)", "[errno.EAGAIN]")
     assert "('clone', 'EAGAIN')" in said
     said = program("""
-warm.close(); launcher.shutdown()
+renew(); launcher.shutdown()
 resource.setrlimit(resource.RLIMIT_NPROC, (0, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
 attempt("cold", [errno.EAGAIN])
 resource.setrlimit(resource.RLIMIT_NPROC, (resource.getrlimit(resource.RLIMIT_NPROC)[1],) * 2)
@@ -253,7 +258,7 @@ def empty(kind):
 mount("-t", "tmpfs", "-o", "mode=700,OPTIONS", "none", cache)
 for kind in KINDS:
     for module in (nsjail_py.compiled._for_python, nsjail_py.compiled._for_program): module.cache_clear()
-    warm.close()
+    renew()
     empty(kind)
 assert seen, "there was room"
 mount("-o", "remount,size=500m,nr_inodes=100000", cache)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -243,6 +243,44 @@ def test_a_closed_jail_ends_its_jobs_and_leaves_nothing() -> None:
         check=False,
     )
     assert done.stdout == "killed\nnothing\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("preload", [None, []])
+def test_a_closed_jail_starts_nothing(preload: list[str] | None) -> None:
+    with Jail("untrusted", preload=preload) as jail:
+        jail.run_python("pass").check()
+    for start in (lambda: jail.run(["/bin/true"]), lambda: jail.run_python("pass"), lambda: jail.start(["/bin/true"]), jail.session):
+        with pytest.raises(JailError, match="closed"):
+            start()
+    jail.close()
+
+
+def until_closed(start: Callable[[int], object], jail: Jail) -> list[bool]:
+    """Whether each of a few threads that start and start, while the jail is closed, was told so."""
+
+    def told(thread: int) -> bool:
+        with contextlib.suppress(JailError):
+            for number in range(30):
+                start(100 * thread + number)
+            return False
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(told, thread) for thread in range(3)]
+        time.sleep(0.2)
+        jail.close()
+        return [answer.result() for answer in answers]
+
+
+def test_runs_that_are_on_their_way_bring_no_closed_jail_back_to_life() -> None:
+    jail = Jail("untrusted", preload=[])
+    assert all(until_closed(lambda _: jail.run_python("import time; time.sleep(0.05)"), jail))
+    assert jail._templates and jail._templates._current is None
+
+
+def test_sessions_that_are_on_their_way_do_not_either() -> None:
+    jail = Jail("untrusted")
+    assert all(until_closed(lambda number: jail.session(lifetime=60.0 + number).close(), jail))
 
 
 @pytest.mark.parametrize(
