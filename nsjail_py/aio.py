@@ -9,7 +9,7 @@ import select
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from .errors import PolicyError
+from .errors import JailError, PolicyError
 from .jail import Jail, Process
 from .policy import Policy
 from .result import Result
@@ -48,9 +48,22 @@ def _jail(policy: Where, changes: dict[str, Any]) -> Jail:
 async def _to_end(start: Any, data: bytes | None, timeout: float | None) -> Result:
     # Building a root for the first time takes seconds, so the start has a thread; what follows only waits.
     process: Process = await asyncio.to_thread(start)
-    with process:
+    try:
         async with asyncio.timeout(timeout):
             return await communicate(process, data)
+    except (Exception, asyncio.CancelledError):
+        await _ended(process)
+        raise
+    finally:
+        process.let_go()  # a traceback may keep the handle
+
+
+async def _ended(process: Process) -> None:
+    """Kills the run, and waits for its end while the loop goes on; who is cancelled once more meanwhile does not wait for it."""
+    if not process.reported:
+        process.kill()
+        with contextlib.suppress(JailError):
+            await communicate(process)
 
 
 async def communicate(process: Process, data: bytes | None = None) -> Result:

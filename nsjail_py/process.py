@@ -130,9 +130,10 @@ class Process:
             with self.lock:
                 self._waiting -= 1
                 if self.reported and not self._waiting:
-                    self._let_go()
+                    self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Closes our end, which kills a run that goes on."""
         self._finalizer()
         if self._exchange is not None:  # fed, and read to their end
             self._close_pipes()

@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,31 @@ def test_cancelling_a_task_kills_its_jail() -> None:
     started = time.monotonic()
     asyncio.run(main())
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_loop_goes_on_while_a_cancelled_run_ends(times: int) -> None:
+    """Which may take as long as it likes: the launcher is stopped here. Cancelled once more, the task does not wait for that."""
+
+    async def main(pid: int) -> tuple[float, bool]:
+        task = asyncio.create_task(aio.run(["/bin/sleep", "60"]))
+        await asyncio.sleep(0.3)
+        os.kill(pid, signal.SIGSTOP)
+        waker = threading.Timer(3 * PATIENCE, os.kill, (pid, signal.SIGCONT))
+        waker.start()
+        began = time.monotonic()
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0.1)
+        took, done = time.monotonic() - began, task.done()
+        waker.cancel()
+        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return took, done
+
+    took, done = asyncio.run(main(launcher.current().pid))
+    assert took < 2 * PATIENCE and done == (times == 2)
 
 
 def test_a_look_at_a_handle_does_not_take_its_end_from_asyncio() -> None:
