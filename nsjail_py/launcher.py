@@ -47,8 +47,8 @@ NO_IDS_REASON = f"root in a user namespace without the ids from {KEPT_ID} on"
 NO_IDS = "in a systemd unit PrivateUsers=no, or User= or DynamicUser=yes; in a container run as an ordinary user"
 REQUEST = struct.Struct("=IIQII")
 """`struct request` of native/plan.h."""
-MAX_PLANS = 32
-"""How many plans keep a descriptor open in this process."""
+MAX_PLANS = 64
+"""How many plans keep a descriptor open in this process. With two jails each in stock the launcher has 2,000, of 4,096 on some hosts."""
 END_S = 5.0
 """How long a launcher may take to end."""
 DYING_S = 0.2
@@ -69,6 +69,8 @@ class Launcher:
         self.pid = 0
         self.uid_lock = -1
         self.plans: dict[tuple[bytes, int], tuple[int, Sealed]] = {}
+        """Last is the one that was asked for last."""
+        self.planning = threading.Lock()
         self.sending = threading.Lock()
         """A socket that another thread closes must not be one that is just written to."""
         self.socket, its = pair()
@@ -173,12 +175,12 @@ class Launcher:
 
     def _plan(self, plan: bytes, template: int) -> tuple[int, Sealed]:
         """The number and the sealed block under which the launcher knows a plan."""
-        known = self.plans.get((plan, template))
-        if known is None:
-            if len(self.plans) >= MAX_PLANS:
-                self.plans = {}  # the launcher forgets those that are not used, too
-            known = self.plans.setdefault((plan, template), (next(numbers), Sealed("plan", plan)))
-        return known
+        with self.planning:
+            known = self.plans.pop((plan, template), None) or (next(numbers), Sealed("plan", plan))
+            self.plans[plan, template] = known
+            if len(self.plans) > MAX_PLANS:
+                del self.plans[next(iter(self.plans))]  # what is in stock for it goes when nobody has asked for ten seconds
+            return known
 
     def send(self, message: bytes, descriptors: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
@@ -218,7 +220,8 @@ class Launcher:
             self.socket.shutdown(socket.SHUT_RDWR)  # whoever is just sending gets an error
         with self.sending:
             self.socket.close()
-        self.plans = {}
+        with self.planning:
+            self.plans = {}
         if self.pid:
             _reap(self.pid)
             self.pid = 0

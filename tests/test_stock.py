@@ -112,6 +112,17 @@ def test_the_first_run_and_those_from_stock_are_protected_alike() -> None:
         assert result.protections == results[0].protections
 
 
+def test_a_plan_in_use_keeps_its_stock_whatever_other_plans_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "MAX_PLANS", 3)
+    stocked = Stocked(1)
+    for number in range(6):
+        nsjail_py.run(["/bin/true"], hostname=f"other-{number}-{time.monotonic_ns()}").check()
+        waiting = stocked.waiting
+        assert stocked.cat(b"text") == b"text"
+        assert not waiting & stocked.waiting, "it was taken"
+        assert until(lambda: len(stocked.waiting) == 1)
+
+
 def test_jails_in_stock_are_gone_ten_seconds_after_the_last_run(stocked: Stocked) -> None:
     waiting = stocked.waiting
     assert until(lambda: not waiting & set(cells()), seconds=12)
