@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import os
 import select
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from .errors import JailError, PolicyError
-from .jail import Jail, Process
+from . import launcher
+from .errors import JailError, PolicyError, SetupError
+from .jail import Jail, Process, worth_another
 from .policy import Policy
 from .result import Result
 from .streams import captured, split
@@ -45,9 +46,19 @@ def _jail(policy: Where, changes: dict[str, Any]) -> Jail:
     return policy
 
 
-async def _to_end(start: Any, data: bytes | None, timeout: float | None) -> Result:
+async def _to_end(start: Callable[[], Process], data: bytes | None, timeout: float | None) -> Result:
     # Building a root for the first time takes seconds, so the start has a thread; what follows only waits.
-    process: Process = await asyncio.to_thread(start)
+    used, process = launcher.peek(), None
+    try:
+        process = await asyncio.to_thread(start)
+        return await _within(timeout, process, data)
+    except SetupError as error:
+        if not worth_another(error, used, process):
+            raise
+    return await _within(timeout, await asyncio.to_thread(start), data)
+
+
+async def _within(timeout: float | None, process: Process, data: bytes | None) -> Result:
     try:
         async with asyncio.timeout(timeout):
             return await communicate(process, data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -177,15 +177,15 @@ class Jail:
     def _probe(self, template: Template) -> bytes:
         from .warm import PROBE
 
-        job = self._start_job(template, PROBE.encode(), [], "probe.py", (None, PIPE, None), ())
-        result = _to_end(job, None, None)
+        with self._start_job(template, PROBE.encode(), [], "probe.py", (None, PIPE, None), ()) as job:
+            result = job.communicate()
         if not result.ok:
             raise SetupError("template", detail=f"its first job: {result.summary}")
         return result.stdout
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""
-        return _to_end(self.start(args, **captured(input, streams)), input, timeout)
+        return _to_end(lambda: self.start(args, **captured(input, streams)), input, timeout)
 
     def run_python(
         self,
@@ -198,7 +198,7 @@ class Jail:
         **streams: Any,
     ) -> Result:
         """Runs a Python script to its end and returns its result."""
-        return _to_end(self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
+        return _to_end(lambda: self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
 
     def compiled_for(self, program: str) -> Compiled:
         """What the policy comes to on this host for a program. Raises FileNotFoundError and PermissionError."""
@@ -262,9 +262,21 @@ def environment(policy: Policy) -> dict[str, str]:
     return variables | policy.env
 
 
-def _to_end(process: Process, input: bytes | None, timeout: float | None) -> Result:
-    with process:
+def _to_end(start: Callable[[], Process], input: bytes | None, timeout: float | None) -> Result:
+    used, process = launcher.peek(), None
+    try:
+        with (process := start()):
+            return process.communicate(input, timeout)
+    except SetupError as error:
+        if not worth_another(error, used, process):
+            raise
+    with start() as process:
         return process.communicate(input, timeout)
+
+
+def worth_another(error: SetupError, used: launcher.Launcher | None, process: Process | None) -> bool:
+    """Whether the next launcher may make the jail: this one's groups are gone, so nothing ran, and nothing was read from a file for it."""
+    return error.step == "cgroup" and launcher.peek() is not used and not (process and process.is_carried)
 
 
 def run(args: Args, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:

@@ -22,7 +22,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import idmap
 from ._native import ffi, lib
@@ -305,6 +305,13 @@ def lost(launcher: Launcher) -> None:
         if _current is launcher:
             _current = None
             launcher.close()
+
+
+def unmade(launcher: Launcher, report: Any) -> None:
+    """After a jail that could not be made. Where somebody has removed the launcher's control groups, empty as they were, it is lost."""
+    gone = report.step == lib.STEP_CGROUP and report.error == errno.ENOENT
+    if gone and not all(directory.is_dir() for directory in launcher.claim.directories.values()):
+        lost(launcher)
 
 
 @atexit.register

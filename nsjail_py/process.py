@@ -157,6 +157,8 @@ class Process:
             if report.kind == lib.REPORT_STARTED:
                 self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
                 return
+            if report.kind == lib.REPORT_FAILED:
+                launcher.unmade(self.launcher, report)
         else:
             report = ffi.new("struct report *", {"kind": lib.REPORT_FAILED, "step": lib.STEP_REQUEST})
             if self.launcher.dies():
@@ -231,6 +233,11 @@ class Process:
                     self._exchange.drain()
                     self._result = None  # it has no output
             return self._exchange
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether a thread reads from the caller's file for it, or writes there."""
+        return bool(self._ends.carriers)
 
     def kill(self) -> None:
         """Ends the whole jail. Harmless when the run is over."""

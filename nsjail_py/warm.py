@@ -110,6 +110,7 @@ class Template:
             if report is not None and report.kind == lib.REPORT_STARTED:
                 return
             if report is not None and report.kind == lib.REPORT_FAILED:
+                launcher.unmade(self.launcher, report)
                 context = Context(own.policy, self.launcher.claim.mode, own.mounts, own.protections)
                 raise setup_error(STEP_NAMES[report.step], report, context)
             with contextlib.suppress(OSError):

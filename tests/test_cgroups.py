@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,32 @@ def test_the_group_of_a_run_is_the_root_of_what_it_sees() -> None:
     seen = nsjail_py.run_python("print(open('/proc/self/cgroup').read(), end='')", proc="masked").check().stdout.decode()
     ours = [group for group in cgroups.memberships(seen) if not group.controllers or {"memory", "pids"} & set(group.controllers)]
     assert launcher.current().claim.kind == "none" or all(group.path == "/" for group in ours)
+
+
+AGAIN: dict[str, Callable[[], nsjail_py.Result]] = {
+    "program": lambda: nsjail_py.run(["/bin/true"]),
+    "asyncio": lambda: asyncio.run(nsjail_py.aio.run(["/bin/true"])),
+    "warm": lambda: nsjail_py.Jail("untrusted", preload=[]).run_python("pass"),
+}
+
+
+@pytest.mark.parametrize("way", AGAIN)
+def test_a_launcher_whose_groups_somebody_has_removed_costs_no_run(way: str) -> None:
+    """They are empty between two runs, and whoever tidies up may take them for left behind."""
+    nsjail_py.run(["/bin/true"]).check()
+    cgroups.release(launcher.current().claim)
+    AGAIN[way]().check()
+
+
+def test_a_handle_of_such_a_launcher_is_an_error_and_the_next_one_works() -> None:
+    nsjail_py.run(["/bin/true"]).check()
+    claim, jail = launcher.current().claim, nsjail_py.Jail("untrusted")
+    cgroups.release(claim)
+    with jail.start(["/bin/true"]) as process:
+        if claim.kind != "none":
+            with pytest.raises(nsjail_py.SetupError, match="cgroup"):
+                process.wait()
+    assert jail.start(["/bin/true"]).wait().ok
 
 
 # ---------------------------------------------------------------- what is not ours
