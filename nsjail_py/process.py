@@ -193,9 +193,11 @@ class Process:
         deadline = None if timeout is None else time.monotonic() + timeout
         with self.waiting():
             while not self.reported:
-                if not ready([self.channel.fileno()], None if deadline is None else deadline - time.monotonic()):
+                rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if ready([self.channel.fileno()], rest):
+                    self.hear()
+                elif rest == 0.0:
                     raise self.expired(timeout)
-                self.hear()
         return self._finish()
 
     def expired(self, timeout: float | None) -> Exception:

@@ -24,6 +24,7 @@ PIPE, STDOUT, DEVNULL = -1, -2, -3
 """Those of subprocess, which is loaded late, since a command and most servers do not need it."""
 Stream = int | IO[Any] | None
 CHUNK = 65536
+LONGEST_MS = 2**31 - 1
 OF_A_RUN = frozenset({"input", "timeout", "stdin", "stdout", "stderr", "pass_fds"})
 """Options of `run` that are about one run; all others change the policy."""
 
@@ -49,12 +50,17 @@ def octets(data: bytes) -> memoryview:
     return view if plain else memoryview(view.tobytes())
 
 
+def milliseconds(timeout: float | None) -> float | None:
+    """For poll(2), which takes 24 days at most: whoever waits for longer asks again."""
+    return None if timeout is None else min(max(0.0, timeout) * 1000, LONGEST_MS)
+
+
 def ready(descriptors: Iterable[int], timeout: float | None) -> list[int]:
     """Those that can be read, or have been closed on the other side, within timeout seconds. Also of numbers that select(2) cannot take."""
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
-    return [descriptor for descriptor, _ in poll.poll(None if timeout is None else max(0.0, timeout) * 1000)]
+    return [descriptor for descriptor, _ in poll.poll(milliseconds(timeout))]
 
 
 def no_directory(descriptor: int) -> None:
@@ -194,7 +200,8 @@ class Exchange:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.process.reported:
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self.wait(rest) or (rest == 0.0 and not self.process.reported):  # a flood is always ready
+            self.wait(rest)
+            if rest == 0.0 and not self.process.reported:  # a flood is always ready
                 raise self.process.expired(timeout)
 
     def wait(self, timeout: float | None) -> bool:
@@ -203,7 +210,7 @@ class Exchange:
         with self.process.lock:
             for descriptor, events in self.wanted.items():
                 poll.register(descriptor, events)
-        ready = poll.poll(None if timeout is None else timeout * 1000)
+        ready = poll.poll(milliseconds(timeout))
         for descriptor, _ in ready:
             self.step(descriptor)
         return bool(ready)

@@ -214,6 +214,25 @@ def test_kill_signal_and_timeout_behave_as_popen_has_taught() -> None:
         assert process.wait(5).exit_code == 3
 
 
+@pytest.mark.parametrize("timeout", [1e7, 1e300, float("inf")])
+def test_a_timeout_may_be_of_any_length(timeout: float) -> None:
+    jail = Jail("untrusted")
+    assert jail.start(["/bin/true"]).wait(timeout).ok
+    assert jail.start(["/bin/true"]).communicate(timeout=timeout).ok
+    assert jail.run(["/bin/true"], timeout=timeout).ok
+    assert asyncio.run(nsjail_py.aio.run(["/bin/true"], timeout=timeout)).ok
+
+
+def test_a_wait_that_is_longer_than_one_call_may_be_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsjail_py.streams.LONGEST_MS", 10)
+    jail = Jail("untrusted")
+    for wait in (lambda process, seconds: process.wait(seconds), lambda process, seconds: process.communicate(timeout=seconds)):
+        with jail.start(["/bin/sleep", "0.3"]) as process:
+            with pytest.raises(subprocess.TimeoutExpired):
+                wait(process, 0.1)
+            assert wait(process, 60).ok
+
+
 def test_a_timeout_tells_what_the_program_had_written() -> None:
     source = "import sys, time; print(1, flush=True); print(2, file=sys.stderr); time.sleep(60)"
     with pytest.raises(subprocess.TimeoutExpired) as caught:
