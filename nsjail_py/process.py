@@ -250,8 +250,10 @@ class Process:
         self.send_signal(signal.SIGTERM)
 
     def send_signal(self, number: int) -> None:
-        """Sends a signal to the program itself, not to its children."""
-        self._command(signal.Signals(number), lib.CAUSE_NONE)
+        """Sends a signal to the program itself, not to its children. Raises ValueError for a number that is none."""
+        if number not in range(1, signal.NSIG):
+            raise ValueError(f"{number} is not a valid signal")
+        self._command(number, lib.CAUSE_NONE)
 
     def exceeded_output(self) -> None:
         """Ends the run because it wrote more than its policy lets it."""

@@ -214,6 +214,19 @@ def test_kill_signal_and_timeout_behave_as_popen_has_taught() -> None:
         assert process.wait(5).exit_code == 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGRTMIN, signal.SIGRTMIN + 1, signal.SIGRTMAX - 1, signal.SIGRTMAX])
+def test_every_signal_can_be_sent(number: int) -> None:
+    with Jail("untrusted").start(["/bin/sleep", "60"]) as process:
+        process.send_signal(number)
+        assert process.wait(5 * PATIENCE).signal == number
+
+
+@pytest.mark.parametrize("number", [-1, 0, signal.SIGRTMAX + 1, 1 << 40])
+def test_what_is_no_signal_is_an_error(number: int) -> None:
+    with Jail("untrusted").start(["/bin/sleep", "60"]) as process, pytest.raises(ValueError, match="not a valid signal"):
+        process.send_signal(number)
+
+
 @pytest.mark.parametrize("timeout", [1e7, 1e300, float("inf")])
 def test_a_timeout_may_be_of_any_length(timeout: float) -> None:
     jail = Jail("untrusted")
