@@ -127,7 +127,7 @@ enum step cell_make(struct launcher *launcher, struct run *run) {
 	}
 	run->program = program[0];
 	int job = cell_is_job(run);
-	launcher->stamps[run->index] = 0;
+	launcher->stamps[run->index] = (struct stamp){0};
 	run->pid = job ? job_clone(launcher, run, init[1], program[1]) : cell_clone(launcher, run, init[1], program[1]);
 	int error = errno;
 	close(init[1]);
@@ -234,6 +234,8 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		run_started(run);
 	} else if (message.kind == CELL_READY && !run->ready) {
 		run->ready = 1;
+		if (cell_is_job(run))
+			clocks_job(launcher, run);
 		run->report.flags |= message.flags;
 		if (count == 1) {
 			run->listener = sent;

@@ -198,11 +198,9 @@ int cgroup_cpu(const struct launcher *launcher, const struct run *run, uint64_t 
 	return 0;
 }
 
-/* Who has waited for them has counted processor times, too: they stand where the group has none. */
 static void report_cpu(const struct launcher *launcher, struct run *run) {
 	struct report *report = &run->report;
 	char text[1024];
-	report->cpu_ns = report->user_ns + report->system_ns;
 	if (run->counters[COUNTER_CPU] < 0 || run_cpu(launcher, run, &report->cpu_ns) < 0)
 		return;
 	if (launcher->hello.cgroup_kind == CGROUP_V1) {

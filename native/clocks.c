@@ -15,10 +15,13 @@
 enum { SETUP_LIMIT_S = 30, NEAREST_NS = 1000000, MEMORY_NEAREST_NS = 10000000, LOOK_AGAIN_NS = 10000000, FILL_RATE = 4 };
 enum { LOOK_PAUSE = 10, LOOK_LATEST_NS = 1000000000 };
 
+/* Of what is counted as the run's, that which its program has used, from exec on. */
+uint64_t cpu_since(const struct run *run, uint64_t counted) { return counted > run->cpu_base ? counted - run->cpu_base : 0; }
+
 int run_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used) {
 	if ((run->counters[COUNTER_CPU] >= 0 ? cgroup_cpu(launcher, run, used) : tree_cpu(run->pid, used)) < 0)
 		return -1;
-	*used = *used > run->cpu_base ? *used - run->cpu_base : 0;
+	*used = cpu_since(run, *used);
 	return 0;
 }
 
@@ -124,13 +127,13 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 		set(run, next > spent ? next - spent : 0);
 }
 
-/* The program runs from now on: what was used before was ours. */
+/* A job has no exec, and maybe no right to look at a clock: while it waits for its order, what it has used was ours. */
+void clocks_job(struct launcher *launcher, struct run *run) {
+	if (run_cpu(launcher, run, &launcher->stamps[run->index].cpu_ns) < 0 && !passes())
+		run_spoil(run, STEP_RESOURCE_LIMITS, errno);
+}
+
 void clocks_start(struct launcher *launcher, struct run *run) {
-	run->cpu_base = 0;
-	uint64_t base = 0;
-	if (run_cpu(launcher, run, &base) < 0 && !passes())
-		return run_spoil(run, STEP_RESOURCE_LIMITS, errno);
-	run->cpu_base = base;
 	run->cpu_seen_ns = run->exec_ns;
 	run->memory_due_ns = run->exec_ns + fill_ns(launcher, run, 0);
 	clocks_check(launcher, run);

@@ -107,14 +107,24 @@ _Noreturn void cell_main(struct cell *cell) {
 	reap(cell, program);
 }
 
+/* Not through the C library: where the kernel's clock cannot be read without a system call (acpi_pm, hpet, xen), the filter would see a
+ * call of the program's. vdso(7) */
+static int look(const struct cell *cell, clockid_t clock, uint64_t *ns) {
+	struct timespec now;
+	if (late(cell, SYS_clock_gettime, clock, (long)&now, 0, 0, 0) < 0)
+		return -1;
+	*ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	return 0;
+}
+
 /* Version 1: our own thread into each group. Its descriptor was opened by the launcher, whose right counts. */
-static int cgroup_join(const struct cell *cell) {
+static int cgroup_join(struct cell *cell) {
 	if (cell->cgroup_kind != CGROUP_V1)
 		return 0;
 	for (int group = 0; group < GROUPS; group++)
 		if (cell->groups[group] >= 0 && write(cell->groups[group], "0", 1) != 1)
 			return -1;
-	return 0;
+	return cell->groups[GROUP_CPU] < 0 ? 0 : look(cell, CLOCK_PROCESS_CPUTIME_ID, &cell->joined_ns);
 }
 
 /* Nothing runs while init has a right left, or has failed to give one up: then init has told, and goes, and we with it. */
@@ -151,14 +161,13 @@ int ready(const struct cell *cell, int *listener) {
 	return result;
 }
 
-/* Not through the C library: where the kernel's clock cannot be read without a system call (acpi_pm, hpet, xen), the filter would see a
- * call of the program's. vdso(7) */
+/* The moment comes last: where it stands, so does what was used. */
 static int stamp(const struct cell *cell) {
-	struct timespec now;
-	if (late(cell, SYS_clock_gettime, CLOCK_MONOTONIC, (long)&now, 0, 0, 0) < 0)
+	uint64_t used;
+	if (look(cell, CLOCK_PROCESS_CPUTIME_ID, &used) < 0)
 		return -1;
-	*cell->stamp = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-	return 0;
+	cell->stamp->cpu_ns = used - cell->joined_ns;
+	return look(cell, CLOCK_MONOTONIC, &cell->stamp->exec_ns);
 }
 
 /* The program's process: drops everything, waits for its order, and becomes the program. Nobody has run before it here, and
@@ -196,7 +205,7 @@ _Noreturn void program_main(struct cell *cell) {
 	if (plan->flags & PLAN_LANDLOCK)
 		step(cell, STEP_LANDLOCK, landlock_apply(cell));
 	step(cell, STEP_RESOURCE_LIMITS, limits_apply(cell));
-	step(cell, STEP_RESOURCE_LIMITS, stamp(cell)); /* wall_time counts from here */
+	step(cell, STEP_RESOURCE_LIMITS, stamp(cell)); /* wall_time and cpu_time count from here */
 	/* The path is absolute, so the directory does not count. */
 	late(cell, SYS_execveat, AT_FDCWD, (long)at(order, order->program), (long)argv, (long)environment, 0);
 	fail(cell, STEP_EXEC, errno);

@@ -11,6 +11,12 @@ enum {
 	MAX_LIBRARIES = 8  /* files that stay open in a job */
 };
 
+/* What a program's process notes before its exec, in memory that it shares with the launcher. */
+struct stamp {
+	uint64_t exec_ns; /* when; CLOCK_MONOTONIC */
+	uint64_t cpu_ns;  /* of what is counted as the run's, so much was set-up */
+};
+
 /* What a cell knows of itself. Its processes are copies of the launcher, so this is set before the clone and passed along. */
 struct cell {
 	const struct plan *plan;
@@ -32,7 +38,8 @@ struct cell {
 	int ruleset;            /* Landlock's, ready to be applied */
 	int libraries[MAX_LIBRARIES], library_count; /* of a job: what libraries of its template hold open of themselves */
 	uint64_t secret;        /* what tells our own late system calls from the program's */
-	uint64_t *stamp;        /* when the program's exec began: shared with the launcher */
+	struct stamp *stamp;    /* NULL in a job */
+	uint64_t joined_ns;     /* what the program's process had used before its group began to count; 0: born in it, or in none */
 	uint32_t flags;         /* enum report_flag */
 	uint32_t detail;        /* element of the plan in hand, for the message */
 };

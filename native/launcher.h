@@ -51,7 +51,7 @@ struct run {
 	int has_groups;
 	uint64_t start_ns, exec_ns, end_ns;
 	uint64_t early_signals;   /* to be sent when the program runs: bit 0 for number 1 */
-	uint64_t cpu_base;        /* what making the cell had used */
+	uint64_t cpu_base;        /* what is not the program's of what is counted */
 	uint64_t cpu_seen, cpu_seen_ns; /* for the idle clock */
 	uint64_t memory_due_ns;   /* when it is to be looked at again */
 	int execed, ended;
@@ -83,7 +83,7 @@ struct launcher {
 	int hungry;          /* some shelf may want a cell */
 	uint64_t restock_ns; /* it gets it from then on; at once where it has none */
 	uint64_t expires_ns; /* when a shelf may have been idle for too long; 0: there is none */
-	uint64_t *stamps;    /* one per run */
+	struct stamp *stamps; /* one per run */
 	uint32_t top_run, top_shelf; /* the first that were never used */
 	struct run runs[MAX_RUNS];
 	struct shelf shelves[MAX_SHELVES];
@@ -128,7 +128,9 @@ int cgroup_cpu(const struct launcher *launcher, const struct run *run, uint64_t 
 void cgroup_report(const struct launcher *launcher, struct run *run);
 
 /* clocks.c */
+uint64_t cpu_since(const struct run *run, uint64_t counted);
 int run_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used);
+void clocks_job(struct launcher *launcher, struct run *run);
 void clocks_start(struct launcher *launcher, struct run *run);
 void clocks_check(struct launcher *launcher, struct run *run);
 void clocks_final(struct run *run);

@@ -62,7 +62,7 @@ static int order_send(const struct launcher *launcher, const struct run *run, co
 	if (request->inlined)
 		memcpy(message.order, request + 1, request->inlined);
 	if (cell_is_job(run)) /* it runs from here on: there is no exec that would tell */
-		launcher->stamps[run->index] = now_ns();
+		launcher->stamps[run->index].exec_ns = now_ns();
 	return message_send(NULL, run->program, &message, sizeof message.head + request->inlined, descriptors, count);
 }
 
@@ -181,10 +181,11 @@ void run_started(struct run *run) {
 }
 
 void run_execed(struct launcher *launcher, struct run *run) {
-	uint64_t stamp = launcher->stamps[run->index];
+	struct stamp stamp = launcher->stamps[run->index];
 	run->execed = 1;
-	run->stamped = stamp != 0;
-	run->exec_ns = stamp ? stamp : now_ns();
+	run->stamped = stamp.exec_ns != 0;
+	run->exec_ns = run->stamped ? stamp.exec_ns : now_ns();
+	run->cpu_base = run->stamped ? stamp.cpu_ns : UINT64_MAX; /* without a program nothing is a program's */
 	run->report.setup_ns = run->exec_ns - run->start_ns;
 	run->report.flags |= REPORT_EXECED;
 	if (run->stamped && !label_given(run))
@@ -234,13 +235,12 @@ void run_count(struct launcher *launcher, struct run *run) {
 		if (!run->ended)
 			report->signal = SIGKILL;
 	}
-	if (run->has_groups) {
+	/* Who has waited for them has counted processor times, too: they stand where no group does. */
+	report->cpu_ns = cpu_since(run, report->user_ns + report->system_ns);
+	if (run->has_groups)
 		cgroup_report(launcher, run);
-	} else {
-		report->cpu_ns = report->user_ns + report->system_ns;
-		if (report->cause == CAUSE_CPU)
-			report->cpu_ns = report->observed;
-	}
+	else if (report->cause == CAUSE_CPU)
+		report->cpu_ns = report->observed;
 	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && report->oom_kills == 0) {
 		report->step = STEP_LOST;
 		if (report->signal == SIGSYS) /* before it ran: by no filter of ours */

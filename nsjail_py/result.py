@@ -90,7 +90,7 @@ class Result(Struct, frozen=True):
     user_time: float
     system_time: float
     cpu_time: float
-    """User and system time of all processes together."""
+    """User and system time of all processes together, from exec on: what making the jail took is not in it."""
     cpu_source: str
     """Who counted: `cgroup2`, `cgroup1`, or `rusage` (only processes that were waited for). `unavailable`: nobody, and the times are 0."""
     peak_memory: int

@@ -11,6 +11,7 @@ from conftest import IS_ROOT, BesideUs
 SUITES = [
     "escape",
     "test_run.py",
+    "test_processor_time.py",
     "test_holes.py",
     "test_rootfs.py",
     "test_cli.py",
