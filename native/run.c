@@ -225,6 +225,14 @@ void run_command(struct launcher *launcher, struct run *run) {
 	run_kill(run, command.cause == CAUSE_OUTPUT ? CAUSE_OUTPUT : CAUSE_CALLER);
 }
 
+/* Of user and system time the kernel knows how often it met the one and the other at its tick, from the cell's begin on. So they are shares
+ * of what the program has used, as the kernel makes them of what a process has. times(2) */
+static void shares(struct report *report) {
+	double system = (double)report->system_ns, both = system + (double)report->user_ns;
+	report->system_ns = both > 0 ? (uint64_t)((double)report->cpu_ns * (system / both)) : 0;
+	report->user_ns = report->cpu_ns - report->system_ns;
+}
+
 /* Every process of the payload is gone: what it has used will not change any more. */
 void run_count(struct launcher *launcher, struct run *run) {
 	struct report *report = &run->report;
@@ -241,6 +249,7 @@ void run_count(struct launcher *launcher, struct run *run) {
 		cgroup_report(launcher, run);
 	else if (report->cause == CAUSE_CPU)
 		report->cpu_ns = report->observed;
+	shares(report);
 	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && report->oom_kills == 0) {
 		report->step = STEP_LOST;
 		if (report->signal == SIGSYS) /* before it ran: by no filter of ours */

@@ -96,3 +96,12 @@ def test_no_program_that_used_more_than_its_limit_is_ok(burn: str) -> None:
 def test_the_shortest_program_has_used_something() -> None:
     with Jail("untrusted", stock=4) as jail:
         assert min(result.cpu_time for result in at_once(lambda: jail.run(["/bin/true"]).check())) > 0
+
+
+@pytest.mark.parametrize("preload", [None, ["json"]])
+def test_user_and_system_time_are_parts_of_processor_time(preload: list[str] | None) -> None:
+    with Jail("untrusted", preload=preload) as jail:
+        for source in ("pass", "import os\nfor _ in range(20_000): os.stat('/')", "sum(range(1_000_000))"):
+            result = jail.run_python(source).check()
+            assert min(result.user_time, result.system_time) >= 0 < result.cpu_time
+            assert result.user_time + result.system_time == pytest.approx(result.cpu_time, abs=1e-8)
