@@ -138,7 +138,7 @@ def _standing(make: functools._lru_cache_wrapper[Compiled], *key: Hashable) -> C
     if known.tree is None or (cachedir.mark_again(known.tree) and _same(known)):
         return known
     make.cache_clear()
-    launcher.current().plans = {}  # it keeps what it has mounted of a plan, and the new one is the same
+    launcher.current().forget_plans()  # it keeps what it has mounted of a plan, and the new one is the same
     return make(*key)
 
 

@@ -182,6 +182,10 @@ class Launcher:
                 del self.plans[next(iter(self.plans))]  # what is in stock for it goes when nobody has asked for ten seconds
             return known
 
+    def forget_plans(self) -> None:
+        with self.planning:
+            self.plans = {}
+
     def send(self, message: bytes, descriptors: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         with self.sending:
@@ -220,8 +224,7 @@ class Launcher:
             self.socket.shutdown(socket.SHUT_RDWR)  # whoever is just sending gets an error
         with self.sending:
             self.socket.close()
-        with self.planning:
-            self.plans = {}
+        self.forget_plans()
         if self.pid:
             _reap(self.pid)
             self.pid = 0
