@@ -233,10 +233,11 @@ def _compile(
 
 def _executables(program: str, outside: tuple[str, str] | None, image: tuple[Path, str] | None) -> list[str]:
     """Where exec is refused: the program, what a `#!` line names, and the loaders that the kernel opens with them."""
-    from . import elf, oci_image, tree
-
     if image:
+        from . import oci_image
+
         return oci_image.executables(image[0], program, image[1], PATH)
+    from . import elf, tree
 
     host = outside[0] if outside else program
     named = [path for path in tree.shebang(host) if tree.is_system(path)]
