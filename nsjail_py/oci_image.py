@@ -285,6 +285,7 @@ class Bounded:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.at, self.left = file, 0, MAX_HEADER
+        self.last = b""
 
     def read(self, size: int = -1) -> bytes:
         self.left -= size
@@ -293,6 +294,7 @@ class Bounded:
         data = self.data(size)
         if DIGITS.search(data):
             raise Refused("a header with a number that is none")
+        self.last = data
         return data
 
     def data(self, size: int) -> bytes:
@@ -340,6 +342,8 @@ def _members(file: Bounded) -> Iterator[tarfile.TarInfo]:
                 _refuse(member.name, f"has a negative size, or more than {MAX_GLOBAL} attributes before it that are for all")
             file.left = MAX_HEADER
             yield member
+        if any(file.last):  # tarfile takes a broken header for the end, which is zeros or nothing
+            raise Refused("a header that is none")
 
 
 def _unpack(layers: list[Layer], target: Path) -> None:

@@ -297,6 +297,7 @@ BOMBS = {
     "a step back": FILE + pax(b"14 size=-1536\n") + FILE,
     "a step back onto itself": FILE + pax(b"13 size=-512\n") + FILE,
     "a negative size": FILE + NEGATIVE.tobuf(tarfile.GNU_FORMAT) + FILE,
+    "no header": FILE + b"x" * 512 + FILE,
     "a small negative size": FILE + pax(b"11 size=-1\n") + FILE,
     "digits": pax(b"1" * 4_000_000) + FILE,
     "short digits": pax(b"1" * 32_000) + FILE,
