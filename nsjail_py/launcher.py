@@ -54,6 +54,8 @@ END_S = 5.0
 DYING_S = 0.2
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 """All between this process, its launcher and its runs."""
+inheritable: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What else a forked child lets go of, by its method `inherited`."""
 numbers = itertools.count(1)
 """Names for plans and templates."""
 
@@ -332,12 +334,14 @@ def _forget() -> None:
     hide their end."""
     global _current, _lock
     _lock = threading.Lock()
-    for each in list(_sockets):
-        each.close()
+    for ours in list(_sockets):
+        ours.close()
     if _current is not None:
         if _current.uid_lock >= 0:
             os.close(_current.uid_lock)
         _current = None
+    for each in list(inheritable):
+        each.inherited()
 
 
 os.register_at_fork(after_in_child=_forget)

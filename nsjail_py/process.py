@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import threading
@@ -81,7 +80,7 @@ class Process:
         self._bound = Bound(compiled.policy.limits.file_size, self)
         ends.sent(self._bound)
         self._finalizer = weakref.finalize(self, self._channel.close)
-        _handles.add(self)
+        launcher.inheritable.add(self)
 
     def _submit(self, order: bytes, descriptors: list[int], stock: int) -> tuple[launcher.Launcher, socket.socket]:
         plan, template = self.compiled.plan, self.template
@@ -303,14 +302,3 @@ class Process:
                     self.wait()
         finally:
             self._close_pipes()
-
-
-_handles: weakref.WeakSet[Process] = weakref.WeakSet()
-
-
-def _forget() -> None:
-    for handle in list(_handles):
-        handle.inherited()
-
-
-os.register_at_fork(after_in_child=_forget)

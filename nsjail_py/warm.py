@@ -155,7 +155,7 @@ class Templates:
         self.policy, self.preload = policy, preload
         self._closed = False
         self.inherited()
-        _everybodys.add(self)
+        launcher.inheritable.add(self)
 
     def inherited(self) -> None:
         """In a forked child: the parent's is not ours, and whoever made it there does not go on here."""
@@ -186,17 +186,6 @@ class Templates:
             if self._current is not None:
                 self._current.close()
             self._current = None
-
-
-_everybodys: weakref.WeakSet[Templates] = weakref.WeakSet()
-
-
-def _forget() -> None:
-    for templates in list(_everybodys):
-        templates.inherited()
-
-
-os.register_at_fork(after_in_child=_forget)
 
 
 def _unique(first: bytes, second: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,15 @@ def every_suite_leaves_nothing() -> Iterator[None]:
     before = ours()
     yield
     nothing_more(before, ours, 15)  # what is in stock stays for ten seconds
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory of the host that is in no minimal root, and that everybody can go through, a runtime's root included."""
+    made = Path(tempfile.mkdtemp(prefix="nsjail-place-", dir="/var/tmp"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
 
 
 @pytest.fixture(params=["trusted", "moderate", "untrusted"])

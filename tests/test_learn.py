@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -115,33 +112,17 @@ def test_nothing_else_of_the_host_is_shown_by_a_learned_policy(learned: dict[str
     )
 
 
-def test_a_file_of_the_host_that_was_read_is_shown_and_no_other(tmp_path: Path) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="nsjail-learn-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    try:
-        (folder / "data").write_text("data")
-        (folder / "other").write_text("other")
-        source = f"print(open('{folder}/data').read())"
-        text = learn(source.encode()).text
-        assert run(text, source, tmp_path).check().stdout == b"data\n"
-        assert b"FileNotFoundError" in run(text, f"open('{folder}/other')", tmp_path).stderr
-    finally:
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+def test_a_file_of_the_host_that_was_read_is_shown_and_no_other(place: Path, tmp_path: Path) -> None:
+    (place / "data").write_text("data")
+    (place / "other").write_text("other")
+    source = f"print(open('{place}/data').read())"
+    text = learn(source.encode()).text
+    assert run(text, source, tmp_path).check().stdout == b"data\n"
+    assert b"FileNotFoundError" in run(text, f"open('{place}/other')", tmp_path).stderr
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """On the host, and in no minimal root."""
-    made = Path(tempfile.mkdtemp(prefix="nsjail-learn-", dir="/var/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
-
-
-def test_a_file_may_have_any_name_that_is_unicode(folder: Path, tmp_path: Path) -> None:
-    path = folder / "\N{GRINNING FACE} \x1b\x7f\u2028"
+def test_a_file_may_have_any_name_that_is_unicode(place: Path, tmp_path: Path) -> None:
+    path = place / "\N{GRINNING FACE} \x1b\x7f\u2028"
     path.write_text("data")
     source = f"print(open({str(path)!a}).read())"
     assert run(learn(source.encode()).text, source, tmp_path).check().stdout == b"data\n"
@@ -168,8 +149,8 @@ def test_the_last_run_sees_no_package_that_the_policy_does_not_list() -> None:
     "os.path.getsize(path)", "os.lstat(path)", "os.access(path, os.R_OK)", "os.stat('data', dir_fd=os.open(os.path.dirname(path), os.O_PATH))",
     "lib.statx(-100, path.encode(), 0, 0xfff, ctypes.create_string_buffer(256)) and 1 / 0",
 ])  # fmt: skip
-def test_a_file_of_the_host_that_was_only_looked_at_is_shown(look: str, folder: Path, tmp_path: Path) -> None:
-    path = folder / "data"
+def test_a_file_of_the_host_that_was_only_looked_at_is_shown(look: str, place: Path, tmp_path: Path) -> None:
+    path = place / "data"
     path.write_text("data")
     source = f"import ctypes, os\nlib, path = ctypes.CDLL(None), {str(path)!r}\n{look}\nprint('seen')"
     one = learn(source.encode())
@@ -177,11 +158,11 @@ def test_a_file_of_the_host_that_was_only_looked_at_is_shown(look: str, folder: 
     assert run(one.text, source, tmp_path).check().stdout == b"seen\n"
 
 
-def test_a_directory_that_was_only_looked_at_is_told_and_not_shown(folder: Path, tmp_path: Path) -> None:
-    (folder / "secret").touch()
-    one = learn(f"import os\nprint(os.path.isdir({str(folder)!r}), os.path.isdir('/var/tmp/none'))".encode())
+def test_a_directory_that_was_only_looked_at_is_told_and_not_shown(place: Path, tmp_path: Path) -> None:
+    (place / "secret").touch()
+    one = learn(f"import os\nprint(os.path.isdir({str(place)!r}), os.path.isdir('/var/tmp/none'))".encode())
     assert one.result.stdout == b"False False\n"
-    assert f"# - looked at {folder}: " in one.text and "/var/tmp/none" not in one.text
+    assert f"# - looked at {place}: " in one.text and "/var/tmp/none" not in one.text
     assert "[[mounts]]" not in one.text
 
 

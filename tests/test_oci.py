@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -508,15 +507,6 @@ def test_owners_set_id_bits_and_times_are_tame(tmp_path: Path) -> None:
 
 
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="a bundle's user ids are root's to give")
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that a runtime's root, who is nobody on the host, can go through."""
-    made = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="nsjail-bundle-"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
 
 
 def under(runtime: str, bundle: Path, state: Path) -> subprocess.CompletedProcess[bytes]:
