@@ -101,10 +101,10 @@ def _of_image(policy: Policy, host: Host, name: str, *, with_files: bool) -> Com
 
 @functools.lru_cache(maxsize=64)
 def _from_image(policy: Policy, host: Host, name: str, with_files: bool, identity: tuple[object, ...], shown: rootfs.Sources) -> Compiled:
-    from . import oci_image
+    from . import oci_image, oci_root
 
     top = oci_image.unpacked(policy.root)
-    program, real = oci_image.find(top, name, PATH)
+    program, real = oci_root.find(top, name, PATH)
     return _compile(policy, host, None, program, None, shown, with_files=with_files, image=(top, real))._replace(tree=top)
 
 
@@ -234,9 +234,9 @@ def _compile(
 def _executables(program: str, outside: tuple[str, str] | None, image: tuple[Path, str] | None) -> list[str]:
     """Where exec is refused: the program, what a `#!` line names, and the loaders that the kernel opens with them."""
     if image:
-        from . import oci_image
+        from . import oci_root
 
-        return oci_image.executables(image[0], program, image[1], PATH)
+        return oci_root.executables(image[0], program, image[1], PATH)
     from . import elf, tree
 
     host = outside[0] if outside else program

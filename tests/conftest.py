@@ -255,3 +255,16 @@ def importing_ours() -> dict[str, str]:
 @pytest.fixture
 def cli() -> list[str]:
     return [sys.executable, "-m", "nsjail_py"]
+
+
+@pytest.fixture
+def narrow_umask() -> Iterator[None]:
+    """As a systemd unit has it with UMask=0077."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSJAIL_PY_CACHE", str(tmp_path / "cache"))

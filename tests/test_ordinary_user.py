@@ -33,7 +33,9 @@ SUITES = [
     "test_learn.py",
     "test_withheld.py",
     "test_layers_audit.py",
-    "test_oci.py",
+    "test_oci_image.py",
+    "test_oci_runtime.py",
+    "test_oci_seccomp.py",
 ]
 
 
