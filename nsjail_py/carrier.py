@@ -86,6 +86,7 @@ class Carrier:
             # The caller may close his as soon as the run has started.
             opened.append(own := os.dup(file))
             self._source, self._target = (own, pipe) if to_program else (pipe, own)
+            self._held = [self._source, self._target]
             self._thread = threading.Thread(target=self._carry, name="nsjail-carrier", daemon=True)
             self._thread.start()
         except BaseException as error:
@@ -125,9 +126,16 @@ class Carrier:
         except OSError as error:
             self.error = error
         finally:
-            with contextlib.suppress(OSError):
-                os.close(self._source)
-            os.close(self._target)
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Closes what is ours: at the end, or in a forked child, whose copy of a pipe would hide its end. One number after the other, since
+        the fork may come in the middle."""
+        while self._held:
+            try:
+                os.close(self._held.pop(0))
+            except OSError as error:  # a file on another machine may be found full only now
+                self.error = self.error or error
 
     def _has_more(self) -> bool:
         """Waits for something to read; false when the program has closed its end, and the rest is the next reader's."""

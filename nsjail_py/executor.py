@@ -21,6 +21,7 @@ from concurrent.futures import Executor, Future
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from . import launcher
 from .errors import JailError, RunFailed, during
 from .executor_inside import CALL_FD, LENGTH, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail
@@ -45,7 +46,7 @@ class Queue:
     """Calls by the thread that brought them; each thread has its turn. Bounded: `put` waits for room."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.size, self.closed = most, 0, False
+        self.most, self.size, self.closed, self.process = most, 0, False, os.getpid()
         self.turns: OrderedDict[threading.Thread, deque[Call]] = OrderedDict()
         self.changed = threading.Condition()
 
@@ -87,17 +88,17 @@ class Queue:
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
-"""Of this process: threads that wait for calls would hold its end up."""
+"""Threads that wait for calls would hold the end of their process up."""
 
 
 def _at_exit() -> None:
     """As concurrent.futures does: what has been submitted is still done. The interpreter waits for the threads."""
     for queue in list(_queues):
-        queue.close(drop=False)
+        if queue.process == os.getpid():  # nobody here gives back what a thread of the parent's held at the fork
+            queue.close(drop=False)
 
 
 threading._register_atexit(_at_exit)  # type: ignore[attr-defined]  # atexit itself comes after that wait
-os.register_at_fork(after_in_child=_queues.clear)
 
 
 class JailExecutor(Executor):
@@ -107,7 +108,8 @@ class JailExecutor(Executor):
     an import. pending: how many calls may wait; a `submit` beyond waits for room. Threads that submit at one time take turns.
     Raises PolicyError as Jail does, and ImportError without cloudpickle (the extra `warm`).
 
-    An executor that is dropped, and the end of the interpreter, let the calls be done that have been submitted.
+    An executor that is dropped, and the end of the interpreter, let the calls be done that have been submitted. In a forked child it begins
+    anew, with workers of its own; the futures of the parent's calls are done in the parent only.
 
     A future's exception is JobError for what the function raised (with its traceback as text), RunFailed for a run that met a limit or a
     signal, SetupError when there was no jail for it, JailError for a result that cannot be read: it has at most 64 MiB, and four million
@@ -128,11 +130,23 @@ class JailExecutor(Executor):
         if workers < 1 or pending < 1:
             raise ValueError("max_workers and pending must be 1 or more")
         self._jail = Jail(policy, preload=tuple(dict.fromkeys((*preload, "cloudpickle", "msgspec"))), stock=min(workers, 64), **changes)
-        self._queue = Queue(pending)
+        self._workers, self._pending = workers, pending
+        self._begin()
+        launcher.inheritable.add(self)
+
+    def _begin(self) -> None:
+        self._queue, self._lock = Queue(self._pending), threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._workers, self._lock = workers, threading.Lock()
         _queues.add(self._queue)
-        weakref.finalize(self, self._queue.close, drop=False).atexit = False
+        self._finalizer = weakref.finalize(self, self._queue.close, drop=False)
+        self._finalizer.atexit = False
+
+    def inherited(self) -> None:
+        """In a forked child: the threads, and the calls that wait for them, are the parent's."""
+        closed = self._queue.closed
+        self._finalizer.detach()
+        self._begin()
+        self._queue.closed = closed
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As concurrent.futures says. What cannot be pickled is an error here, not in the future."""

@@ -106,6 +106,8 @@ class Process:
         """In a forked child: neither the report nor the output is ours to take, and nobody waits here for the input's end."""
         self._inherited, self._waiting, self.lock = True, 0, threading.RLock()
         self._close_pipes()
+        for carrier in self._ends.carriers:
+            carrier.let_go()
 
     @property
     def pid(self) -> int | None:

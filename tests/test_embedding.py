@@ -328,6 +328,35 @@ def test_a_forked_child_does_not_keep_the_input_of_its_parent_open() -> None:
         assert process.communicate(b"text", timeout=10).stdout == b"text"
 
 
+@pytest.mark.elsewhere(IS_ROOT, why="root gives a run the file itself")
+def test_a_forked_child_does_not_keep_the_input_open_that_is_carried_from_a_file_of_the_caller_s(tmp_path: Path) -> None:
+    (tmp_path / "input").write_bytes(bytes(1 << 20))
+    source = "import sys, time; time.sleep(0.3); print(len(sys.stdin.buffer.read()))"
+    with (tmp_path / "input").open("rb") as file:
+        process = nsjail_py.Jail("untrusted", wall_time=30 * PATIENCE).start_python(source, stdin=file, stdout=PIPE)
+    with forked(lambda: None):
+        assert process.communicate(timeout=20 * PATIENCE).stdout == b"1048576\n"
+
+
+def test_an_executor_in_a_forked_child_has_workers_of_its_own() -> None:
+    def use() -> None:
+        assert pool.submit(abs, -2).result(30 * PATIENCE) == 2
+        pool.shutdown()
+
+    with nsjail_py.JailExecutor("untrusted", 1) as pool:
+        assert pool.submit(abs, -1).result(30 * PATIENCE) == 1
+        with forked(use):
+            pass
+        assert pool.submit(abs, -3).result(30 * PATIENCE) == 3
+
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            pool.submit(abs, -4)
+
+    with forked(refused):
+        pass
+
+
 def test_a_forked_child_does_not_keep_the_warm_interpreter_of_its_parent() -> None:
     with nsjail_py.Jail("untrusted", preload=[]) as jail:
         before = {*_children(launcher.current().pid)}
