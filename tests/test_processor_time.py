@@ -65,26 +65,29 @@ def own(result: Result) -> tuple[float, float]:
     return begin, end
 
 
-def wrong(results: list[Result]) -> list[tuple[float, tuple[float, float]]]:
+def check(results: list[Result]) -> None:
+    """None is charged with less than it has used; and one half at least with no more than its end takes beyond that. A virtual machine that
+    has to wait for a processor in the middle of an end counts that, too."""
     figures = [(result.cpu_time, own(result.check())) for result in results]
-    return [(used, (begin, end)) for used, (begin, end) in figures if not end - begin <= used <= end + END]
+    assert not [(used, begin, end) for used, (begin, end) in figures if used < end - begin]
+    assert median(used - end for used, (_, end) in figures) <= END, figures
 
 
 def test_a_program_is_charged_with_all_that_it_has_used(burn: str) -> None:
     with Jail("untrusted") as jail:
-        assert not wrong(at_once(lambda: jail.run([burn])))
+        check(at_once(lambda: jail.run([burn])))
 
 
 def test_a_program_from_stock_is_charged_with_all_that_it_has_used() -> None:
     with Jail("untrusted", stock=4) as jail:
-        assert not wrong(at_once(lambda: jail.run_python(PYTHON)))
+        check(at_once(lambda: jail.run_python(PYTHON)))
 
 
 @pytest.mark.parametrize("stock", [0, 4])
 def test_a_job_is_charged_with_all_that_it_has_used_and_not_with_what_made_it(stock: int) -> None:
     with Jail("untrusted", stock=stock, preload=["json"]) as jail:
         results = at_once(lambda: jail.run_python(PYTHON))
-    assert not wrong(results)
+    check(results)
     assert median(result.cpu_time - own(result)[1] for result in results) < 0  # its fork and its rehearsal took more than its end
 
 
