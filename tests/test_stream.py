@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Callable
 
 import pytest
+from conftest import PATIENCE
 
 import nsjail_py
 from nsjail_py import PIPE, Jail, PolicyError, Process, Verdict, aio
@@ -93,6 +94,14 @@ def test_a_flood_is_bounded_and_ends_the_run() -> None:
     with Jail("untrusted", output="1M").start(["/usr/bin/yes"], stdout=PIPE) as process:
         size = sum(len(data) for _, data in process.stream())
         assert process.wait().verdict is Verdict.output and size == 1 << 20
+
+
+def test_a_program_that_is_never_silent_holds_no_timeout_up() -> None:
+    source = "import os\nwhile True: os.write(1, b'x')"
+    with Jail("untrusted", output="1G", wall_time=5 * PATIENCE, cpu_time=None).start_python(source, stdout=PIPE) as process:
+        assert process.stdout is not None and process.stdout.read(1) == b"x"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=0.3)
 
 
 def test_input_is_fed_while_output_is_taken() -> None:
