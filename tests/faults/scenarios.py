@@ -351,6 +351,7 @@ def _by_design(taken: Take) -> bool:
     assert taken.point
     return taken.point.name in ALWAYS or (taken.point.name, taken.error) in {
         ("keyctl", errno.ENOSYS),  # a kernel may lack keyrings altogether
+        ("ioprio_get", errno.ENOSYS),  # one without block devices has no order among them
         ("openat2", errno.ENOSYS),  # filters withhold it so, and then beneath.c goes step by step
         ("prlimit64", errno.EPERM),  # a hard limit that is in the way is one that stands already; the second call sees to that
     }
