@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from . import cpuset
+from .oneline import one_line
 from .suggest import did_you_mean
 from .units import MAX_SIZE, MAX_TIME
 
@@ -74,8 +75,8 @@ def _walk(value: Any, kind: Any, place: str) -> Iterator[str]:
         yield from _walk_struct(value, kind, place)
     elif isinstance(kind, info.DictType) and isinstance(value, dict):
         for name, item in value.items():
-            yield from _walk(name, kind.key_type, f"{place}.{word(name)}")
-            yield from _walk(item, kind.value_type, f"{place}.{word(name)}")
+            yield from _walk(name, kind.key_type, f"{place}.{one_line(str(name))}")
+            yield from _walk(item, kind.value_type, f"{place}.{one_line(str(name))}")
     elif isinstance(kind, info.VarTupleType) and isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _walk(item, kind.item_type, f"{place}[{index}]")
@@ -89,7 +90,7 @@ def _walk_struct(table: dict[Any, Any], kind: msgspec.inspect.StructType, place:
         if name in fields:
             yield from _walk(value, fields[name].type, f"{place}.{name}")
         else:
-            yield f"{place}.{word(name)}: there is no such field{did_you_mean(name, fields)}"
+            yield f"{place}.{one_line(str(name))}: there is no such field{did_you_mean(name, fields)}"
     for name, field in fields.items():
         if field.required and name not in table:
             yield f"{place}.{name}: is missing"
@@ -204,14 +205,14 @@ def _limits(policy: Policy) -> Iterator[str]:
 
 
 def _environment(policy: Policy) -> Iterator[str]:
-    named = [(f"$.env.{word(name)}", name) for name in policy.env]
+    named = [(f"$.env.{one_line(str(name))}", name) for name in policy.env]
     named += [(f"$.env_pass[{index}]", name) for index, name in enumerate(policy.env_pass)]
     for place, name in named:
         if not name or "=" in name or "\0" in name:
             yield f"{place}: {_shown(name)} cannot be the name of a variable (empty, or with = or NUL in it)"
     for name, value in policy.env.items():
         if "\0" in value:
-            yield f"$.env.{word(name)}: must not have a NUL character in it"
+            yield f"$.env.{one_line(str(name))}: must not have a NUL character in it"
 
 
 def _python(policy: Policy) -> Iterator[str]:
@@ -256,12 +257,6 @@ def _labels(policy: Policy) -> Iterator[str]:
             yield f"$.{name}: {_shown(label)} is not a label: printable characters are, without spaces"
     if policy.apparmor is not None and policy.selinux is not None:
         yield "$.selinux: a kernel has AppArmor or SELinux, not both"
-
-
-def word(name: object) -> str:
-    """What somebody else has named, as part of one line."""
-    text = str(name)
-    return text if text.isprintable() else repr(text)
 
 
 def _shown(value: object) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 
 from .errors import PolicyError, during
+from .oneline import one_line
 from .policy import Limits, Policy, Python
-from .policycheck import type_problems, value_problems, word
+from .policycheck import type_problems, value_problems
 from .suggest import did_you_mean
 from .units import parse_size, parse_time
 
@@ -41,7 +42,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Policy:
         path = locate(name_or_path)
         table = _read(path, ())
     table.setdefault("name", path.stem)
-    return _build(table, prefix=f"{word(name_or_path)}: ")
+    return _build(table, prefix=f"{one_line(str(name_or_path))}: ")
 
 
 def names() -> list[str]:
@@ -116,16 +117,16 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def _unknown_name(name: str) -> str:
-    return f"{word(name)}: there is no policy of this name{did_you_mean(name, names())}; a file is named with a slash or .toml"
+    return f"{one_line(name)}: there is no policy of this name{did_you_mean(name, names())}; a file is named with a slash or .toml"
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
     """A file's table, merged onto what it extends."""
-    shown = word(path)
+    shown = one_line(str(path))
     try:
         where = Path(os.path.realpath(path))
         if where in extended_by:
-            circle = " -> ".join(word(step.name) for step in (*extended_by[extended_by.index(where) :], where))
+            circle = " -> ".join(one_line(step.name) for step in (*extended_by[extended_by.index(where) :], where))
             raise PolicyError(f"{shown}: $.extends: goes round in a circle ({circle})")
         with open(path, "rb") as file:
             data = file.read(MAX_FILE + 1)
@@ -207,7 +208,7 @@ def _with_numbers(limits: Table, wrong: list[str]) -> Table:
             elif name in SIZES:
                 value = parse_size(value)
         except ValueError as error:
-            wrong.append(f"$.limits.{word(name)}: {error}")
+            wrong.append(f"$.limits.{one_line(str(name))}: {error}")
         else:
             numbers[name] = value
     return numbers

@@ -24,6 +24,7 @@ import msgspec
 
 from . import launcher, syscalls
 from .jail import PIPE, Jail
+from .oneline import one_line
 from .policy import Policy
 from .policyfile import load, override
 from .result import Result, Verdict
@@ -148,7 +149,7 @@ def _probe(policy: Policy, canaries: Canaries, attacks: list[str]) -> tuple[dict
         answers = msgspec.json.decode(result.stdout, type=dict[str, tuple[bool, str]])
     except msgspec.DecodeError:
         answers = {}
-    return {name: Outcome(got, _printable(how)) for name, (got, how) in answers.items()}, result, uid
+    return {name: Outcome(got, one_line(how[:200])) for name, (got, how) in answers.items()}, result, uid
 
 
 def _target(policy: Policy, attacks: list[str]) -> dict[str, Any]:
@@ -204,10 +205,6 @@ def _owner(pid: int | None) -> int:
             if line.startswith("Uid:"):
                 return int(line.split()[1])
     return -1
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])
 
 
 # ---------------------------------------------------------------- runs that an attack ends
