@@ -82,18 +82,18 @@ def test_abort_is_seen_as_abort_since_the_program_is_not_process_one() -> None:
 def test_processor_time_is_limited_and_named() -> None:
     result = nsjail_py.run_python("while True: pass", cpu_time=0.3)
     assert result.verdict is Verdict.cpu_time and result.evidence["limit"] == 0.3
-    assert 0.3 <= result.cpu_time < 0.6
+    assert 0.3 <= result.cpu_time < 0.6 * PATIENCE
 
 
 def test_processor_time_of_all_threads_counts_together() -> None:
     burn = "import threading, hashlib\ndef f():\n  while True: hashlib.sha256(b'x'*1000000)\n[threading.Thread(target=f).start() for _ in range(3)]"
     result = nsjail_py.run_python(burn, cpu_time=0.4)
-    assert result.verdict is Verdict.cpu_time and result.wall_time < 3
+    assert result.verdict is Verdict.cpu_time and result.wall_time < 3 * PATIENCE
 
 
 def test_wall_time_is_limited_and_named() -> None:
     result = nsjail_py.run_python("import time; time.sleep(60)", wall_time="200ms")
-    assert result.verdict is Verdict.wall_time and 0.2 <= result.wall_time < 1.0
+    assert result.verdict is Verdict.wall_time and 0.2 <= result.wall_time < 1.0 * PATIENCE
 
 
 def test_wall_time_holds_while_the_caller_looks_away() -> None:
@@ -104,7 +104,7 @@ def test_wall_time_holds_while_the_caller_looks_away() -> None:
 
 def test_idle_time_is_limited_and_named() -> None:
     result = nsjail_py.run_python("import time; time.sleep(60)", idle_time=0.3)
-    assert result.verdict is Verdict.idle and result.wall_time < 2
+    assert result.verdict is Verdict.idle and result.wall_time < 2 * PATIENCE
 
 
 def test_memory_is_limited() -> None:
@@ -151,7 +151,7 @@ def test_processes_are_limited_and_named() -> None:
 def test_the_run_ends_with_the_main_process_and_takes_the_rest_along() -> None:
     source = "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    time.sleep(60)\nprint('done')"
     result = nsjail_py.run_python(source, policy="moderate")
-    assert result.ok and result.stdout.endswith(b"done\n") and result.wall_time < 5
+    assert result.ok and result.stdout.endswith(b"done\n") and result.wall_time < 5 * PATIENCE
 
 
 def test_denied_system_calls_are_named_and_counted() -> None:
