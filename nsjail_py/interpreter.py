@@ -19,6 +19,7 @@ import msgspec
 from . import cachedir
 from .digest import sha256
 from .errors import PolicyError
+from .prepared import prepared
 
 OLDEST = (3, 8)
 TIMEOUT = 30.0
@@ -52,6 +53,7 @@ class Interpreter(NamedTuple):
     """Where its distributions lie on the host; those of the virtual environment that was named."""
 
 
+@prepared
 class Answer(msgspec.Struct, frozen=True):
     """An answer kept on disk, with the stamps of the files that it holds for."""
 

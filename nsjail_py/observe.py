@@ -28,6 +28,7 @@ from .jail import PIPE, Jail, Process
 from .plan import as_observed
 from .policy import Limits, Mount, Policy, Python, Syscalls
 from .policyfile import override
+from .prepared import prepared
 from .reports import parse
 from .result import Result
 
@@ -94,6 +95,7 @@ class File(Struct):
     phase: str = ""
 
 
+@prepared
 class Observation(Struct):
     """What one or more runs needed."""
 

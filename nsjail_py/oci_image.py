@@ -24,6 +24,7 @@ from . import cachedir
 from .errors import PolicyError
 from .oci_archive import PIECE, Bounded, Hashed, Part, Refused, entries, plain, refuse
 from .oci_root import Root
+from .prepared import prepared
 
 PREFIX = "oci:"
 FORMAT = 2
@@ -71,12 +72,14 @@ class Descriptor(msgspec.Struct, rename="camel"):
         return (for_what.architecture or arch) == arch and (for_what.os or "linux") == "linux"
 
 
+@prepared
 class Index(msgspec.Struct):
     """index.json, and any other index."""
 
     manifests: list[Descriptor]
 
 
+@prepared
 class Manifest(msgspec.Struct):
     """One image."""
 
@@ -90,12 +93,14 @@ class RootFs(msgspec.Struct):
     diff_ids: list[str]
 
 
+@prepared
 class Configuration(msgspec.Struct):
     """An image's configuration."""
 
     rootfs: RootFs
 
 
+@prepared
 class Saved(msgspec.Struct, rename="pascal"):
     """One image in manifest.json of `docker save`."""
 

@@ -15,6 +15,7 @@ import msgspec
 from . import syscalls, toml
 from .errors import PolicyError
 from .policy import Syscalls
+from .prepared import prepared
 
 MAX_PROFILE = 4 * 1024**2
 ALLOWING = frozenset({"SCMP_ACT_ALLOW", "SCMP_ACT_LOG"})
@@ -62,6 +63,7 @@ class Rule(msgspec.Struct):
     excludes: When | None = None
 
 
+@prepared
 class Profile(msgspec.Struct, rename="camel"):
     """A profile, as far as it is looked at."""
 

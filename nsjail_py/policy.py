@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from .prepared import prepared
+
 Namespace = Literal["user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time"]
 BestEffort = Literal[
     "own_uid", "groups", "cgroup", "swap", "landlock_net", "landlock_scope", "nested_userns", "apparmor", "selinux", "cpus", "cpuset"
@@ -117,6 +119,7 @@ class Python(Struct, frozen=True, kw_only=True):
         return self.stdlib == "whole" or (self.stdlib == "auto" and sys.stdlib_module_names.isdisjoint(self.imports))
 
 
+@prepared
 class Policy(Struct, frozen=True, kw_only=True):
     """What a jail allows. `nsjail_py.policy("untrusted")` gives a shipped one; `msgspec.structs.replace` changes a copy."""
 

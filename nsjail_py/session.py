@@ -35,6 +35,7 @@ import msgspec
 from msgspec.structs import replace
 
 from .errors import JobError, SessionError
+from .prepared import prepared
 from .result import Result, Verdict
 from .session_inside import CALLER, COUNT
 from .streams import CHUNK, DEVNULL, PIPE
@@ -405,6 +406,7 @@ def _within(size: int) -> float:
     return time.monotonic() + PATIENCE + size / PACE
 
 
+@prepared
 class _Answer(msgspec.Struct):
     """All that an answer of the keeper's can say. The tenant's code can say it as well: this is where it is checked."""
 

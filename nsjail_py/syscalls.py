@@ -21,6 +21,7 @@ import msgspec
 
 from .digest import sha256
 from .errors import PolicyError, Unavailable
+from .prepared import prepared
 from .suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ Rules = dict[str, set[tuple[Condition, ...]]]
 """For each allowed call the alternatives, of which one must hold; the empty alternative always does."""
 
 
+@prepared
 class Filter(NamedTuple):
     """A compiled filter."""
 

@@ -22,6 +22,7 @@ from .compiled import PATH, SYSTEM
 from .digest import sha256
 from .errors import PolicyError
 from .interpreter import Interpreter, Stamp, stamp
+from .prepared import prepared
 
 if TYPE_CHECKING:
     from .treebuild import Builder
@@ -66,6 +67,7 @@ class Tree(NamedTuple):
     """What it was made from, and how that was."""
 
 
+@prepared
 class Note(msgspec.Struct, frozen=True):
     """Which tree answers a question, as long as what it was made from stays the same."""
 

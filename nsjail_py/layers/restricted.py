@@ -19,6 +19,7 @@ from nsjail_py.errors import PolicyError
 from nsjail_py.jail import Jail
 from nsjail_py.policy import Policy
 from nsjail_py.policyfile import load, override
+from nsjail_py.prepared import prepared
 from nsjail_py.result import Result
 
 DISTRIBUTION = "RestrictedPython"
@@ -46,6 +47,7 @@ class _Error(msgspec.Struct):
     message: str
 
 
+@prepared
 class _Said(msgspec.Struct):
     value: Any
     printed: str

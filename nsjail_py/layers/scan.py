@@ -18,6 +18,7 @@ import msgspec
 from nsjail_py.coding import as_file
 from nsjail_py.errors import ScriptRefused
 from nsjail_py.oneline import one_line
+from nsjail_py.prepared import prepared
 
 from .rules import HARMLESS_DUNDERS, RULES, SEVERITIES, Rule, Severity
 
@@ -66,6 +67,7 @@ class _Fault(msgspec.Struct):
     end_column: int | None
 
 
+@prepared
 class _Answer(msgspec.Struct):
     findings: list[_Place]
     syntax_error: _Fault | None

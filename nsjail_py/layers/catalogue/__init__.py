@@ -18,6 +18,8 @@ from typing import Literal
 
 import msgspec
 
+from nsjail_py.prepared import prepared
+
 Goal = Literal["env", "file", "write", "command", "import", "crash"]
 GOALS: dict[Goal, str] = {
     "env": "read the variable",
@@ -31,6 +33,7 @@ GOALS: dict[Goal, str] = {
 HERE = Path(__file__).parent
 
 
+@prepared
 class Payload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One way past a layer."""
 
