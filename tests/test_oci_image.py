@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from images import Entry, base, entry, layer, layout, saved, sha
+from container_images import Entry, base, entry, layer, layout, saved, sha
 
 import nsjail_py
 from nsjail_py import cachedir, elf, oci_archive, oci_image, oci_root

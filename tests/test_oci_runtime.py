@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import IS_ROOT, ROOT
-from images import base, entry, layer, layout
+from container_images import base, entry, layer, layout
 from msgspec.structs import replace
 
 import nsjail_py
