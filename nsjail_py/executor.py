@@ -22,7 +22,7 @@ from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from . import launcher
-from .errors import JailError, RunFailed, during
+from .errors import JailError, PolicyError, RunFailed, during
 from .executor_inside import CALL_FD, LENGTH, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail
 from .plan import sealed
@@ -130,6 +130,8 @@ class JailExecutor(Executor):
         if workers < 1 or pending < 1:
             raise ValueError("max_workers and pending must be 1 or more")
         self._jail = Jail(policy, preload=tuple(dict.fromkeys((*preload, "cloudpickle", "msgspec"))), stock=min(workers, 64), **changes)
+        if self._jail.policy.python.scan != "off":
+            raise PolicyError('$.python.scan: a function has no text to look at: scan = "off", or single runs')
         self._workers, self._pending = workers, pending
         self._begin()
         launcher.inheritable.add(self)

@@ -154,6 +154,8 @@ class Jail:
         """For JailExecutor and Session: NAME_inside.py. descriptors: by the numbers that it knows them by, rising from 3 on."""
         if self.policy.python.audit != "off":
             raise PolicyError('$.python.audit: a session tells nothing: audit = "off", or single runs')
+        if self.policy.backend != "native":
+            raise PolicyError('$.backend: a session or an executor has our own launcher only: backend = "native", or single runs')
         template = None
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)
@@ -172,7 +174,7 @@ class Jail:
             self._sessions.setdefault(lifetime, inner_jail(self, lifetime))
         if self._closed:  # after that: `close` may have looked before
             self._sessions[lifetime].close()
-        return Session(self._sessions[lifetime], self.policy.limits)
+        return Session(self._sessions[lifetime], self.policy)
 
     def _probe(self, template: Template) -> bytes:
         from .warm import PROBE

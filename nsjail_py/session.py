@@ -113,9 +113,9 @@ class Session:
     goes back to a checkpoint. `result` is there when the session has ended.
     """
 
-    def __init__(self, jail: Jail, limits: Any) -> None:
+    def __init__(self, jail: Jail, policy: Policy) -> None:
         self.result: Result | None = None
-        self._limits = limits
+        self._policy, self._limits = policy, policy.limits
         self._lock = threading.RLock()  # a call that fails closes
         self._count = 0
         self._gone: str | None = None
@@ -142,7 +142,8 @@ class Session:
     def run(self, code: str, *, wall_time: float | None = None, cpu_time: float | None = None) -> Cell:
         """Runs one cell. Limits in seconds; those of the policy where none are given.
 
-        Raises SessionError when there is no state to run it in, and ValueError for a limit that is none and text that is not Unicode.
+        Raises SessionError when there is no state to run it in, ScriptRefused where the policy lets the scan refuse one, and ValueError
+        for a limit that is none and text that is not Unicode.
         """
         wall = _seconds(self._limits.wall_time if wall_time is None else wall_time)
         cpu = _seconds(self._limits.cpu_time if cpu_time is None else cpu_time)
@@ -151,6 +152,10 @@ class Session:
             self._need_state()
             self._count += 1
             head = {"do": "run", "name": f"<cell {self._count}>", "wall_time": wall, "cpu_time": cpu}
+            if self._policy.python.scan != "off":
+                from .layers.scan import before_run
+
+                before_run(self._policy, source, f"<cell {self._count}>")
             self._output, self._size, self._stopped = {"stdout": bytearray(), "stderr": bytearray()}, 0, False
             answer, data = self._ask(head, None if wall is None else wall + GRACE, source)
             self._drain()

@@ -125,6 +125,31 @@ def test_what_it_sees_is_what_a_jail_executes(name: str) -> None:
         nsjail_py.run_python(SEEN[name][0], scan="refuse", scan_ignore=("encoding", "hidden-line"))
 
 
+@pytest.mark.parametrize("preload", [None, []], ids=["cold", "warm"])
+@pytest.mark.parametrize("source", [b"# coding: utf-8\n# \xff\nprint(1)", b"# \xff coding: latin-1\nprint(1)"])
+def test_bytes_that_only_the_interpreter_passes_over_are_refused(source: bytes, preload: list[str] | None) -> None:
+    """Not all of a comment's bytes need to be of the declared encoding, until the interpreter's later versions."""
+    with nsjail_py.Jail("untrusted", preload=preload) as jail:
+        taken = jail.run_python(source)
+    assert taken.stdout == b"1\n" or b"SyntaxError" in taken.stderr
+    if taken.ok:
+        with nsjail_py.Jail("untrusted", preload=preload, scan="refuse") as jail, pytest.raises(nsjail_py.ScriptRefused, match="encoding"):
+            jail.run_python(source)
+
+
+def test_each_cell_of_a_session_is_scanned_and_a_refused_one_costs_no_state() -> None:
+    with nsjail_py.Jail("untrusted", preload=[], scan="refuse") as jail, jail.session() as session:
+        session.run("x = 1").check()
+        with pytest.raises(nsjail_py.ScriptRefused, match="<cell 2>"):
+            session.run("x = 2; import ctypes")
+        assert session.run("x").value == "1"
+
+
+def test_an_executor_whose_functions_could_not_be_scanned_is_refused() -> None:
+    with pytest.raises(nsjail_py.PolicyError, match=r"\$\.python\.scan"):
+        nsjail_py.JailExecutor("untrusted", scan="refuse")
+
+
 def test_what_only_a_warm_interpreter_would_take_is_seen() -> None:
     """For a script it is a syntax error; compile() sees a comment, and an import."""
     source = b"# coding: utf-7\n#+AA0-)(\nimport ctypes"

@@ -229,6 +229,8 @@ def test_what_a_runtime_cannot_give_is_an_error_that_names_the_lines() -> None:
         nsjail_py.Jail(backend="oci:runc")
     with pytest.raises(nsjail_py.Unavailable, match="preload"):
         nsjail_py.Jail(backend("runc"), preload=[])
+    with nsjail_py.Jail(backend("runc")) as jail, pytest.raises(nsjail_py.PolicyError, match=r"\$\.backend"):
+        jail.session()
 
 
 def test_a_missing_runtime_is_an_error_with_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

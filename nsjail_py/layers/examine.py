@@ -44,7 +44,11 @@ class Script:
         self.names = {word: rule["name"] for rule in reversed(rules) for word in rule["names"]}
         self.attributes = {word: rule["name"] for rule in reversed(rules) for word in rule["attributes"]}
         self.quotable = {w: name for w, name in self.attributes.items() if name not in OPAQUE and ("_" in w or name == "command")}
-        self.encoding, self.raw = decode(data)
+        try:
+            self.encoding, self.raw = decode(data)
+        except SyntaxError:
+            ast.parse(data)  # it does not look at all of a comment's bytes, which the codec does
+            raise ValueError("bytes that its encoding does not have") from None
         if "\0" in self.raw:
             raise ValueError("a NUL byte")
         # A script is decoded first and then cut into lines, so a decoded "\r" begins a line. compile(), which a warm interpreter uses, does

@@ -241,7 +241,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "unreadable",
         "high",
-        "It has a NUL byte, or is nested too deeply for the parser: what it does cannot be told.",
+        "It has a NUL byte, or bytes that its encoding does not have, or is nested too deeply for the parser: what it does cannot be told.",
         "Take the byte out; write it in simpler parts.",
         check="unreadable",
     ),
