@@ -213,6 +213,11 @@ static void failed(struct run *run, const struct cell_message *message) {
 	run->report.detail = message->detail;
 }
 
+static void drop(int descriptor) {
+	if (descriptor >= 0)
+		close(descriptor);
+}
+
 /* One message of the program's before it runs; 0 when there is none, -1 when there will be none. Only the end of file says that it
  * runs: what cannot be received could have been anything. */
 static int hear_program(struct launcher *launcher, struct run *run) {
@@ -223,8 +228,10 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		return 0;
 	if (size < 0 && run->report.cause == CAUSE_NONE)
 		run_spoil(run, STEP_ORDER, errno);
-	if (size != sizeof message)
+	if (size != sizeof message) {
+		drop(sent);
 		return -1;
+	}
 	if (message.kind == CELL_FAILED)
 		failed(run, &message);
 	else if (message.kind == CELL_NEED_GROUPS)
@@ -246,8 +253,7 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		run_held_send(launcher, run);
 		return 1;
 	}
-	if (count == 1)
-		close(sent);
+	drop(sent);
 	return 1;
 }
 
@@ -299,8 +305,10 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 	struct cell_message message;
 	int sent = -1, count = 1;
 	if (message_receive(NULL, run->cell, &message, sizeof message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT, &sent, &count) !=
-	    sizeof message)
+	    sizeof message) {
+		drop(sent);
 		return 0;
+	}
 	switch ((enum cell_message_kind)message.kind) {
 	case CELL_NEED_MAP: map(launcher, run); break;
 	case CELL_SHARED:
@@ -321,8 +329,7 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 	case CELL_SERVING:
 	case CELL_NEED_GROUPS: break;
 	}
-	if (count == 1)
-		close(sent);
+	drop(sent);
 	return 1;
 }
 

@@ -3,8 +3,8 @@
  *
  * The processor clock cannot fire by itself: the timer is set to the earliest moment at which the rest could be used up by all
  * processors together, and then asked again. So for memory: FILL_RATE is what one processor can fill at most, in bytes per nanosecond. But
- * how long a look at memory takes is up to the program, and meanwhile we hear nobody: so a pause follows, LOOK_PAUSE times as long, and
- * LOOK_LATEST_NS at most. */
+ * how long a look at all processes takes is up to the program, and meanwhile we hear nobody: so where no control group counts, a pause
+ * follows, LOOK_PAUSE times as long, and LOOK_LATEST_NS at most. */
 #include "kernel.h"
 #include "launcher.h"
 
@@ -49,11 +49,8 @@ static uint64_t worked_ns(void) {
 	return (uint64_t)worked.tv_sec * 1000000000u + (uint64_t)worked.tv_nsec;
 }
 
-/* After a look that took so long. */
-static void memory_due(const struct launcher *launcher, struct run *run, uint64_t took, uint64_t used) {
-	uint64_t pause = earlier(LOOK_PAUSE * took, LOOK_LATEST_NS);
-	run->memory_due_ns = now_ns() + later(fill_ns(launcher, run, used), pause);
-}
+/* After a look that began then. */
+static uint64_t pause_ns(uint64_t began) { return earlier(LOOK_PAUSE * (worked_ns() - began), LOOK_LATEST_NS); }
 
 static int passes(void) { return errno == EMFILE || errno == ENFILE || errno == ENOMEM; }
 
@@ -70,6 +67,8 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 	uint64_t now = now_ns(), next = UINT64_MAX;
 	if (run->ready && !run->ordered)
 		return; /* it may wait as long as its shelf likes */
+	if (run->ended)
+		return; /* in time: what is awaited is the end of init, with what it has mounted */
 	if (!run->execed) {
 		uint64_t since = now - run->start_ns, limit = (uint64_t)SETUP_LIMIT_S * 1000000000u;
 		if (since < limit)
@@ -86,16 +85,18 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 		next = plan->wall_ns - wall;
 	}
 	if (plan->cpu_ns || plan->idle_ns) {
-		uint64_t cpu;
+		uint64_t cpu, began = worked_ns(), nearest = NEAREST_NS;
 		if (run_cpu(launcher, run, &cpu) < 0)
 			return unseen(run, next);
+		if (run->counters[COUNTER_CPU] < 0)
+			nearest = later(nearest, pause_ns(began));
 		if (plan->cpu_ns) {
 			if (cpu >= plan->cpu_ns) {
 				run->report.observed = cpu;
 				return run_kill(run, CAUSE_CPU);
 			}
 			uint64_t rest = (plan->cpu_ns - cpu) / (uint64_t)launcher->cpus;
-			next = earlier(next, rest > NEAREST_NS ? rest : NEAREST_NS);
+			next = earlier(next, later(rest, nearest));
 		}
 		if (plan->idle_ns) {
 			if (cpu > run->cpu_seen + NEAREST_NS) {
@@ -106,7 +107,7 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 				run->report.observed = now - run->cpu_seen_ns;
 				return run_kill(run, CAUSE_IDLE);
 			}
-			next = earlier(next, plan->idle_ns - (now - run->cpu_seen_ns));
+			next = earlier(next, later(plan->idle_ns - (now - run->cpu_seen_ns), nearest));
 		}
 	}
 	if (plan->memory && !run->has_groups) {
@@ -118,7 +119,7 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 				run->report.observed = used;
 				return run_kill(run, CAUSE_MEMORY);
 			}
-			memory_due(launcher, run, worked_ns() - began, used);
+			run->memory_due_ns = now_ns() + later(fill_ns(launcher, run, used), pause_ns(began));
 		}
 		next = earlier(next, run->memory_due_ns - now);
 	}

@@ -26,8 +26,8 @@ int message_send(const struct cell *cell, int socket, const void *message, size_
 	return late(cell, SYS_sendmsg, socket, (long)&header, MSG_NOSIGNAL | MSG_DONTWAIT, 0, 0) == (long)size ? 0 : -1;
 }
 
-/* count: how many descriptors there is room for, then how many there are. A message that is cut is an error. That the other side has
- * ended without reading all of ours shows as one reset, before what it had sent. */
+/* count: how many descriptors there is room for, then how many there are. A message that is cut is an error, and so is one with more of
+ * them, of which none is left. That the other side has ended without reading all of ours shows as one reset, before what it had sent. */
 ssize_t message_receive(const struct cell *cell, int socket, void *message, size_t size, int flags, int *descriptors,
                         int *count) {
 	_Alignas(struct cmsghdr) char control[ROOM];
@@ -40,12 +40,18 @@ ssize_t message_receive(const struct cell *cell, int socket, void *message, size
 	if (received < 0 && errno == ECONNRESET)
 		received = late(cell, SYS_recvmsg, socket, (long)&header, flags, 0, 0);
 	struct cmsghdr *first = received < 0 ? NULL : CMSG_FIRSTHDR(&header);
-	if (first && room) {
-		*count = (int)((first->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-		memcpy(descriptors, CMSG_DATA(first), sizeof(int) * (size_t)*count);
+	int came = first && room ? (int)((first->cmsg_len - CMSG_LEN(0)) / sizeof(int)) : 0;
+	if (came > room) { /* the kernel rounds the room up */
+		for (const int *extra = (const int *)CMSG_DATA(first); came-- > 0; extra++)
+			late(cell, SYS_close, *extra, 0, 0, 0, 0);
+		errno = EPROTO;
+		return -1;
 	}
+	*count = came;
+	if (came)
+		memcpy(descriptors, CMSG_DATA(first), sizeof(int) * (size_t)came);
 	if (received >= 0 && header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
-		errno = header.msg_flags & MSG_CTRUNC && *count < room ? EMFILE : EPROTO; /* it is our table that is full */
+		errno = header.msg_flags & MSG_CTRUNC && came < room ? EMFILE : EPROTO; /* it is our table that is full */
 		return -1;
 	}
 	return received;

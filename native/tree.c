@@ -13,6 +13,8 @@
 #include <time.h>
 #include <unistd.h>
 
+enum { LINES = 3 }; /* of a file in /proc, that are of use */
+
 struct pids {
 	pid_t *list;
 	size_t count, room;
@@ -139,32 +141,63 @@ int tree_cpu(pid_t init, uint64_t *sum) {
 	return result;
 }
 
-/* Bytes that stand in the lines of these two names, as kB. */
-static int pids_memory(const struct pids *pids, const char *file, const char *const names[2], uint64_t *sum) {
+/* Adds what the lines of these names say, in kB, as bytes. A line that is longer than the room, that of many groups, is none of them. */
+static int lines_add(int file, const char *const names[LINES], uint64_t sums[LINES]) {
 	char text[4096];
-	*sum = 0;
-	for (size_t i = 1; i < pids->count; i++) {
-		if (file_read(pids->list[i], file, text, sizeof text) < 0)
-			return -1;
-		for (int n = 0; n < 2; n++) {
-			const char *line = strstr(text, names[n]);
+	size_t have = 0;
+	ssize_t size;
+	while ((size = read(file, text + have, sizeof text - 1 - have)) > 0) {
+		have += (size_t)size;
+		text[have] = 0;
+		char *end = strrchr(text, '\n');
+		size_t done = end ? (size_t)(end - text) : have;
+		if (end)
+			*end = 0;
+		for (int n = 0; n < LINES; n++) {
+			const char *line = names[n] ? strstr(text, names[n]) : NULL;
 			if (line)
-				*sum += strtoull(line + strlen(names[n]), NULL, 10) * 1024;
+				sums[n] += strtoull(line + strlen(names[n]), NULL, 10) * 1024;
 		}
+		if (end)
+			*end = '\n'; /* a name begins with it */
+		if (done == 0 && have == sizeof text - 1)
+			done = have;
+		have -= done;
+		memmove(text, text + done, have);
+	}
+	return size < 0 && !gone() ? -1 : 0;
+}
+
+static int pids_memory(const struct pids *pids, const char *name, const char *const names[LINES], uint64_t sums[LINES]) {
+	for (size_t i = 1; i < pids->count; i++) {
+		char path[64];
+		snprintf(path, sizeof path, "/proc/%d/%s", pids->list[i], name);
+		int file = open(path, O_RDONLY | O_CLOEXEC);
+		if (file < 0 && gone())
+			continue;
+		if (file < 0)
+			return -1;
+		int result = lines_add(file, names, sums), error = errno;
+		close(file);
+		errno = error;
+		if (result < 0)
+			return -1;
 	}
 	return 0;
 }
 
-/* Private and shared memory of every process below init. What several have in common, a job with its template for one, is first counted for
- * each of them, and only where that is too much by their shares: that look is the dear one, and where it is refused the first stands. */
+/* Private and shared memory of every process below init, and its page tables, which grow with what it only maps and reads. What several
+ * have in common, a job with its template for one, is first counted for each of them, and only where that is too much by their shares:
+ * that look is the dear one, and where it is refused the first stands. */
 int tree_memory(pid_t init, uint64_t limit, uint64_t *sum) {
-	static const char *const whole[2] = {"\nRssAnon:", "\nRssShmem:"}, *const shares[2] = {"\nPss_Anon:", "\nPss_Shmem:"};
+	static const char *const whole[LINES] = {"\nVmPTE:", "\nRssAnon:", "\nRssShmem:"}, *const shares[LINES] = {"\nPss_Anon:",
+	                                                                                                           "\nPss_Shmem:"};
 	struct pids pids = {0};
-	uint64_t shared;
-	*sum = 0;
-	int result = below(&pids, init) < 0 ? -1 : pids_memory(&pids, "status", whole, sum), error = errno;
-	if (result == 0 && *sum > limit && pids_memory(&pids, "smaps_rollup", shares, &shared) == 0)
-		*sum = shared;
+	uint64_t sums[LINES] = {0}, shared[LINES] = {0};
+	int result = below(&pids, init) < 0 ? -1 : pids_memory(&pids, "status", whole, sums), error = errno;
+	*sum = sums[0] + sums[1] + sums[2];
+	if (result == 0 && *sum > limit && pids_memory(&pids, "smaps_rollup", shares, shared) == 0)
+		*sum = sums[0] + shared[0] + shared[1];
 	free(pids.list);
 	errno = error;
 	return result;

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 import nsjail_py
 import nsjail_py.warm
-from nsjail_py import PIPE, Jail, JailError, Mount, PolicyError, Result, SetupError, launcher
+from nsjail_py import PIPE, Jail, JailError, Mount, PolicyError, Result, SetupError, interpreter, launcher
 from nsjail_py.layers.scan import scan
 
 
@@ -375,3 +375,30 @@ def test_descriptors_that_a_job_keeps_on_their_way_cost_no_other_job() -> None:
         assert process.stdout and process.stdout.readline() == b"sent\n"
         for _ in range(3):
             jail.run_python("import resource; assert resource.getrlimit(resource.RLIMIT_NOFILE) == (256, 256)").check()
+
+
+GIVES = """
+import array, os, socket
+launcher = socket.socket(fileno=os.dup(999))
+for _ in range(20):
+    launcher.sendmsg([bytes(64)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1]))])
+"""
+
+
+def test_descriptors_that_a_preloaded_module_sends_to_the_launcher_are_not_kept(
+    own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two where there is room for one: the kernel rounds the room up. The messages have the size of native/ladder.h's."""
+    (tmp_path / "gives-1.dist-info").mkdir()
+    (tmp_path / "gives-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: gives\nVersion: 1\n")
+    (tmp_path / "gives-1.dist-info/RECORD").write_text("gives.py,,\ngives-1.dist-info/METADATA,,\ngives-1.dist-info/RECORD,,\n")
+    (tmp_path / "gives.py").write_text(GIVES)
+    found = interpreter.inspect()._replace(search=(str(tmp_path),))
+    monkeypatch.setattr(interpreter, "inspect", lambda path: found)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    nsjail_py.run_python("pass").check()
+    held = Path(f"/proc/{launcher.current().pid}/fd")
+    before = len(list(held.iterdir()))
+    with Jail("untrusted", preload=["gives"], stock=0) as jail, contextlib.suppress(SetupError):
+        jail.run_python("pass")
+    assert len(list(held.iterdir())) < before + 10

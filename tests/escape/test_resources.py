@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import IS_ROOT, PATIENCE
+from ordinary import NOBODY, prepare
 
 import nsjail_py
 from nsjail_py import PIPE, Verdict, launcher, plan
@@ -64,6 +66,39 @@ def test_memory(what: str, start: str) -> None:
     ), result.summary
     if HAS_CGROUP:
         assert result.peak_memory <= 49 * M
+
+
+TABLES = "size = T['gib'] << 30\nm = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, mmap.PROT_READ)\nm.madvise(15)\nfor at in range(0, size, 2 << 20): m[at]\ntime.sleep(0.3)\nwon()"  # fmt: skip
+
+
+@STARTED
+def test_page_tables_count(start: str) -> None:
+    """A page that is only read is the kernel's own page of zeros: it takes an entry in a table, of which each 2 MiB need 4 KiB."""
+    attack = Attack("page tables", TABLES)
+    outside(attack, {"gib": 1})
+    result = inside(attack, f"untrusted{start}", {"gib": 60}, memory=48 * M, cpu_time=5.0)
+    assert b"WON" not in result.stdout and result.verdict is Verdict.memory, result.summary
+
+
+MANY_GROUPS = "import mmap, time\nm = mmap.mmap(-1, 120 << 20)\nfor i in range(0, len(m), 4096): m[i] = 1\ntime.sleep(1)"
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root gives somebody groups")
+def test_a_user_of_many_groups_has_the_same_limit(place: Path) -> None:
+    """They stand in the kernel's file on a process before its memory."""
+    prepare(place)
+    done = subprocess.run(
+        [place / "user/venv/bin/python", "-c", f"import nsjail_py; print(nsjail_py.run_python({MANY_GROUPS!r}, memory='48M').verdict)"],
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=range(2_000_000_000, 2_000_001_000),
+        cwd=place / "user",
+        env={"HOME": str(place / "user"), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "memory\n", done.stderr
 
 
 HUGE = "if call() == -1 and ctypes.get_errno() == errno.EPERM: raise PermissionError\nwon()"
@@ -195,6 +230,44 @@ def test_a_run_whose_memory_is_dear_to_look_at_does_not_keep_others_waiting() ->
         assert process.stdout and process.stdout.readline() == b"ready\n"
         assert median() < max(10 * quiet, 0.05)
         assert process.poll() is None, "what they share is counted once"
+
+
+NEARLY_SPENT = """
+import os, sys, time
+children = []
+for _ in range(60):
+    children.append(os.fork())
+    if not children[-1]:
+        os.read(0, 1)
+        os._exit(0)
+time.sleep(0.1)
+until = float(sys.argv[1]) - sum(time.clock_gettime(~child << 3 | 2) for child in children)
+while time.process_time() < until: pass
+print("ready", flush=True)
+os.read(0, 1)
+"""
+
+
+def test_a_run_that_has_nearly_spent_its_time_does_not_have_the_launcher_look_without_a_pause() -> None:
+    """Without a control group a look is one at each process, and little is left until the next one is due."""
+    launcher_stat = Path(f"/proc/{launcher.current().pid}/stat")
+
+    def worked() -> float:
+        return sum(map(int, launcher_stat.read_text().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    jail = nsjail_py.Jail("moderate", processes=64, cpu_time=1.0, wall_time=30 * PATIENCE)
+    for left in (0.0, 0.001, 0.002, 0.004, 0.008):
+        with jail.start_python(NEARLY_SPENT, args=[str(1 - left)], stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE) as process:
+            assert process.stdout
+            process.stdout.readline()
+            before = worked()
+            time.sleep(1)
+            after = worked()
+            if process.poll() is None:
+                break
+    else:
+        pytest.fail("it had spent it all")
+    assert after - before < 0.2
 
 
 STALLS = {

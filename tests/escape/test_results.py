@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT, ROOT
+from conftest import IS_ROOT, PATIENCE, ROOT
 
 import nsjail_py
 from nsjail_py import PIPE, Jail, Verdict, launcher
@@ -268,3 +269,19 @@ def test_a_kill_reaches_what_hides() -> None:
         process.kill()
         assert process.wait().verdict is Verdict.killed
     assert not processes_with(marker)
+
+
+@pytest.mark.parametrize("limit", ["wall_time", "idle_time"])
+def test_what_ended_in_time_is_no_timeout_however_late_the_launcher_hears_of_it(limit: str, tmp_path: Path) -> None:
+    """It is told last when init has ended, where something of the host's is shown; and it may be busy. Here it is stopped."""
+    pid = launcher.current().pid
+    jail = Jail("untrusted", mounts=[nsjail_py.Mount(source=str(tmp_path), target="/data")], **{limit: 1.0 * PATIENCE})
+    with jail.start(["/bin/sleep", str(0.3 * PATIENCE)]) as process:
+        assert process.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(1.5 * PATIENCE)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        result = process.wait()
+    assert result.ok and result.wall_time < 1.0 * PATIENCE, result.summary
