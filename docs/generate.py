@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 from nsjail_py import oci_bundle, options, policyfile, syscalls, toolcommands, why
 from nsjail_py.layers import audit, commands, rules
@@ -81,18 +82,24 @@ def reference() -> str:
 
 # ---------------------------------------------------------------- system calls
 
-Condition = tuple[str, str, list[tuple[int, int, list[int]]]]
-"""Its name, the call, and for each argument that is looked at: number, mask, the values that pass. All must hold."""
+Condition = tuple[str, str, list[dict[str, Any]]]
+"""Its name, the call, and for each argument that is looked at what syscalls.toml says. All must hold."""
 
 
 def conditions() -> Iterator[Condition]:
     tables = syscalls._tables()
     for name, rule in tables["arguments"].items():
         for call, argument in rule["args"].items():
-            yield name, call, [(argument, rule.get("mask", syscalls.INT), rule["in"])]
+            yield name, call, [{**rule, "arg": argument}]
     for group, table in tables.items():
         for entry in table.get("only", ()):
-            yield group, entry["call"], [(c["arg"], c.get("mask", syscalls.INT), c["in"]) for c in entry["when"]]
+            yield group, entry["call"], entry["when"]
+
+
+def condition(one: dict[str, Any]) -> str:
+    mask = (1 << one["bits"]) - 1 if "not" in one else one.get("mask", syscalls.INT)
+    holds = f"not {one['not']:#x}" if "not" in one else f"in {', '.join(map(hex, one['in']))}"
+    return f"argument {one['arg']}{'' if mask == syscalls.INT else f' & {mask:#x}'} {holds}"
 
 
 def answer(policy: Policy, call: str) -> str:
@@ -108,13 +115,13 @@ def answer(policy: Policy, call: str) -> str:
         return "allowed"
     named, left = [], set(alternatives)
     for name, of, arguments in conditions():
-        own = set(product(*[[(number, mask, value) for value in values] for number, mask, values in arguments]))
+        own = set(product(*map(syscalls._choices, arguments)))
         if of == call and own <= alternatives:
             named.append(name)
             left -= own
     if left or not named:
         raise AssertionError(f"{policy.name}: {call} is allowed under conditions that have no name: {sorted(left)}")
-    return "if " + " or ".join(f"`{name}`" for name in named)
+    return "if " + " or ".join(f"`{name}`" for name in dict.fromkeys(named))
 
 
 def numbers() -> dict[int, str]:
@@ -138,14 +145,13 @@ def syscall_page() -> str:
         "",
         "## Conditions",
         "",
-        "The kernel cuts these arguments down to 32 bits, so only those are compared. Arguments are counted from 0.",
+        "The kernel cuts these arguments, but for pointers, down to 32 bits, so only those are compared. Arguments are counted from 0.",
         "",
         "| condition | call | holds when |",
         "|---|---|---|",
     ]
     for name, call, arguments in conditions():
-        tests = [f"argument {n}{'' if mask == syscalls.INT else f' & {mask:#x}'} in {', '.join(map(hex, v))}" for n, mask, v in arguments]
-        lines.append(f"| {name} | {call} | {'; '.join(tests)} |")
+        lines.append(f"| {name} | {call} | {'; '.join(map(condition, arguments))} |")
     lines += ["", *(f"- `{name}`: {rule['why']}" for name, rule in syscalls._tables()["arguments"].items())]
     lines += [f"- `{name}`: {table['about']}." for name, table in syscalls._tables().items() if "only" in table]
     return "\n".join(lines) + "\n"

@@ -120,7 +120,7 @@ static void must(int result) {
 }
 
 static void settle(struct launcher *launcher) {
-	struct rlimit none = {0, 0};
+	struct rlimit core = {1, 1};
 	cpu_set_t cpus;
 	sigset_t none_blocked;
 	must((int)syscall(SYS_close_range, 3, ~0U, 0));
@@ -133,7 +133,7 @@ static void settle(struct launcher *launcher) {
 	must(session_new());
 	prctl(PR_SET_NAME, "nsjail-launcher");
 	must(prctl(PR_SET_DUMPABLE, 0));
-	must(setrlimit(RLIMIT_CORE, &none));
+	setrlimit(RLIMIT_CORE, &core); /* what cells are to have; a hard limit of 0 is the user's own, who cannot raise it */
 	limit_most(RLIMIT_NOFILE);
 	limit_most(RLIMIT_FSIZE);
 	launcher->cpus = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;

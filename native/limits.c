@@ -10,15 +10,12 @@ int limits_apply(const struct cell *cell) {
 	for (uint32_t i = 0; i < cell->plan->limits.count; i++) {
 		long resource = limits[i].resource;
 		struct rlimit64 now, wanted = {.rlim_cur = limits[i].value, .rlim_max = limits[i].value};
-		if (late(cell, SYS_prlimit64, 0, resource, (long)&wanted, 0, 0) == 0)
-			continue;
-		if (errno != EPERM || late(cell, SYS_prlimit64, 0, resource, 0, (long)&now, 0) < 0)
+		if (late(cell, SYS_prlimit64, 0, resource, 0, (long)&now, 0) < 0)
 			return -1;
-		if (now.rlim_max > limits[i].value) {
-			errno = EPERM; /* it is not the hard limit that is in the way */
-			return -1;
-		}
-		wanted.rlim_cur = wanted.rlim_max = now.rlim_max;
+		if (now.rlim_max < wanted.rlim_max)
+			wanted.rlim_cur = wanted.rlim_max = now.rlim_max;
+		if (now.rlim_cur == wanted.rlim_cur && now.rlim_max == wanted.rlim_max)
+			continue; /* a job has most of them from its template, and may not touch them all */
 		if (late(cell, SYS_prlimit64, 0, resource, (long)&wanted, 0, 0) < 0)
 			return -1;
 	}

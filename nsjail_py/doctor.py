@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json as jsonlib
+import resource
 import textwrap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -72,6 +73,7 @@ def report(host: Host | None = None) -> Report:
         *_seccomp(host),
         *_landlock(host),
         *_memory(host, claim),
+        _core_dumps(host),
         _labels(),
         _systemd(),
     ]
@@ -170,6 +172,14 @@ def _landlock(host: Host) -> list[Finding]:
         text = f"it cannot refuse {', nor '.join(lacking)}; the empty network namespace and the filter do"
         found.append(Finding("Landlock", "note", text, "Linux 6.7 for TCP, 6.12 for abstract sockets and signals"))
     return found
+
+
+def _core_dumps(host: Host) -> Finding:
+    helper, hard = hostinfo.core_helper(), resource.getrlimit(resource.RLIMIT_CORE)[1]
+    if not helper or host.euid == 0 or hard != 0:
+        return Finding("core dumps", "ok", f"a jail leaves none{helper and f', and {helper} is not started for it'}")
+    text = f"a crash inside starts {helper}, as root and beyond every limit, since the hard limit is 0: the kernel leaves it out at 1 alone"
+    return Finding("core dumps", "lack", text, "a hard limit of 1 byte or more: ulimit -Hc, LimitCORE= of a unit, limits.conf(5)")
 
 
 def _memory(host: Host, claim: cgroups.Claim) -> list[Finding]:

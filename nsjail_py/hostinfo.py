@@ -136,6 +136,12 @@ def systemd_lack() -> str:
     return "" if Path("/run/systemd/system").is_dir() else "systemd does not run this machine"
 
 
+def core_helper() -> str:
+    """The program that the kernel starts for a core dump, as root and in no jail; empty where it writes files. core(5)"""
+    pattern = read(Path("/proc/sys/kernel/core_pattern"))
+    return pattern[1:].split(" ")[0] if pattern.startswith("|") else ""
+
+
 def read(path: Path) -> str:
     """The text of a small file of the kernel; empty where it is not to be had. Raises SetupError where this process has run out of
     something: a lack that passes must not become one of the host's."""

@@ -205,11 +205,16 @@ def _entry(name: str, call: Call) -> tuple[str, list[list[tuple[int, int, int]]]
     best, least = "", None
     for choice in choices:
         rules = syscalls.alternatives(choice)
-        left = [values for values in call.values if not any(set(one) <= set(map(tuple, values)) for one in rules[name])]
+        left = [values for values in call.values if not any(_holds(one, values) for one in rules[name])]
         if least is None or (len(left), len(rules)) < (len(least[0]), least[1]):
             best, least = choice, (left, len(rules))
     left = least[0] if least else []
     return ("" if call.values and len(left) == len(call.values) else best), left
+
+
+def _holds(alternative: tuple[syscalls.Condition, ...], values: list[tuple[int, int, int]]) -> bool:
+    seen = {number: value for number, _, value in values}
+    return all(number in seen and seen[number] & mask == value for number, mask, value in alternative)
 
 
 def _where(call: Call) -> str:

@@ -253,7 +253,14 @@ class Watch:
             call.phase, call.after, call.first = self._phase(pid), self.last.get(pid, ""), about
         call.count += 1
         if name in self.conditions and len(call.values) < MOST_VALUES:
-            values = [(argument, mask, args[argument] & mask) for argument, mask in self.conditions[name]]
+            values = [
+                (
+                    argument,
+                    mask,
+                    args[argument] & mask if mask <= syscalls.INT else min(args[argument], 1),
+                )  # of a pointer: whether it is one
+                for argument, mask in self.conditions[name]
+            ]
             if values not in call.values:
                 call.values.append(values)
         if name in ADDRESSES and about:

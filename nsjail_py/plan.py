@@ -300,7 +300,7 @@ def nanoseconds(seconds: float | None) -> int:
 def rlimits(limits: Limits, have_cgroup: bool) -> dict[int, int]:
     """The limits of each process. Where a cgroup counts, these only stand behind it."""
     values: dict[int, int | None] = {
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # no file; at 0 a program that the host has for core dumps would start, as root. core(5), fs/coredump.c
         resource.RLIMIT_NOFILE: limits.open_files,
         resource.RLIMIT_FSIZE: limits.file_size,
         resource.RLIMIT_STACK: limits.stack,

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from . import launcher, syscalls
+from . import hostinfo, launcher, syscalls
 from .jail import PIPE, Jail
 from .oneline import one_line
 from .policy import Policy
@@ -168,6 +168,7 @@ def _target(policy: Policy, attacks: list[str]) -> dict[str, Any]:
         "attacks": attacks,
         "families": refused,
         "filtered": policy.syscalls is not None,
+        "core_helper": hostinfo.core_helper(),
         "numbers": numbers,
         "writable": writable,
         "scratch": "/tmp/selftest",

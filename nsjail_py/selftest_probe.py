@@ -470,7 +470,17 @@ def control_group_path() -> object:
 
 @attack
 def core_dumps() -> object:
-    return resource.getrlimit(resource.RLIMIT_CORE)[1] != 0
+    return resource.getrlimit(resource.RLIMIT_CORE)[1] not in (0, 1)
+
+
+@attack
+def core_helper() -> object:
+    """At 1 the kernel does not start it, at 0 it does."""
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0 and not TARGET["core_helper"]:
+        raise OSError(errno.ENOENT, "this host has none")
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return resource.getrlimit(resource.RLIMIT_CORE)[1] == 0
 
 
 # ---------------------------------------------------------------- the filter: calls that fail for another reason, or not at all, without it

@@ -17,6 +17,7 @@ Call = tuple[str, *tuple[int, ...]]
 """A system call and its first arguments."""
 CLONE_NEWUSER, CLONE_NEWUTS = 0x10000000, 0x04000000
 SIGCHLD = 17
+RLIMIT_CORE = 4
 
 
 class Layer(NamedTuple):
@@ -110,6 +111,7 @@ def promises(canary: str, variable: str) -> list[Promise]:
     landlock = Layer("Landlock", lambda policy: policy.landlock)
     unix, tcp = refused(("socket", 1, 1)), refused(("socket", 2, 1))
     new_user = refused(("clone", CLONE_NEWUSER | SIGCHLD), ("unshare", CLONE_NEWUSER))
+    core_limit = refused(("setrlimit", RLIMIT_CORE), ("prlimit64", 0, RLIMIT_CORE, 1))
     private = Layer("private /tmp and /dev/shm")
     own_environment = Layer("environment of its own", lambda policy: variable not in policy.env_pass and variable not in policy.env)
     filtered = Layer("system call filter", lambda policy: policy.syscalls is not None)
@@ -203,6 +205,7 @@ def promises(canary: str, variable: str) -> list[Promise]:
             "too-many-files": ("how many files it makes is limited", (limit("files", "tmpfs inodes"),)),
             "too-many-threads": ("processes and threads are limited", (limit("processes", "control group or resource limits"),)),
             "core-dumps": ("it leaves no core dump", (Layer("resource limits"),)),
+            "core-helper": ("a crash starts no program of the host for a core dump", (core_limit,)),
             "memory": ("memory is limited", (limit("memory", "control group or resource limits"),)),
             "memory-together": ("memory and files are limited together", (limit("memory", "control group", "cgroup"),)),
             "cpu-time": ("processor time is limited", (limit("cpu_time", "clocks"),)),

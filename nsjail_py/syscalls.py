@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache, lru_cache
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,12 +116,14 @@ def argument_rules() -> list[dict[str, Any]]:
 
 @cache
 def looked_at() -> dict[str, tuple[tuple[int, int], ...]]:
-    """For each call that is allowed with conditions: the arguments that are compared, and their masks."""
-    found: dict[str, set[tuple[int, int]]] = {}
+    """For each call that is allowed with conditions: the arguments that are compared, and which bits of them."""
+    found: dict[str, dict[int, int]] = {}
     for name in [f"@{name}" for name in sets()]:
         for call, chosen in alternatives(name).items():
-            found.setdefault(call, set()).update((argument, mask) for one in chosen for argument, mask, _ in one)
-    return {call: tuple(sorted(pairs)) for call, pairs in found.items() if pairs}
+            for argument, mask, _ in itertools.chain(*chosen):
+                masks = found.setdefault(call, {})
+                masks[argument] = masks.get(argument, 0) | mask
+    return {call: tuple(sorted(masks.items())) for call, masks in found.items()}
 
 
 @lru_cache(maxsize=256)
@@ -239,11 +241,18 @@ def _expand(name: str, follow: bool) -> Iterator[tuple[str, tuple[Condition, ...
     for call in table.get("calls", ()):
         yield from ((call, alternative) for alternative in _general(call))
     for entry in table.get("only", ()):
-        choices = [[(c["arg"], c.get("mask", INT), value) for value in c["in"]] for c in entry["when"]]
-        yield from ((entry["call"], alternative) for alternative in product(*choices))
+        yield from ((entry["call"], alternative) for alternative in itertools.product(*map(_choices, entry["when"])))
     if follow:
         for included in table.get("includes", ()):
             yield from _expand(f"@{included}", follow)
+
+
+def _choices(condition: dict[str, Any]) -> list[Condition]:
+    """What passes. Another value differs in one bit at least."""
+    argument, other = condition["arg"], condition.get("not")
+    if other is not None:
+        return [(argument, 1 << bit, ~other & 1 << bit) for bit in range(condition["bits"])]
+    return [(argument, condition.get("mask", INT), value) for value in condition["in"]]
 
 
 def _general(call: str) -> list[tuple[Condition, ...]]:

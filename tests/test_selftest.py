@@ -40,7 +40,7 @@ AREAS = {
 FILTER_ALONE = {
     *selftest_promises.FAMILIES,
     *("unknown-call", "set-user-id-file", "new-process", "new-program", "odd-sockets", "terminal-input", "dangerous-prctl"),
-    *("unreadable-flags", "x32", "i386"),
+    *("unreadable-flags", "x32", "i386", "core-helper"),
 }
 """What no other layer of `untrusted` keeps."""
 NETWORK = {"tcp-to-host", "udp-to-host", "route", "abstract-socket"}
@@ -301,7 +301,7 @@ def canaries() -> Iterator[Canaries]:
 def outside(canaries: Canaries, attacks: list[str], scratch: Path) -> dict[str, list[object]]:
     """The probe as a plain process of this host."""
     target = {**canaries.target, **selftest._target(policyfile.load("trusted"), attacks), "scratch": str(scratch)}
-    target |= {"leave": [str(scratch)], "writable": []}
+    target |= {"core_helper": "/any", "leave": [str(scratch)], "writable": []}
     done = subprocess.run(
         [sys.executable, str(PROBE)],
         input=json.dumps(target).encode() + b"\n",

@@ -98,14 +98,21 @@ class Row(NamedTuple):
 class Condition(NamedTuple):
     name: str
     call: str
-    arguments: list[tuple[int, int, list[int]]]
-    """Number, mask, the values that pass."""
+    arguments: list[tuple[int, int, list[int], list[int]]]
+    """Number, mask, values that pass, and the one that does not where all others do."""
 
 
 def table(heading: str) -> list[list[str]]:
     """The cells of the table below a heading, its own head left out."""
     part = PAGE.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")][2:]
+
+
+def argument_of(number: int, mask: int, how: str, values: list[int]) -> tuple[int, int, list[int], list[int]]:
+    """What differs from a value differs in one bit, or in more."""
+    if how == "in":
+        return number, mask, values, []
+    return number, mask, [mask & ~values[0], *(values[0] ^ 1 << bit for bit in range(mask.bit_length()))], values
 
 
 ROWS = [
@@ -119,8 +126,8 @@ CONDITIONS = [
         name,
         call,
         [
-            (int(argument), int(mask or "0xffffffff", 16), [int(value, 16) for value in values.split(",")])
-            for argument, mask, values in re.findall(r"argument (\d)(?: & (0x\w+))? in ([^;]+)", text)
+            argument_of(int(argument), int(mask or "0xffffffff", 16), how, [int(value, 16) for value in values.split(",")])
+            for argument, mask, how, values in re.findall(r"argument (\d)(?: & (0x\w+))? (in|not) ([^;]+)", text)
         ],
     )
     for name, call, text in table("Conditions")
@@ -266,7 +273,7 @@ def test_what_fulfils_a_condition_of_the_page_is_let_through(probe: str, policy:
     calls = []
     for row in [row for row in KNOWN if row.answers[policy].startswith("if ")]:
         for condition in held(row, policy):
-            numbers, masks, values = zip(*condition.arguments, strict=True)
+            numbers, masks, values, _ = zip(*condition.arguments, strict=True)
             for choice in product(*values):
                 arguments = [BAD] * 6
                 for number, mask, value in zip(numbers, masks, choice, strict=True):
@@ -289,13 +296,13 @@ def test_what_fails_one_part_of_a_condition_is_refused(probe: str, policy: str) 
     calls = []
     for row in [row for row in KNOWN if row.answers[policy].startswith("if ")]:
         alternatives = held(row, policy)
-        for number, mask, _ in alternatives[0].arguments:
-            good = {value for c in alternatives for n, _, values in c.arguments if n == number for value in values}
+        for number, mask, _, only in alternatives[0].arguments:
+            good = {value for c in alternatives for n, _, values, _ in c.arguments if n == number for value in values}
             arguments = [BAD] * 6
-            for n, m, values in alternatives[0].arguments:
+            for n, m, values, _ in alternatives[0].arguments:
                 arguments = with_argument(arguments, n, m, values[0])
             low = mask & -mask  # the lowest bit that is looked at
-            bad = next(v for k in range(1, 100) if (v := (k * low) & mask) not in good)
+            bad = only[0] if only else next(v for k in range(1, 100) if (v := (k * low) & mask) not in good)
             calls.append((row.number, *with_argument(arguments, number, mask, bad)))
     answers, result = make(probe, policyfile.load(policy), calls)
     assert set(answers.values()) == {-errno.EPERM} and result.ok

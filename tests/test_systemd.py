@@ -8,6 +8,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -291,6 +292,40 @@ def test_the_launcher_alone_has_its_control_groups_in_a_unit_that_is_not_delegat
     tests = "-m pytest -q -p no:cacheprovider -m elsewhere tests/test_alone.py tests/test_saved.py"
     done = in_unit(f"WorkingDirectory={Path(__file__).parent.parent}", code=tests.split())
     assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout
+
+
+CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
+CRASHES = "import os, resource\ntry: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\nexcept (OSError, ValueError): pass\nos.abort()"
+
+
+@pytest.fixture
+def core_helper(place: Path) -> Iterator[Path]:
+    """A program that the kernel starts for core dumps, as systemd-coredump is; and what is there once it was started."""
+    started, helper, before = place / "started", place / "helper", CORE_PATTERN.read_text()
+    helper.write_text(f"#!/bin/sh\n: >{started}\n")
+    helper.chmod(0o755)
+    CORE_PATTERN.write_text(f"|{helper}")
+    yield started
+    CORE_PATTERN.write_text(before)
+
+
+@real
+def test_a_crash_inside_starts_no_program_of_the_hosts(core_helper: Path) -> None:
+    """It would be root's, in no jail, and fed by the program. A resource limit of 0 does not keep the kernel from it."""
+
+    def started(seconds: float) -> bool:
+        deadline = time.monotonic() + seconds * PATIENCE
+        while not core_helper.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return core_helper.exists()
+
+    for policy in ("untrusted", "moderate"):
+        assert nsjail_py.run_python(CRASHES, policy=policy).signal == signal.SIGABRT
+        with nsjail_py.Jail(policy, preload=[]) as jail:
+            assert jail.run_python(CRASHES).signal == signal.SIGABRT
+    assert not started(1)
+    subprocess.run([sys.executable, "-c", CRASHES], stderr=subprocess.DEVNULL, check=False)
+    assert started(10), "outside it is"
 
 
 @real

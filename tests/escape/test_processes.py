@@ -61,6 +61,8 @@ TOUCH = [
 ]  # fmt: skip
 
 MOST = ("untrusted", "moderate", "trusted", "bare", "filter-only")
+PLACE = ("keeps its priority", "keeps the priority of its group", "keeps its processors")
+FILTERS = ("untrusted", "moderate", "filter-only")
 
 
 def every(attacks: list[Attack], walls: tuple[str, ...]) -> list[Attack]:
@@ -92,6 +94,12 @@ def test_a_process_that_is_not_ours(attack: Attack, wall: str, victim: subproces
 def test_init(attack: Attack, wall: str, victim: subprocess.Popen[bytes]) -> None:
     """Of the same user as the program, and yet it shows nothing."""
     fails(attack, wall, {"pid": victim.pid, "outside": True}, {"pid": 1, "outside": False})
+
+
+@cases(every([one for one in TOUCH if one.promise in PLACE], FILTERS))
+def test_init_keeps_its_place_at_the_processors(attack: Attack, wall: str, victim: subprocess.Popen[bytes]) -> None:
+    """The end of a run is init's: behind all that the program keeps busy it would come late."""
+    fails(attack, wall, {"pid": victim.pid}, {"pid": 1})
 
 
 @cases(every(LOOK[:3] + LOOK[4:5] + TOUCH[2:3], ("untrusted", "trusted")))

@@ -142,7 +142,7 @@ STRONG: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pending signals": ("untrusted", "signal.pthread_sigmask(signal.SIG_BLOCK, [40])\nfor _ in range(400): call(129, os.getpid(), 40, struct.pack('iiiiii', 40, 0, -1, 0, 0, 0) + bytes(104))\nwon()", {}),
     "queued messages": ("moderate", "for n in range(4):\n  name = f'q{n}-{os.getpid()}'.encode()\n  call(240, name, 0o102, 0o600, struct.pack('8q', 0, 10, 8192, 0, 0, 0, 0, 0))\n  call(241, name)\nwon()", {}),
     "stack": ("untrusted", "import resource\nif resource.getrlimit(resource.RLIMIT_STACK)[0] not in range(0, 3 << 20): won()", {"stack": 2 * M}),
-    "a core file": ("untrusted", "import resource\nresource.setrlimit(resource.RLIMIT_CORE, (1, 1)) if T.get('inside') else won()\nwon()", {}),
+    "a core file": ("untrusted", "import resource\nresource.setrlimit(resource.RLIMIT_CORE, (2, 2)) if T.get('inside') else won()\nwon()", {}),
 }  # fmt: skip
 
 
