@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import msgspec
 from msgspec.structs import replace
 
-from .errors import JobError, SessionError
+from .errors import JobError, PolicyError, SessionError
 from .prepared import prepared
 from .result import Result, Verdict
 from .session_inside import CALLER, COUNT
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .jail import Jail
     from .policy import Policy
 
-PRELOAD = ("json", "select", "socket", "stat", "traceback", "linecache", "contextlib", "time")
+PRELOAD = ("json", "select", "signal", "socket", "stat", "traceback", "typing", "linecache", "contextlib", "time")
 """What session_inside.py imports."""
 MOST_HEAD, MOST_DATA = 20 << 20, 64 << 20
 """Bytes: of three texts (MOST_TEXT inside), each of them six times longer in JSON; of a file or the figures."""
@@ -90,11 +90,15 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def policy_for(policy: Policy, lifetime: float | None) -> Policy:
-    """The jail's policy for a session: its time limits are each cell's; it may fork, which a checkpoint is; exec stays as it was."""
+    """The jail's policy for a session: its time limits are each cell's; it may fork, which a checkpoint is; exec stays as it was.
+    Raises PolicyError where it leaves out what the session itself imports."""
+    lacking = [name for name in PRELOAD if name in policy.python.without]
+    if lacking:
+        raise PolicyError(f"$.python.without: a session itself imports {', '.join(lacking)}")
     limits = replace(policy.limits, wall_time=lifetime, cpu_time=None, idle_time=None)
     syscalls = policy.syscalls and replace(policy.syscalls, allow=(*policy.syscalls.allow, "@processes"))
     python = policy.python
-    if python.stdlib == "needed":
+    if not python.whole:
         python = replace(python, imports=(*python.imports, *PRELOAD))
     return replace(policy, limits=limits, syscalls=syscalls, python=python, env={"MPLBACKEND": "Agg"} | policy.env)
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import PATIENCE
 
 import nsjail_py
-from nsjail_py import Jail, JobError, Session, SessionError, Verdict
+from nsjail_py import Jail, JobError, PolicyError, Session, SessionError, Verdict
 
 
 def test_a_session_and_its_checkpoints_leave_nothing(leaves_nothing: None) -> None:
@@ -351,6 +351,20 @@ def test_sessions_do_not_meet(jail: Jail) -> None:
         one.run("x = 1; open('mine', 'w').write('1')")
         assert two.run("x").error and two.run("open('mine')").error
         assert one.run("import os; os.getpid() > 1 and 'jail'").value == "'jail'"
+
+
+@pytest.mark.parametrize("preload", [None, ["json"]], ids=["cold", "warm"])
+def test_a_session_starts_where_only_the_needed_part_of_the_standard_library_is_there(preload: list[str] | None) -> None:
+    with Jail("untrusted", imports=["json"], preload=preload) as jail, jail.session() as session:
+        assert session.run("import json; json.dumps(1)").check().value == "'1'"
+        assert session.run("import sqlite3").error[0] == "ModuleNotFoundError"  # type: ignore[index]
+
+
+def test_a_policy_that_leaves_out_what_a_session_imports_is_told_so() -> None:
+    with Jail("untrusted", without=["signal", "socket", "sqlite3"]) as jail, pytest.raises(PolicyError, match=r"imports signal, socket$"):
+        jail.session()
+    with Jail("untrusted", without=["sqlite3"]) as jail, jail.session() as session:
+        assert session.run("import sqlite3").error[0] == "ModuleNotFoundError"  # type: ignore[index]
 
 
 def test_threads_take_turns(session: Session) -> None:
