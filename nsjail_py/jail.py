@@ -21,7 +21,7 @@ from .compiled import PATH, Compiled, Host, for_program, for_python
 from .errors import CLOSED, JailError, PolicyError, SetupError
 from .plan import OrderFile, compile_order
 from .policy import Policy
-from .policyfile import load, override
+from .policyfile import resolve
 from .process import Process
 from .result import Result
 from .streams import DEVNULL, PIPE, STDOUT, Ends, Stream, captured, no_directory, split
@@ -62,8 +62,7 @@ class Jail:
         if not 0 <= stock <= MAX_STOCK:
             raise PolicyError(f"stock = {stock}: from 0 to {MAX_STOCK}")
         self.stock = stock
-        loaded = policy if isinstance(policy, Policy) else load(policy)
-        self.policy = override(loaded, **changes)
+        self.policy = resolve(policy, **changes)
         self.preload = None if preload is None else tuple(preload)
         self._sessions: dict[float | None, Jail] = {}
         self._templates: Templates | None = None
@@ -167,7 +166,8 @@ class Jail:
 
     def session(self, lifetime: float | None = None) -> Session:
         """One interpreter for many cells of code (session.py), forked from the warm one where there is `preload`. The policy's limits of
-        time are those of each cell. lifetime: seconds after which the whole session ends. A session may fork, whatever the policy says."""
+        time are those of each cell. lifetime: seconds after which the whole session ends; PolicyError for what is none. A session may fork,
+        whatever the policy says."""
         from .session import Session, inner_jail
 
         if lifetime not in self._sessions:

@@ -30,6 +30,7 @@ UNLIMITED = "unlimited"
 NOT_POLICIES = ("syscalls",)
 OWN_FIELDS = ("name", "description")
 """What is said of one policy and not passed on to those that extend it."""
+PLAIN = (str, int, float, bool)
 MAX_FILE = 1024**2
 DEEPEST = 32
 """Tables within tables; a policy needs four."""
@@ -68,13 +69,23 @@ def check(path: str | os.PathLike[str]) -> list[str]:
 
 def problems(policy: Policy) -> list[str]:
     """What is wrong with a policy, however it was made; one line each."""
-    table = msgspec.to_builtins(policy)
-    return type_problems(table) or value_problems(policy)
+    try:
+        override(policy)
+    except PolicyError as error:
+        return list(error.problems)
+    return []
+
+
+def resolve(policy: Policy | str | os.PathLike[str], /, **changes: Any) -> Policy:
+    """The policy that a caller means by itself, its name or its path, with changes as for `override`. Raises PolicyError."""
+    return override(policy if isinstance(policy, Policy) else load(policy), **changes)
 
 
 def override(policy: Policy, /, **changes: Any) -> Policy:
     """A changed copy, checked. Takes the fields of Policy, and directly those of Limits and Python; sizes and times as numbers
-    or text (`memory="256M"`, `wall_time=None` for none). env is merged, mounts are appended, all else is replaced. Raises PolicyError."""
+    or text (`memory="256M"`, `wall_time=None` for none). env is merged, mounts are appended, all else is replaced. Raises PolicyError,
+    also without changes: msgspec checks nothing where a policy is made in Python."""
+    policy = _build(_plain(policy))
     if not changes:
         return policy
     table: Table = msgspec.to_builtins(policy)
@@ -216,8 +227,10 @@ def _with_numbers(limits: Table, wrong: list[str]) -> Table:
 
 def _plain(value: Any) -> Any:
     """Structs, paths and tuples as the plain tables that a file would hold."""
+    if value is None or type(value) in PLAIN:
+        return value
     if isinstance(value, msgspec.Struct):
-        return msgspec.to_builtins(value)
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, dict):

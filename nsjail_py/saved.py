@@ -20,7 +20,7 @@ from .compiled import PATH, SYSTEM, Compiled, Host, find, for_any, for_program, 
 from .errors import PolicyError, SetupError
 from .interpreter import inspect, stamp
 from .plan import GROUPS, Block, with_slot
-from .policyfile import load
+from .policyfile import resolve
 from .reports import STEP_NAMES
 from .rootfs import PRIVATE
 
@@ -47,7 +47,7 @@ class Group(NamedTuple):
 def save(policy: Policy | str | os.PathLike[str], path: str | os.PathLike[str], program: str | None = None) -> None:
     """Writes the plan for a program, or for any, to a file that only its owner can write. Raises PolicyError and SetupError, and
     FileNotFoundError or PermissionError for a program."""
-    loaded = load(policy) if isinstance(policy, (str, os.PathLike)) else policy
+    loaded = resolve(policy)
     if loaded.backend != "native" or loaded.root.startswith("oci:"):
         raise PolicyError(f"policy {loaded.name!r}: the launcher alone has neither another backend nor images")
     groups, host = _host()

@@ -26,7 +26,7 @@ from . import hostinfo, launcher, syscalls
 from .jail import PIPE, Jail
 from .oneline import one_line
 from .policy import Policy
-from .policyfile import load, override
+from .policyfile import override, resolve
 from .result import Result, Verdict
 from .selftest_canaries import VARIABLE, Canaries
 from .selftest_promises import FAMILIES, Promise, permits, promises
@@ -78,7 +78,7 @@ class Report(NamedTuple):
 def report(policy: Policy | str | os.PathLike[str] = "untrusted") -> Report:
     """Attacks a jail of this policy. Raises JailError where none can be made."""
     started = time.monotonic()
-    wanted = policy if isinstance(policy, Policy) else load(policy)
+    wanted = resolve(policy)
     with Canaries() as canaries:
         table = promises(canaries.target["file"], VARIABLE)
         before = traces()

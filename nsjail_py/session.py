@@ -39,6 +39,7 @@ from .prepared import prepared
 from .result import Result, Verdict
 from .session_inside import CALLER, COUNT
 from .streams import CHUNK, DEVNULL, PIPE
+from .units import MAX_TIME
 
 if TYPE_CHECKING:
     from .jail import Jail
@@ -91,7 +92,9 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 def policy_for(policy: Policy, lifetime: float | None) -> Policy:
     """The jail's policy for a session: its time limits are each cell's; it may fork, which a checkpoint is; exec stays as it was.
-    Raises PolicyError where it leaves out what the session itself imports."""
+    Raises PolicyError for a lifetime that is none, and where the policy leaves out what the session itself imports."""
+    if lifetime is not None and not (isinstance(lifetime, (int, float)) and 0 < lifetime <= MAX_TIME):
+        raise PolicyError(f"lifetime = {lifetime!r}: more than 0 seconds, and at most {MAX_TIME}; None for no limit")
     lacking = [name for name in PRELOAD if name in policy.python.without]
     if lacking:
         raise PolicyError(f"$.python.without: a session itself imports {', '.join(lacking)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,7 +17,21 @@ from conftest import IS_ROOT, ROOT
 from msgspec.structs import replace
 
 import nsjail_py
-from nsjail_py import Jail, Mount, PolicyError, SetupError, Verdict, aio, compiled, launcher, plan, reports
+from nsjail_py import (
+    Jail,
+    JailExecutor,
+    Mount,
+    PolicyError,
+    SetupError,
+    Syscalls,
+    Verdict,
+    aio,
+    compiled,
+    launcher,
+    plan,
+    reports,
+    saved,
+)
 from nsjail_py._native import lib
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
@@ -39,6 +54,49 @@ def test_a_limit_that_makes_no_sense_is_never_no_limit(changes: dict[str, object
     with pytest.raises(PolicyError) as caught:
         Jail("untrusted", **changes)
     assert "\n" not in str(caught.value)
+
+
+UNTRUSTED = nsjail_py.policy("untrusted")
+LIMITS: list[dict[str, Any]] = [{"disk": 0}, {"memory": "64MB"}, {"memory": -1}, {"cpu_time": float("nan")}, {"processes": 0}]
+MADE_IN_PYTHON: list[dict[str, Any]] = [
+    *({"limits": replace(UNTRUSTED.limits, **limit)} for limit in LIMITS),
+    {"limits": None},
+    {"root": "relative"},
+    {"hostname": b"jail"},
+    {"syscalls": replace(UNTRUSTED.syscalls or Syscalls(), on_denied="kil")},
+    {"mounts": (Mount(source="/etc", target="/tmp/../etc"),)},
+]
+
+
+@pytest.mark.parametrize("way", ["Jail", "Jail with a change", "run", "executor", "save"])
+@pytest.mark.parametrize("changes", MADE_IN_PYTHON, ids=lambda changes: str(changes)[:60])
+def test_a_policy_that_was_made_in_python_is_checked_as_any_other(changes: dict[str, Any], way: str, tmp_path: Path) -> None:
+    """msgspec checks no types there."""
+    made = replace(UNTRUSTED, **changes)
+    ways: dict[str, Callable[[], object]] = {
+        "Jail": lambda: Jail(made),
+        "Jail with a change": lambda: Jail(made, wall_time=1.0),
+        "run": lambda: nsjail_py.run(["/bin/true"], policy=made),
+        "executor": lambda: JailExecutor(made, 1),
+        "save": lambda: saved.save(made, tmp_path / "plan"),
+    }
+    with pytest.raises(PolicyError) as caught:
+        ways[way]()
+    assert str(caught.value).startswith(f"$.{next(iter(changes))}") and "\n" not in str(caught.value)
+
+
+def test_what_a_policy_file_may_say_may_be_said_in_python() -> None:
+    made = replace(UNTRUSTED, limits=replace(UNTRUSTED.limits, memory="256M"), mounts=[Mount(source=Path("/etc"), target="/data")])  # type: ignore[arg-type]
+    assert Jail(made).policy.limits.memory == 256 << 20
+    mounts = [Mount(source=Path("/etc"), target=Path("/data"))]  # type: ignore[arg-type]
+    for result in (nsjail_py.run_python("open('/data/passwd')", policy=made), nsjail_py.run_python("open('/data/passwd')", mounts=mounts)):
+        result.check()
+
+
+@pytest.mark.parametrize("lifetime", [-1, 0, float("nan"), float("inf"), 1e300, "10s"])
+def test_a_lifetime_that_is_none_is_an_error(lifetime: Any) -> None:
+    with Jail("untrusted") as jail, pytest.raises(PolicyError, match=re.escape(f"lifetime = {lifetime!r}: more than 0")):
+        jail.session(lifetime)
 
 
 def test_an_unknown_policy_is_named_with_what_was_meant() -> None:

@@ -14,7 +14,7 @@ from msgspec import Struct, structs
 from nsjail_py import compiled, launcher, syscalls
 from nsjail_py.oneline import one_line
 from nsjail_py.policy import Policy
-from nsjail_py.policyfile import load
+from nsjail_py.policyfile import resolve
 from nsjail_py.result import Protection
 
 from .exposures import EXPOSURES, HOLES, Exposure, Facts
@@ -74,7 +74,7 @@ class Posture(Struct, frozen=True):
 
 def posture(policy: Policy | str | os.PathLike[str] = "untrusted") -> Posture:
     """Judges a policy. Raises PolicyError."""
-    settled = policy if isinstance(policy, Policy) else load(policy)
+    settled = resolve(policy)
     facts, mode, refused = _facts(settled)
     rows = tuple(_row(one, facts) for one in EXPOSURES)
     level = _level(rows)

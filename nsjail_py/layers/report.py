@@ -30,7 +30,7 @@ import msgspec
 from nsjail_py.errors import LauncherDied, ScriptRefused
 from nsjail_py.jail import Jail
 from nsjail_py.policy import Policy
-from nsjail_py.policyfile import load, override
+from nsjail_py.policyfile import override, resolve
 
 from . import audit, patterns
 from .catalogue import GOALS, HERE, Payload, payloads
@@ -267,7 +267,7 @@ def report(
 
     patience: how many times as long as usual each may take, on a slow machine; never longer than the policy lets it.
     """
-    loaded = policy if isinstance(policy, Policy) else load(policy)
+    loaded = resolve(policy)
     chosen = list(payloads() if only is None else only)
     skipped = {payload.name: reason for payload in chosen if (reason := missing(payload))}
     run = [payload for payload in chosen if payload.name not in skipped]

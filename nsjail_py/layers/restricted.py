@@ -18,7 +18,7 @@ import msgspec
 from nsjail_py.errors import PolicyError
 from nsjail_py.jail import Jail
 from nsjail_py.policy import Policy
-from nsjail_py.policyfile import load, override
+from nsjail_py.policyfile import override, resolve
 from nsjail_py.prepared import prepared
 from nsjail_py.result import Result
 
@@ -91,7 +91,7 @@ def _run(
     ]
     if unknown:
         raise PolicyError(*unknown)
-    settled = override(policy if isinstance(policy, Policy) else load(policy), **changes)
+    settled = resolve(policy, **changes)
     if kind != "wrapped":
         settled = override(settled, imports=(*settled.python.imports, DISTRIBUTION))
     job = msgspec.json.encode({"kind": kind, "source": source, "names": dict(names), "modules": chosen})
