@@ -167,7 +167,7 @@ class Jail:
     def session(self, lifetime: float | None = None) -> Session:
         """One interpreter for many cells of code (session.py), forked from the warm one where there is `preload`. The policy's limits of
         time are those of each cell. lifetime: seconds after which the whole session ends; PolicyError for what is none. A session may fork,
-        whatever the policy says."""
+        whatever the policy says. Raises SetupError as a run does, and SessionError where its interpreter does not start."""
         from .session import Session, inner_jail
 
         if lifetime not in self._sessions:

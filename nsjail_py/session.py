@@ -23,6 +23,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import termios
 import threading
 import time
@@ -34,7 +35,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import msgspec
 from msgspec.structs import replace
 
-from .errors import JobError, PolicyError, SessionError
+from .errors import JailError, JobError, PolicyError, SessionError
+from .oneline import one_line
 from .prepared import prepared
 from .result import Result, Verdict
 from .session_inside import CALLER, COUNT
@@ -125,6 +127,8 @@ class Session:
         self._policy, self._limits = policy, policy.limits
         self._lock = threading.RLock()  # a call that fails closes
         self._count = 0
+        self._failure: JailError | None = None
+        """In the place of a result."""
         self._gone: str | None = None
         """Why there is no state at the moment."""
         self._socket, theirs = socket.socketpair()
@@ -143,8 +147,14 @@ class Session:
         self._size, self._stopped = 0, False
         self._asked = True
         """Whether an answer is on its way."""
-        with self._whole():
-            self._receive(PATIENCE)
+        try:
+            with self._whole():
+                self._receive(PATIENCE)
+        except SessionError as error:
+            if self._failure is not None:  # nothing has run yet
+                raise self._failure from None
+            last = self._output["stderr"].decode(errors="replace").strip().rpartition("\n")[2]
+            raise SessionError(f"{error}{f' ({one_line(last)})' if last else ''}") from None
 
     def run(self, code: str, *, wall_time: float | None = None, cpu_time: float | None = None) -> Cell:
         """Runs one cell. Limits in seconds; those of the policy where none are given.
@@ -220,8 +230,10 @@ class Session:
             self._socket.close()
             self._process.__exit__(None, None, None)
             if self.result is None:
-                with contextlib.suppress(Exception):
+                try:
                     self.result = self._process.wait()
+                except JailError as error:
+                    self._failure = error
 
     def __enter__(self) -> Self:
         return self
@@ -235,17 +247,23 @@ class Session:
     def _whole(self) -> Iterator[None]:
         """A message that was only half sent or read would be taken for another: so that is the end."""
         if self._socket.fileno() < 0:
-            raise SessionError("the session has ended" + (f": {self.result.summary}" if self.result is not None else ""))
+            raise SessionError(f"the session has ended: {self._said()}")
         try:
             yield
         except _Broken as error:
+            if isinstance(error, _LetGo):  # to kill it now would hide what it ended with
+                with contextlib.suppress(JailError, subprocess.TimeoutExpired):
+                    self._process.wait(PATIENCE)
+            self._drain()
             self.close()
-            said = self.result.summary if self.result is not None else "without a result"
-            raise SessionError(f"the session has ended: {error}; {said}") from None
+            raise SessionError(f"the session has ended: {error}; {self._said()}") from self._failure
         except BaseException:
             if self._asked:
                 self.close()
             raise
+
+    def _said(self) -> str:
+        return self.result.summary if self.result is not None else str(self._failure)
 
     def _need_state(self) -> None:
         if self._gone is not None:
@@ -280,7 +298,7 @@ class Session:
             try:
                 rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
             except OSError as error:
-                raise _Broken(str(error)) from None
+                raise _LetGo(str(error)) from None
 
     def _receive(self, most: float | None) -> tuple[_Answer, bytes]:
         lengths = self._read(2 * COUNT, None if most is None else time.monotonic() + most)
@@ -305,9 +323,9 @@ class Session:
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise _Broken(str(error)) from None
+                raise _LetGo(str(error)) from None
             if not part:
-                raise _Broken("it has let go")
+                raise _LetGo("it has let go")
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
@@ -331,7 +349,7 @@ class Session:
             if self._socket.fileno() in ready:
                 return
             if self._process.channel.fileno() in ready and self._process.hear():
-                raise _Broken("its run is over")
+                raise _LetGo("its run is over")
 
     def _stop_flood(self) -> None:
         """Once; a keeper that is not in a cell any more passes it over."""
@@ -442,3 +460,7 @@ class _Answer(msgspec.Struct):
 
 class _Broken(SessionError):
     """The session cannot go on."""
+
+
+class _LetGo(_Broken):
+    """Its run is over, or just ending by itself."""

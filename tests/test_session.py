@@ -14,7 +14,7 @@ import pytest
 from conftest import PATIENCE
 
 import nsjail_py
-from nsjail_py import Jail, JobError, PolicyError, Session, SessionError, Verdict
+from nsjail_py import Jail, JobError, LauncherDied, PolicyError, Session, SessionError, SetupError, Verdict
 
 
 def test_a_session_and_its_checkpoints_leave_nothing(leaves_nothing: None) -> None:
@@ -310,6 +310,41 @@ def test_a_cell_that_attacks_its_keeper_ends_the_session_with_an_error(what: str
     assert time.monotonic() - begin < 8 * PATIENCE
     session.close()
     with pytest.raises(SessionError, match="ended"):
+        session.run("1")
+
+
+def test_a_session_that_ends_by_itself_says_what_it_ended_with(session: Session) -> None:
+    with pytest.raises(SessionError, match=r"the session has ended: .*signal"):
+        session.run(f"import os, time; os.kill(os.getppid(), {signal.SIGSEGV}); time.sleep(5)")
+    assert session.result is not None
+    assert (session.result.verdict, session.result.evidence) == (Verdict.signal, {"signal": signal.SIGSEGV})
+    with pytest.raises(SessionError, match="signal"):
+        session.run("1")
+
+
+def test_a_session_whose_jail_cannot_be_made_says_why_as_a_run_does() -> None:
+    mounts = [nsjail_py.Mount(source="/etc/hostname", target="/usr/nothing/here")]
+    with Jail("untrusted", root="system", mounts=mounts) as jail:
+        with pytest.raises(SetupError, match="/usr/nothing/here") as caught:
+            jail.session()
+        with pytest.raises(SetupError) as of_a_run:
+            jail.run_python("pass")
+    assert (caught.value.step, str(caught.value)) == (of_a_run.value.step, str(of_a_run.value))
+
+
+def test_a_session_that_does_not_start_shows_what_its_interpreter_said() -> None:
+    with Jail("untrusted", without=["selectors"]) as jail, pytest.raises(SessionError, match="No module named 'selectors'"):
+        jail.session()
+
+
+def test_a_launcher_that_dies_under_a_session_is_the_cause_of_its_error(session: Session) -> None:
+    timer = threading.Timer(0.3 * PATIENCE, os.kill, (session._process.launcher.pid, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(SessionError, match="the launcher ended") as caught:
+        session.run("import time; time.sleep(30)", wall_time=30.0)
+    timer.join()
+    assert isinstance(caught.value.__cause__, LauncherDied) and session.result is None
+    with pytest.raises(SessionError, match="the launcher ended"):
         session.run("1")
 
 
