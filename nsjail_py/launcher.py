@@ -238,9 +238,9 @@ class Launcher:
             self.uid_lock = -1
 
 
-def pair() -> tuple[socket.socket, socket.socket]:
+def pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[socket.socket, socket.socket]:
     """Two ends that stay this process's own."""
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ends = socket.socketpair(socket.AF_UNIX, kind)
     _sockets.update(ends)
     return ends
 

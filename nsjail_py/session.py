@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import msgspec
 from msgspec.structs import replace
 
+from . import launcher
 from .errors import JailError, JobError, PolicyError, SessionError
 from .oneline import one_line
 from .prepared import prepared
@@ -126,12 +127,13 @@ class Session:
         self.result: Result | None = None
         self._policy, self._limits = policy, policy.limits
         self._lock = threading.RLock()  # a call that fails closes
+        self._inherited = False
         self._count = 0
         self._failure: JailError | None = None
         """In the place of a result."""
         self._gone: str | None = None
         """Why there is no state at the moment."""
-        self._socket, theirs = socket.socketpair()
+        self._socket, theirs = launcher.pair(socket.SOCK_STREAM)
         with theirs:
             try:
                 self._process = jail.start_own("session", {CALLER: theirs.fileno()}, (DEVNULL, PIPE, PIPE))
@@ -147,6 +149,7 @@ class Session:
         self._size, self._stopped = 0, False
         self._asked = True
         """Whether an answer is on its way."""
+        launcher.inheritable.add(self)
         try:
             with self._whole():
                 self._receive(PATIENCE)
@@ -155,6 +158,10 @@ class Session:
                 raise self._failure from None
             last = self._output["stderr"].decode(errors="replace").strip().rpartition("\n")[2]
             raise SessionError(f"{error}{f' ({one_line(last)})' if last else ''}") from None
+
+    def inherited(self) -> None:
+        """In a forked child: the session goes on in the parent. The launcher's module has closed our copy of its socket."""
+        self._inherited, self._lock = True, threading.RLock()
 
     def run(self, code: str, *, wall_time: float | None = None, cpu_time: float | None = None) -> Cell:
         """Runs one cell. Limits in seconds; those of the policy where none are given.
@@ -224,7 +231,10 @@ class Session:
         self._process.send_signal(signal.SIGINT)
 
     def close(self) -> None:
-        """Ends the session and everything in it. In a thread that waits for a cell `run` raises SessionError then."""
+        """Ends the session and everything in it. In a thread that waits for a cell `run` raises SessionError then. In a fork of the process
+        that started it: nothing."""
+        if self._inherited:
+            return
         self._process.kill()
         with self._lock:  # that thread hears of it
             self._socket.close()
@@ -246,6 +256,8 @@ class Session:
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
         """A message that was only half sent or read would be taken for another: so that is the end."""
+        if self._inherited:
+            raise SessionError("the session belongs to the process that started it, and this is a fork of that")
         if self._socket.fileno() < 0:
             raise SessionError(f"the session has ended: {self._said()}")
         try:

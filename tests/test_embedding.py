@@ -393,6 +393,30 @@ def test_the_handle_of_a_run_of_the_parent_does_nothing_in_a_forked_child() -> N
         assert process.communicate(b"text").stdout == b"text" and process.wait().ok
 
 
+def test_a_session_of_the_parent_does_nothing_in_a_forked_child_and_goes_on_in_the_parent() -> None:
+    """Also where another thread has a cell running at the fork."""
+
+    def use() -> None:
+        with pytest.raises(SystemExit) as caught, session:
+            raise SystemExit(3)
+        assert caught.value.code == 3
+        calls: list[Callable[[], object]] = [lambda: session.run("1"), session.checkpoint, session.restore, session.interrupt]
+        for call in (*calls, lambda: session.put("a", b""), lambda: session.get("a")):
+            with pytest.raises(nsjail_py.JailError, match="belongs to the process that started it"):
+                call()
+        assert session._socket.fileno() < 0
+        with jail.session() as own:
+            assert own.run("1").check().value == "1"
+
+    with nsjail_py.Jail("untrusted") as jail, jail.session() as session, ThreadPoolExecutor() as pool:
+        running = pool.submit(session.run, f"import time; x = 1; time.sleep({PATIENCE})")
+        while not session._asked and not running.done():
+            time.sleep(0.001)
+        with forked(use):
+            running.result(30 * PATIENCE).check()
+        assert session.run("x").check().value == "1"
+
+
 @pytest.mark.elsewhere(find_spec("mypy") is None, why="mypy is not installed (./dev check installs it)")
 def test_a_name_that_is_not_there_is_an_error_to_type_checkers(tmp_path: Path) -> None:
     from mypy import api
