@@ -43,16 +43,16 @@ class Call(NamedTuple):
 
 
 class Queue:
-    """Calls by the thread that brought them; each thread has its turn. Bounded: `put` waits for room."""
+    """Calls by the thread that brought them; each thread has its turn. Bounded: `put` waits for room, where it may."""
 
     def __init__(self, most: int) -> None:
         self.most, self.size, self.closed, self.process = most, 0, False, os.getpid()
         self.turns: OrderedDict[threading.Thread, deque[Call]] = OrderedDict()
         self.changed = threading.Condition()
 
-    def put(self, call: Call) -> None:
+    def put(self, call: Call, *, waits: bool) -> None:
         with self.changed:
-            while self.size >= self.most and not self.closed:
+            while waits and self.size >= self.most and not self.closed:
                 self.changed.wait()
             if self.closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -105,7 +105,8 @@ class JailExecutor(Executor):
     """Runs functions in jails, `max_workers` at a time.
 
     policy, changes: as for Jail. preload: modules that the functions use; they and the distributions that they come from are there without
-    an import. pending: how many calls may wait; a `submit` beyond waits for room. Threads that submit at one time take turns.
+    an import. pending: how many calls may wait; a `submit` beyond waits for room, but not in a done-callback, for which room would be
+    made by the thread that runs it. Threads that submit at one time take turns.
     Raises PolicyError as Jail does, and ImportError without cloudpickle (the extra `warm`).
 
     An executor that is dropped, and the end of the interpreter, let the calls be done that have been submitted. In a forked child it begins
@@ -151,14 +152,16 @@ class JailExecutor(Executor):
         self._queue.closed = closed
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As concurrent.futures says. What cannot be pickled is an error here, not in the future."""
+        """As concurrent.futures says. What cannot be pickled is an error here, not in the future; so is a thread that cannot be started
+        (RuntimeError). The call is not made then."""
         call = Call(Future(), self._pickle((fn, args, kwargs)))
         with self._lock:
+            waits = threading.current_thread() not in self._threads
             if len(self._threads) < self._workers and not self._queue.closed:
                 thread = threading.Thread(target=_work, args=(self._queue, self._jail), name=f"jail-{len(self._threads)}", daemon=False)
-                self._threads.append(thread)
                 thread.start()
-        self._queue.put(call)
+                self._threads.append(thread)
+        self._queue.put(call, waits=waits)
         return call.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

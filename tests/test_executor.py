@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, as_completed, wait
+from concurrent.futures import CancelledError, Future, as_completed, wait
 from datetime import date
 from typing import Any
 
@@ -361,6 +361,34 @@ def test_a_full_queue_holds_the_submitter_back() -> None:
         for _ in range(4):
             pool.submit(add, 1)
         assert time.monotonic() - started > 0.2
+
+
+def test_a_callback_may_submit_more_than_may_wait() -> None:
+    with JailExecutor("untrusted", 1, pending=1) as pool:
+        calls: list[Future[int]] = []
+        done = threading.Event()
+
+        def more(_: Future[None]) -> None:
+            calls.extend(pool.submit(add, number) for number in range(3))
+            done.set()
+
+        pool.submit(time.sleep, 0.3 * PATIENCE).add_done_callback(more)
+        pool.submit(add, 1)
+        assert done.wait(30 * PATIENCE)
+        assert [call.result(30 * PATIENCE) for call in calls] == [1, 2, 3]
+
+
+def test_a_thread_that_cannot_be_started_costs_one_call_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: threading.Thread) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("can't start new thread")
+
+    with JailExecutor("untrusted", 1) as pool:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pool.submit(add, 1)
+        assert pool._queue.size == 0
+        assert pool.submit(add, 1).result(30 * PATIENCE) == 2
 
 
 def test_threads_take_turns() -> None:
