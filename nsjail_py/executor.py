@@ -206,22 +206,44 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         return decode(os.pread(result, size, LENGTH))
 
 
+_registry = threading.RLock()
+"""One dump at a time: what another has registered must not go in the middle of it. What is dumped may dump by itself."""
+
+
+def _renew_lock() -> None:
+    global _registry
+    _registry = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 @functools.cache
 def pickler() -> Callable[[object], bytes]:
     """The caller's own modules are not inside: what is met of them goes with its code; what is of installed packages goes by name."""
     import cloudpickle
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+        def __init__(self, file: io.BytesIO) -> None:
+            super().__init__(file)
+            self.registered: list[ModuleType] = []
+
         def reducer_override(self, met: Any) -> Any:
             if isinstance(met, (type, FunctionType, ModuleType)):
                 module = met if isinstance(met, ModuleType) else sys.modules.get(getattr(met, "__module__", None) or "")
                 if module is not None and own(module) and module.__name__ not in cloudpickle.list_registry_pickle_by_value():
                     cloudpickle.register_pickle_by_value(module)
+                    self.registered.append(module)
             return super().reducer_override(met)
 
     def pickled(value: object) -> bytes:
-        with io.BytesIO() as file:
-            Pickler(file).dump(value)
+        with _registry, io.BytesIO() as file:
+            ours = Pickler(file)
+            try:
+                ours.dump(value)
+            finally:  # the registry is the whole process's
+                for module in ours.registered:
+                    cloudpickle.unregister_pickle_by_value(module)
             return file.getvalue()
 
     return pickled

@@ -358,6 +358,27 @@ def test_an_executor_in_a_forked_child_has_workers_of_its_own() -> None:
         pass
 
 
+def test_a_fork_while_a_call_is_pickled_does_not_hold_the_childs_calls_up() -> None:
+    pickling, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __reduce__(self) -> tuple[type, tuple[()]]:
+            pickling.set()
+            go_on.wait(60 * PATIENCE)
+            return int, ()
+
+    def use() -> None:
+        assert pool.submit(abs, -2).result(30 * PATIENCE) == 2
+        pool.shutdown()
+
+    with nsjail_py.JailExecutor("untrusted", 1) as pool, ThreadPoolExecutor() as threads:
+        call = threads.submit(pool.submit, abs, Slow())
+        assert pickling.wait(30 * PATIENCE)
+        with forked(use):
+            go_on.set()
+        assert call.result(30 * PATIENCE).result(30 * PATIENCE) == 0
+
+
 def test_a_forked_child_does_not_keep_the_warm_interpreter_of_its_parent() -> None:
     with nsjail_py.Jail("untrusted", preload=[]) as jail:
         before = {*_children(launcher.current().pid)}

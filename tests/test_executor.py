@@ -14,16 +14,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, as_completed, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
 from datetime import date
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import msgspec
 import numpy as np
 import pytest
 from conftest import PATIENCE
 
-from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed, executor_inside, launcher, unpack
+from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed, executor, executor_inside, launcher, unpack
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,42 @@ def test_what_is_of_the_callers_own_modules_goes_in_whatever_way_it_is_met(how: 
         assert pool.submit(*call).result() == 3
     finally:
         sys.path.remove(str(tmp_path))
+
+
+def test_what_a_call_needs_changes_nothing_for_other_users_of_cloudpickle(pool: JailExecutor, tmp_path: Path) -> None:
+    for name in ("helper_used", "helper_of_the_user"):
+        (tmp_path / f"{name}.py").write_text(HELPER)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        used, of_the_user = (importlib.import_module(name) for name in ("helper_used", "helper_of_the_user"))
+    finally:
+        sys.path.remove(str(tmp_path))
+    cloudpickle.register_pickle_by_value(of_the_user)
+    before = cloudpickle.list_registry_pickle_by_value()
+    for _ in range(2):
+        assert pool.submit(used.use, of_the_user.point, 2).result() == 3
+        with pytest.raises(TypeError, match="cannot pickle"):
+            pool.submit(used.use, threading.Lock())
+        assert cloudpickle.list_registry_pickle_by_value() == before
+    cloudpickle.unregister_pickle_by_value(of_the_user)
+
+
+def test_threads_that_submit_at_one_time_all_send_their_own_modules(tmp_path: Path) -> None:
+    (tmp_path / "helper_shared.py").write_text("\n".join(f"def function_{number}(): pass" for number in range(100)))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        shared = importlib.import_module("helper_shared")
+    finally:
+        sys.path.remove(str(tmp_path))
+    functions = [getattr(shared, f"function_{number}") for number in range(100)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            pickled = list(threads.map(lambda _: executor.pickler()(functions), range(1000)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len({len(one) for one in pickled}) == 1
 
 
 NUMBERS = [sign * (1 << bits) + more for bits in (7, 8, 62, 63, 64, 71, 127, 5000) for sign in (1, -1) for more in (-1, 0, 1)]
