@@ -47,6 +47,7 @@ CLEAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PATIENCE_S = 10.0
 """For a runtime that was told to kill."""
 MAX_LOG = 4096
+LABELS = ("apparmor", "selinux")
 FAILED = 128
 """runsc's status for a container that it could not start; no signal gives it."""
 
@@ -92,6 +93,10 @@ def _missing(policy: Policy, warm: bool) -> dict[str, str]:
         "a time namespace": ("time" in policy.namespaces, "take time out of namespaces"),
         "a kept work directory": (policy.workdir is not None, "no workdir"),
         "a user id of its own": (policy.own_uid and "own_uid" not in policy.best_effort, 'best_effort = ["own_uid"]'),
+        "a label of a security module": (
+            any(getattr(policy, name) is not None and name not in policy.best_effort for name in LABELS),
+            "no apparmor or selinux",
+        ),
         "refusal of user namespaces within": ("nested_userns" not in policy.best_effort, 'best_effort = ["nested_userns"]'),
         "telemetry of the interpreter": (policy.python.audit != "off", '[python] audit = "off"'),
         "preload": (warm, "no preload"),
@@ -141,8 +146,8 @@ class OciProcess(Process):
 def told(policy: Policy, protections: Iterable[Protection]) -> tuple[Protection, ...]:
     """Protections, as the policy's runtime gives them."""
     lacks = {
-        "own_uid": oci_bundle.BEYOND["own_uid"],
-        "nested_userns": "a runtime does not limit user namespaces; the filter refuses them",
+        **{name: oci_bundle.BEYOND[name] for name in ("own_uid", "nested_userns")},
+        **dict.fromkeys(LABELS, oci_bundle.BEYOND["label"]),
         **dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), oci_bundle.BEYOND["landlock"]),
     }
     if os.path.basename(policy.backend.partition(":")[2]) in SHARES_IDS:

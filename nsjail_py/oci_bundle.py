@@ -42,8 +42,12 @@ BEYOND = {
     "output": "is limited by whoever reads it",
     "no_exec": "execve stays allowed: the runtime starts the program under the filter",
     "own_uid": "all runs of bundles share one range of host ids",
+    "nested_userns": "a runtime sets no limit on user namespaces within; only a filter refuses them",
+    "time_namespace": "version 1.0 of the specification has no word for it",
+    "label": "no runtime is asked for AppArmor's profile or SELinux's context",
     "place": "scheduling, nice value, I/O class, OOM score and personality are those of whoever runs it",
     "denied": "which calls were denied is not told",
+    "on_denied": "a denied call fails, and does not end the run",
 }
 
 
@@ -227,11 +231,12 @@ def _mount(step: MountStep, kind: str, source: str, options: list[str]) -> dict[
 
 
 def _unavailable(policy: Policy) -> dict[str, str]:
-    wanted = dict(BEYOND)
-    if not policy.landlock:
-        del wanted["landlock"]
-    if policy.syscalls is None:
-        del wanted["denied"]
-    if policy.syscalls is None or policy.syscalls.exec:
-        del wanted["no_exec"]
-    return wanted
+    asked = {
+        "landlock": policy.landlock,
+        "no_exec": policy.syscalls is not None and not policy.syscalls.exec,
+        "time_namespace": "time" in policy.namespaces,
+        "label": policy.apparmor is not None or policy.selinux is not None,
+        "denied": policy.syscalls is not None,
+        "on_denied": policy.syscalls is not None and policy.syscalls.on_denied == "kill",
+    }
+    return {name: why for name, why in BEYOND.items() if asked.get(name, True)}

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 import nsjail_py
 from nsjail_py import launcher, oci_backend, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
 from nsjail_py.policy import Mount, Policy, Syscalls
+from nsjail_py.result import Protection
 from nsjail_py.streams import Ends
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -231,6 +232,39 @@ def test_what_a_runtime_cannot_give_is_an_error_that_names_the_lines() -> None:
         nsjail_py.Jail(backend("runc"), preload=[])
     with nsjail_py.Jail(backend("runc")) as jail, pytest.raises(nsjail_py.PolicyError, match=r"\$\.backend"):
         jail.session()
+
+
+@needs_root
+@pytest.mark.parametrize("label", [{"apparmor": "nsjail-payload"}, {"selinux": "a:b:c:s0"}], ids=str)
+def test_a_label_is_refused_under_a_runtime_or_said_to_be_missing(label: dict[str, str]) -> None:
+    (module,) = label
+    with pytest.raises(nsjail_py.Unavailable, match=r"label of a security module.*no apparmor or selinux"):
+        nsjail_py.Jail(backend("runc", **label))
+    states = oci_backend.told(backend("runc", **label), [Protection(module, "applied", "")])
+    assert states == (Protection(module, "unavailable", oci_bundle.BEYOND["label"]),)
+    if WORKING:
+        result = nsjail_py.run(["/bin/true"], policy=backend(WORKING[0], best_effort=(module, *backend("runc").best_effort), **label))
+        assert result.ok and Protection(module, "unavailable", oci_bundle.BEYOND["label"]) in result.protections
+
+
+@needs_root
+def test_a_bundle_says_all_that_the_policy_asks_for_and_no_runtime_gives(tmp_path: Path) -> None:
+    plain = replace(policyfile.load("moderate"), landlock=False, syscalls=None, best_effort=("apparmor", "selinux"))
+    always = oci_bundle.bundle(plain, tmp_path / "plain", ["/bin/true"]).unavailable
+    wanted = {
+        "time_namespace": {"namespaces": (*plain.namespaces, "time")},
+        "label": {"apparmor": "nsjail-payload"},
+        "landlock": {"landlock": True},
+        "denied": {"syscalls": Syscalls(allow=("@files",))},
+        "denied on_denied": {"syscalls": Syscalls(allow=("@files",), on_denied="kill")},
+        "denied no_exec": {"syscalls": Syscalls(allow=("@files",), exec=False)},
+    }
+    for names, changes in wanted.items():
+        told = oci_bundle.bundle(replace(plain, **changes), tmp_path / names, ["/bin/true"]).unavailable
+        assert set(told) - set(always) == set(names.split()), names
+        written = json.loads((tmp_path / names / "config.json").read_text())
+        assert written["annotations"]["nsjail_py.unavailable"].split("; ") == list(told)
+    assert "nested_userns" in always
 
 
 def test_a_missing_runtime_is_an_error_with_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
