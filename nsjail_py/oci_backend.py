@@ -80,8 +80,12 @@ def lacks(policy: Policy) -> tuple[str, ...]:
     return ()
 
 
+def _name(policy: Policy) -> str:
+    return os.path.basename(policy.backend.partition(":")[2])
+
+
 def _missing(policy: Policy, warm: bool) -> dict[str, str]:
-    """What a policy requires and no runtime gives, and the line that gives it up."""
+    """What a policy requires and its runtime does not give, and the line that gives it up."""
     wanted = {
         "Landlock": (policy.landlock, "landlock = false"),
         "refusal of exec": (policy.syscalls is not None and not policy.syscalls.exec, "[syscalls] exec = true"),
@@ -91,6 +95,10 @@ def _missing(policy: Policy, warm: bool) -> dict[str, str]:
         ),
         "a limit on idleness": (policy.limits.idle_time is not None, '[limits] idle_time = "unlimited"'),
         "a time namespace": ("time" in policy.namespaces, "take time out of namespaces"),
+        "noexec for a single file that may be written": (
+            oci_bundle.executes_files(policy, _name(policy)),
+            "executable = true for it, or its directory",
+        ),
         "a kept work directory": (policy.workdir is not None, "no workdir"),
         "a user id of its own": (policy.own_uid and "own_uid" not in policy.best_effort, 'best_effort = ["own_uid"]'),
         "a label of a security module": (
@@ -150,7 +158,7 @@ def told(policy: Policy, protections: Iterable[Protection]) -> tuple[Protection,
         **dict.fromkeys(LABELS, oci_bundle.BEYOND["label"]),
         **dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), oci_bundle.BEYOND["landlock"]),
     }
-    if os.path.basename(policy.backend.partition(":")[2]) in SHARES_IDS:
+    if _name(policy) in SHARES_IDS:
         lacks["user_namespace"] = "the runtime has a kernel of its own, and none is made of the host's"
     return tuple(
         Protection(one.name, "unavailable", lacks[one.name]) if one.name in lacks and one.state != "not requested" else one

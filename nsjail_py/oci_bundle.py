@@ -33,12 +33,14 @@ NAMESPACES = {"user": "user", "mount": "mount", "pid": "pid", "net": "network", 
 RLIMITS = {value: name for name, value in vars(resource).items() if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"}
 DEV = {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "noexec", "strictatime", "mode=755", "size=64k"]}
 DEVPTS = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]
-THREADS = {"runsc": 256}
-"""What a runtime's own kernel has of threads, which count with the program's."""
+OWN_KERNEL = {"runsc": 256}
+"""Runtimes with a kernel of their own, and how many threads it has, which count with the program's. To it a mount is one, with all that is
+mounted below; the others keep the options of such mounts, unless they are told the same for all (`rro`), and a file has none below."""
 BEYOND = {
     "landlock": "the specification has no word for Landlock",
     "one_limit_for_files": "/work, /tmp and /dev/shm have the limit `disk` each, and not together; nothing limits their number",
     "clocks": "wall_time and idle_time are kept by whoever runs it; cpu_time by RLIMIT_CPU, for each process",
+    "noexec": "crun 1.8 leaves it out where a mount is a single file that may be written",
     "output": "is limited by whoever reads it",
     "no_exec": "execve stays allowed: the runtime starts the program under the filter",
     "own_uid": "all runs of bundles share one range of host ids",
@@ -100,12 +102,12 @@ def write(
 def _fill(
     directory: Path, compiled: Compiled, argv: Sequence[str], files: Iterable[OrderFile], copied: bool, own_ids: bool, runtime: str
 ) -> dict[str, str]:
-    config = _config(compiled, argv, own_ids, THREADS.get(runtime, 0))
+    config = _config(compiled, argv, own_ids, OWN_KERNEL.get(runtime, 0))
     root = Path(os.path.realpath(directory / "rootfs"))
-    config["mounts"] += [mount for step in compiled.mounts if (mount := _step(step, root, compiled.policy, copied, own_ids))]
+    config["mounts"] += [mount for step in compiled.mounts if (mount := _step(step, root, compiled.policy, copied, own_ids, runtime))]
     for file in files:
         _write(root / "app" / file.name, file.data, ID_BASE + INSIDE_ID)
-    unavailable = _unavailable(compiled.policy)
+    unavailable = _unavailable(compiled.policy, runtime)
     config["annotations"] = {"nsjail_py.policy": compiled.policy.name, "nsjail_py.unavailable": "; ".join(unavailable)}
     _write(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     return unavailable
@@ -181,7 +183,7 @@ def _resources(policy: Policy, threads: int) -> dict[str, Any]:
     return found
 
 
-def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bool) -> dict[str, Any] | None:
+def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bool, runtime: str) -> dict[str, Any] | None:
     """One mount step: done in rootfs, or the mount that does it at the start."""
     own = step.target == "/dev" or (is_below(step.target, "/dev") and step.target != "/dev/shm")
     if own and step.kind != lib.MOUNT_DEVPTS:
@@ -202,7 +204,10 @@ def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bo
         else:
             shutil.copy2(step.source, _place(root, step))
     elif step.kind == lib.MOUNT_BIND:
-        return _mount(step, "bind", step.source, ["rbind", "rw" if step.flags & lib.MOUNT_WRITABLE else "ro"])
+        mount = _mount(step, "bind", step.source, ["rbind", "rw" if step.flags & lib.MOUNT_WRITABLE else "ro"])
+        if os.path.isdir(step.source) and runtime not in OWN_KERNEL:
+            mount["options"] += [f"r{option}" for option in mount["options"] if option in ("ro", "nosuid", "nodev", "noexec")]
+        return mount
     elif step.kind == lib.MOUNT_PART and step.flags & lib.MOUNT_APP:
         pass  # its files are in rootfs
     elif step.kind == lib.MOUNT_PART:
@@ -230,8 +235,15 @@ def _mount(step: MountStep, kind: str, source: str, options: list[str]) -> dict[
     return {"destination": step.target, "type": kind, "source": source, "options": [*options, *flags]}
 
 
-def _unavailable(policy: Policy) -> dict[str, str]:
+def executes_files(policy: Policy, runtime: str) -> bool:
+    """Whether BEYOND's `noexec` is about this policy."""
+    files = (mount for mount in policy.mounts if mount.writable and not mount.executable and os.path.isfile(mount.source))
+    return runtime in ("", "crun") and any(files)
+
+
+def _unavailable(policy: Policy, runtime: str) -> dict[str, str]:
     asked = {
+        "noexec": executes_files(policy, runtime),
         "landlock": policy.landlock,
         "no_exec": policy.syscalls is not None and not policy.syscalls.exec,
         "time_namespace": "time" in policy.namespaces,

@@ -7,11 +7,12 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT, ROOT
+from conftest import IS_ROOT, ROOT, importing_ours
 from container_images import base, entry, layer, layout
 from msgspec.structs import replace
 
@@ -23,7 +24,7 @@ from nsjail_py.streams import Ends
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 RUNTIMES = ("crun", "runc", "runsc")
-
+WORKING = tuple(filter(shutil.which, RUNTIMES))
 
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="a bundle's user ids are root's to give")
 
@@ -68,7 +69,7 @@ def test_a_bundle_runs_with_the_same_view_and_limits(runtime: str, level: str, p
 def test_a_bundle_s_filter_and_root_refuse_what_the_policy_refuses(runtime: str, place: Path) -> None:
     policy = replace(policyfile.load("untrusted"), root="system")
     script = "echo x > /usr/x && echo wrote; echo x > /work/x && echo worked; /bin/true"
-    oci_bundle.bundle(policy, place / "b", ["/bin/sh", "-c", script])
+    oci_bundle.bundle(policy, place / "b", ["/bin/sh", "-c", script], runtime)
     done = under(runtime, place / "b", place / "state")
     assert done.stdout == b"worked\n" and b"Cannot fork" in done.stderr, done
 
@@ -86,19 +87,58 @@ def test_a_bundle_of_an_image_has_its_files_at_the_top(runtime: str, place: Path
 @pytest.mark.parametrize("name", ["b", "new/b", "old/b", "old"])
 def test_a_bundle_that_fails_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old").mkdir()
-    monkeypatch.setattr(oci_bundle, "_unavailable", lambda _: 1 / 0)
+    monkeypatch.setattr(oci_bundle, "_unavailable", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         oci_bundle.bundle("moderate", tmp_path / name, ["/bin/true"])
     assert {path.name for path in tmp_path.rglob("*") if "cache" not in path.parts} == {"old"}
+
+
+NESTED = """
+import os, sys
+from pathlib import Path
+import nsjail_py
+from nsjail_py import oci_bundle
+from nsjail_py.policy import Mount
+from test_oci_runtime import backend, under
+
+runtime, how, place, writable = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "True"
+script = "echo x > /data/sub/evil && echo wrote; while read -r line; do echo $line; done < /proc/self/mountinfo"
+data = Mount(source=str(place / "source"), target="/data", executable=False, writable=writable)
+mounts = (data, Mount(source="/etc/os-release", target="/file"))
+policy, command = backend(runtime, mounts=mounts), ["/bin/sh", "-c", script]
+if how == "run":
+    done = nsjail_py.run(command, policy=policy)
+else:
+    oci_bundle.bundle(policy, place / "b", command, runtime if runtime == "runsc" else "")
+    done = under(runtime, place / "b", place / "state")
+sys.stdout.buffer.write(done.stdout)
+sys.stderr.buffer.write(done.stderr)
+print("left:", *os.listdir(place / "source" / "sub"))
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+@pytest.mark.parametrize("how", ["run", "bundle"])
+@pytest.mark.parametrize("writable", [False, True])
+def test_the_options_of_a_mount_hold_for_what_is_mounted_below_its_source(runtime: str, how: str, writable: bool, place: Path) -> None:
+    (place / "source" / "sub").mkdir(parents=True)
+    mount = f'mount -t tmpfs -o mode=1777 below {place}/source/sub && exec "$@"'
+    unshared = ["unshare", "--mount", "--propagation=private", "sh", "-c", mount, "sh"]
+    command = [*unshared, sys.executable, "-c", NESTED, runtime, how, str(place), str(writable)]
+    done = subprocess.run(command, env=importing_ours(), capture_output=True, text=True, timeout=120, check=False)
+    *lines, left = done.stdout.splitlines()
+    if not writable:
+        assert left == "left:" and "wrote" not in lines and "/data/sub/evil" in done.stderr, done
+    if runtime != "runsc":  # to its kernel it is one mount
+        options = [set(line.split()[5].split(",")) for line in lines if " /data" in line]
+        assert options and all(one >= {"nosuid", "nodev", "noexec"} for one in options), done
 
 
 def backend(runtime: str, **changes: object) -> Policy:
     base = policyfile.load("untrusted")
     assert base.syscalls
     return replace(base, backend=f"oci:{runtime}", landlock=False, syscalls=replace(base.syscalls, exec=True), **changes)
-
-
-WORKING = tuple(filter(shutil.which, RUNTIMES))
 
 
 @needs_root
@@ -118,6 +158,26 @@ def test_a_link_of_the_root_s_leads_no_target_of_a_mount_onto_the_host(how: str,
         else:
             nsjail_py.run(["/bin/sh", "-c", ":"], policy=backend(how, **changes))
     assert os.listdir(victim) == []
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+@pytest.mark.parametrize("single", [True, False], ids=["file", "directory"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_a_mount_has_is_not_executed_where_the_policy_says_so(runtime: str, single: bool, writable: bool, place: Path) -> None:
+    (place / "d").mkdir()
+    (place / "d" / "f").write_text("#!/bin/sh\necho executed\n")
+    (place / "d" / "f").chmod(0o755)
+    source, target = (place / "d" / "f", "/data/f") if single else (place / "d", "/data")
+    mounts = (Mount(source=str(source), target=target, executable=False, writable=writable),)
+    if runtime == "crun" and single and writable:
+        with pytest.raises(nsjail_py.Unavailable, match="noexec for a single file"):
+            nsjail_py.Jail(backend(runtime, mounts=mounts))
+        told = oci_bundle.bundle(replace(policyfile.load("moderate"), mounts=mounts), place / "b", ["/bin/sh"]).unavailable
+        assert "noexec" in told
+        return
+    result = nsjail_py.run(["/bin/sh", "-c", "exec /data/f"], policy=backend(runtime, mounts=mounts))
+    assert result.stdout == b"" and b"Permission denied" in result.stderr, result
 
 
 @needs_root
