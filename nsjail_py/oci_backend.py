@@ -160,6 +160,8 @@ def told(policy: Policy, protections: Iterable[Protection]) -> tuple[Protection,
     }
     if _name(policy) in SHARES_IDS:
         lacks["user_namespace"] = "the runtime has a kernel of its own, and none is made of the host's"
+        if policy.proc == "pid":
+            lacks["private_proc"] = oci_bundle.BEYOND["private_proc"]
     return tuple(
         Protection(one.name, "unavailable", lacks[one.name]) if one.name in lacks and one.state != "not requested" else one
         for one in protections

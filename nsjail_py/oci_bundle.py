@@ -21,7 +21,7 @@ from .jail import Jail, environment
 from .launcher import UID_BASE, UID_BLOCK, UID_BLOCKS
 from .plan import INSIDE_ID, OrderFile
 from .policy import Policy
-from .rootfs import MountStep, is_below
+from .rootfs import MASKED, MountStep, is_below
 
 if TYPE_CHECKING:
     from .compiled import Compiled
@@ -41,6 +41,7 @@ BEYOND = {
     "one_limit_for_files": "/work, /tmp and /dev/shm have the limit `disk` each, and not together; nothing limits their number",
     "clocks": "wall_time and idle_time are kept by whoever runs it; cpu_time by RLIMIT_CPU, for each process",
     "noexec": "crun 1.8 leaves it out where a mount is a single file that may be written",
+    "private_proc": "runsc shows all of its own kernel's /proc; of the host it tells the processor and how much memory there is",
     "output": "is limited by whoever reads it",
     "no_exec": "execve stays allowed: the runtime starts the program under the filter",
     "own_uid": "all runs of bundles share one range of host ids",
@@ -135,7 +136,7 @@ def _config(compiled: Compiled, argv: Sequence[str], own_ids: bool, threads: int
     linux: dict[str, Any] = {
         "namespaces": [{"type": name} for name in names],
         "resources": _resources(policy, threads),
-        "maskedPaths": [step.target for step in compiled.mounts if step.kind == lib.MOUNT_MASK] or ["/proc/kcore", "/proc/keys"],
+        "maskedPaths": [f"/proc/{name}" for name in MASKED],
         "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus"],
         "rootfsPropagation": "private",
     }
@@ -215,7 +216,7 @@ def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bo
         size = [f"size={policy.limits.disk}"] if policy.limits.disk is not None else []
         return _mount(step, "tmpfs", "tmpfs", [f"mode={step.mode:o}", f"uid={user}", f"gid={user}", *size])
     elif step.kind == lib.MOUNT_PROC:
-        return _mount(step, "proc", "proc", [])
+        return _mount(step, "proc", "proc", ["subset=pid"] if step.flags & lib.MOUNT_PIDS_ONLY and runtime not in OWN_KERNEL else [])
     elif step.kind == lib.MOUNT_DEVPTS:
         return {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": DEVPTS}
     return None
@@ -244,6 +245,7 @@ def executes_files(policy: Policy, runtime: str) -> bool:
 def _unavailable(policy: Policy, runtime: str) -> dict[str, str]:
     asked = {
         "noexec": executes_files(policy, runtime),
+        "private_proc": policy.proc == "pid" and (not runtime or runtime in OWN_KERNEL),
         "landlock": policy.landlock,
         "no_exec": policy.syscalls is not None and not policy.syscalls.exec,
         "time_namespace": "time" in policy.namespaces,

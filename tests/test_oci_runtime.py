@@ -17,7 +17,7 @@ from container_images import base, entry, layer, layout
 from msgspec.structs import replace
 
 import nsjail_py
-from nsjail_py import launcher, oci_backend, oci_bundle, oci_image, oci_seccomp, policyfile, syscalls
+from nsjail_py import launcher, oci_backend, oci_bundle, oci_image, oci_seccomp, policyfile, rootfs, syscalls
 from nsjail_py.policy import Mount, Policy, Syscalls
 from nsjail_py.result import Protection
 from nsjail_py.streams import Ends
@@ -190,6 +190,36 @@ def test_a_run_under_a_runtime_gives_a_result(runtime: str) -> None:
     states = {one.name: one.state for one in result.protections}
     assert states["own_uid"] == states["nested_userns"] == "unavailable" and states["landlock_fs"] == "not requested"
     assert min(result.timeline.values()) >= 0 and result.timeline["run"] == pytest.approx(result.wall_time * 1e6)
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_proc_tells_nothing_of_the_host_s_under_a_runtime_or_the_result_says_so(runtime: str) -> None:
+    script = "import os; print(*(name for name in os.listdir('/proc') if not name.isdigit()))"
+    result = nsjail_py.run_python(script, policy=backend(runtime)).check()
+    state = {one.name: one.state for one in result.protections}["private_proc"]
+    told = oci_bundle._unavailable(backend(runtime), runtime)
+    if runtime in oci_bundle.OWN_KERNEL:
+        assert b"meminfo" in result.stdout and state == "unavailable" and "private_proc" in told
+    else:
+        native = nsjail_py.run_python(script, policy="untrusted").check()
+        assert result.stdout == native.stdout and state == "applied" and "private_proc" not in told
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_what_proc_masks_shows_nothing_under_a_runtime(runtime: str) -> None:
+    script = f"""if True:
+        import os
+        for name in {rootfs.MASKED}:
+            try:
+                found = os.listdir(f"/proc/{{name}}") if os.path.isdir(f"/proc/{{name}}") else open(f"/proc/{{name}}", "rb").read(1)
+            except OSError:
+                found = None
+            if found:
+                print(name, found)
+    """
+    assert nsjail_py.run_python(script, policy=backend(runtime, proc="masked")).check().stdout == b""
 
 
 @needs_root
