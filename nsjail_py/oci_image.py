@@ -250,10 +250,10 @@ def _unpack(layers: list[Layer], target: Path) -> None:
 def _apply(root: Root, layer: Layer) -> None:
     with layer.open() as packed, plain(packed, layer.name) as file:
         hashed = Hashed(file, layer.name)
-        added: set[str] = set()
+        root.next_layer()
         for member in entries(hashed):
             try:
-                root.entry(hashed, member, added)
+                root.entry(hashed, member)
             except (ValueError, OverflowError) as error:  # a time that is none, a NUL in a name
                 refuse(member.name, str(error))
         while hashed.data(PIECE):

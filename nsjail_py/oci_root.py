@@ -8,6 +8,7 @@ image has are refused, by name. Owners, set-id bits and extended attributes are 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import stat
@@ -29,20 +30,23 @@ class Root:
     def __init__(self, top: Path) -> None:
         self.top = str(top)
         self.bytes = self.entries = 0
+        self.next_layer()
 
-    def entry(self, source: Bounded, member: tarfile.TarInfo, added: set[str]) -> None:
+    def next_layer(self) -> None:
+        """What is added from here on is another layer's."""
+        self._added: set[bytes] = set()
+        self._hidden: set[bytes] = set()
+
+    def entry(self, source: Bounded, member: tarfile.TarInfo) -> None:
         name = member.name
         parts = self._parts(name, name)
-        self.entries += 1
-        self.bytes += member.size
-        if self.entries > MAX_ENTRIES or self.bytes > oci_archive.MAX_BYTES:
-            refuse(name, f"with it, the image has more than {MAX_ENTRIES} entries or {oci_archive.MAX_BYTES} bytes")
+        self._count(name, member.size)
         if not parts:
             return
         base = parts[-1]
         parent = self.directory(parts[:-1], name)
         if base.startswith(WHITEOUT):
-            self._whiteout(parent, base, name, added)
+            self._whiteout(parent, base, name)
             return
         path = os.path.join(parent, base)
         if member.isdir():
@@ -55,9 +59,15 @@ class Root:
             self._hard_link(member, path)
         else:
             refuse(name, "is a device, a pipe or something else that no root needs")
-        while path not in added and path != self.top:
-            added.add(path)
+        while (key := _key(path)) not in self._added and path != self.top:
+            self._added.add(key)
             path = os.path.dirname(path)
+
+    def _count(self, name: str, size: int = 0) -> None:
+        self.entries += 1
+        self.bytes += size
+        if self.entries > MAX_ENTRIES or self.bytes > oci_archive.MAX_BYTES:
+            refuse(name, f"with it, the image has more than {MAX_ENTRIES} entries or {oci_archive.MAX_BYTES} bytes")
 
     @staticmethod
     def _parts(path: str, name: str) -> list[str]:
@@ -88,6 +98,7 @@ class Root:
             except FileNotFoundError:
                 if not make:
                     refuse(name, "leads to what is not there")
+                self._count(name)
                 os.mkdir(path)
                 os.chmod(path, 0o755)  # whatever the caller's umask is
                 mode = stat.S_IFDIR
@@ -154,24 +165,33 @@ class Root:
         if source != path:
             os.link(source, self._clear(path), follow_symlinks=False)
 
-    def _whiteout(self, parent: str, base: str, name: str, added: set[str]) -> None:
-        """What lower layers have is hidden by the upper one."""
+    def _whiteout(self, parent: str, base: str, name: str) -> None:
+        """What lower layers have is hidden by the upper one; what this layer has added, before or below, stays."""
         if base == OPAQUE:
-            for below in os.listdir(parent):
-                self._hide(os.path.join(parent, below), added)
+            self._hide_below(parent)
             return
         hidden = base.removeprefix(WHITEOUT)
         if hidden in ("", ".", ".."):
             refuse(name, "hides nothing that could be")
-        self._hide(os.path.join(parent, hidden), added)
+        self._hide(os.path.join(parent, hidden))
 
-    def _hide(self, path: str, added: set[str]) -> None:
-        """Takes away what lower layers have there; what this layer has added, before or below, stays."""
-        if path not in added:
+    def _hide(self, path: str) -> None:
+        if _key(path) not in self._added:
             self._clear(path)
         elif os.path.isdir(path) and not os.path.islink(path):
-            for below in os.listdir(path):
-                self._hide(os.path.join(path, below), added)
+            self._hide_below(path)
+
+    def _hide_below(self, folder: str) -> None:
+        """Once for each layer: whatever is there later, the layer has added itself."""
+        if (key := _key(folder)) not in self._hidden:
+            self._hidden.add(key)
+            for below in os.listdir(folder):
+                self._hide(os.path.join(folder, below))
+
+
+def _key(path: str) -> bytes:
+    """A path in a set: a million of them may be of 4 KiB each."""
+    return hashlib.blake2b(os.fsencode(path), digest_size=16).digest()
 
 
 def find(top: Path, name: str, search: str) -> tuple[str, str]:

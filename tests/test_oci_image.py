@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,14 +108,50 @@ def test_a_whiteout_hides_all_of_lower_layers_and_nothing_of_its_own(whiteout: s
     assert found == {"d", "d/sub", "stays", *upper}
 
 
-@pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_ENTRIES"])
-def test_bombs_are_refused_before_they_fill_the_disk(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, most = (oci_archive, 1024 * 1024) if limit == "MAX_BYTES" else (oci_root, 50)
-    monkeypatch.setattr(module, limit, most)
-    entries = [entry("zeros", bytes(64 << 20))] if limit == "MAX_BYTES" else [entry(f"f{number}", b"") for number in range(100)]
-    with pytest.raises(nsjail_py.PolicyError, match=r"zeros|f\d\d"):
-        oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [layer(*entries)])}")
+def test_a_whiteout_that_is_repeated_looks_into_each_directory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, listdir = 0, os.listdir
+
+    def counted(path: str) -> list[str]:
+        nonlocal looks
+        looks += 1
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", counted)
+    folders = ["/".join(["d"] * depth) for depth in range(1, 11)]
+    hiding = [entry(os.path.join(*name)) for one in folders for name in ((one, ".wh..wh..opq"), (os.path.dirname(one), ".wh.d"))]
+    upper = layer(*(entry(f"{one}/new") for one in folders), *hiding * 5)
+    top = oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [layer(entry('d/old')), upper])}")
+    assert {path.name for path in top.rglob("*")} == {"d", "new"}
+    assert looks < 2 * len(folders)
+
+
+BOMBS_OF = {
+    "bytes": [entry("zeros", bytes(64 << 20))],
+    "entries": [entry(f"f{number}", b"") for number in range(100)],
+    "implied directories": [entry("/".join(["f00"] * 200))],
+}
+
+
+@pytest.mark.parametrize("many", BOMBS_OF)
+def test_bombs_are_refused_before_they_fill_the_disk(many: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oci_archive, "MAX_BYTES", 1024 * 1024)
+    monkeypatch.setattr(oci_root, "MAX_ENTRIES", 50)
+    with pytest.raises(nsjail_py.PolicyError, match=r"(zeros|f\d\d).*more than"):
+        oci_image.unpacked(f"oci:{layout(tmp_path / 'i', [layer(*BOMBS_OF[many])])}")
     assert os.listdir(cachedir.directory("images")) == []
+
+
+def test_long_names_are_not_kept_in_memory(tmp_path: Path) -> None:
+    root, folder = oci_root.Root(tmp_path), "/".join(["n" * 200] * 15)
+    tracemalloc.start()
+    try:
+        for number in range(1000):
+            made = tarfile.TarInfo(f"{folder}/{number}")
+            made.type = tarfile.DIRTYPE
+            root.entry(oci_archive.Bounded(io.BytesIO()), made)
+        assert tracemalloc.get_traced_memory()[1] < 1000 * len(folder) / 4
+    finally:
+        tracemalloc.stop()
 
 
 def pax(data: bytes, size: int | None = None, kind: bytes = tarfile.XHDTYPE) -> bytes:
