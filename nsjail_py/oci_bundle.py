@@ -10,7 +10,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,7 +105,8 @@ def _fill(
 ) -> dict[str, str]:
     config = _config(compiled, argv, own_ids, OWN_KERNEL.get(runtime, 0))
     root = Path(os.path.realpath(directory / "rootfs"))
-    config["mounts"] += [mount for step in compiled.mounts if (mount := _step(step, root, compiled.policy, copied, own_ids, runtime))]
+    copy = _copier() if copied else None
+    config["mounts"] += [mount for step in compiled.mounts if (mount := _step(step, root, compiled.policy, copy, own_ids, runtime))]
     for file in files:
         _write(root / "app" / file.name, file.data, ID_BASE + INSIDE_ID)
     unavailable = _unavailable(compiled.policy, runtime)
@@ -184,8 +185,26 @@ def _resources(policy: Policy, threads: int) -> dict[str, Any]:
     return found
 
 
-def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bool, runtime: str) -> dict[str, Any] | None:
-    """One mount step: done in rootfs, or the mount that does it at the start."""
+def _copier() -> Callable[[str, str], None]:
+    """Copies files, and what are links to one file stay links: an image may have a hundred thousand to a large one."""
+    made: dict[tuple[int, int], str] = {}
+
+    def copy(source: str, target: str) -> None:
+        status = os.stat(source)
+        first = made.setdefault((status.st_dev, status.st_ino), target) if status.st_nlink > 1 else target
+        if first == target:
+            shutil.copy2(source, target)
+        else:
+            Path(target).unlink(missing_ok=True)  # the place of a mount
+            os.link(first, target)
+
+    return copy
+
+
+def _step(
+    step: MountStep, root: Path, policy: Policy, copy: Callable[[str, str], None] | None, own_ids: bool, runtime: str
+) -> dict[str, Any] | None:
+    """One mount step: done in rootfs, or the mount that does it at the start. copy: what lasts is copied, and not mounted."""
     own = step.target == "/dev" or (is_below(step.target, "/dev") and step.target != "/dev/shm")
     if own and step.kind != lib.MOUNT_DEVPTS:
         if step.kind == lib.MOUNT_DIRECTORY and step.target == "/dev":
@@ -199,11 +218,11 @@ def _step(step: MountStep, root: Path, policy: Policy, copied: bool, own_ids: bo
         path.chmod(0o644)
     elif step.kind == lib.MOUNT_SYMLINK:
         _place(root, step).symlink_to(step.source)
-    elif step.kind == lib.MOUNT_BIND and copied and step.lasting:
+    elif step.kind == lib.MOUNT_BIND and copy and step.lasting:
         if os.path.isdir(step.source):
-            shutil.copytree(step.source, _place(root, step), symlinks=True, dirs_exist_ok=True)
+            shutil.copytree(step.source, _place(root, step), symlinks=True, dirs_exist_ok=True, copy_function=copy)
         else:
-            shutil.copy2(step.source, _place(root, step))
+            copy(step.source, str(_place(root, step)))
     elif step.kind == lib.MOUNT_BIND:
         mount = _mount(step, "bind", step.source, ["rbind", "rw" if step.flags & lib.MOUNT_WRITABLE else "ro"])
         if os.path.isdir(step.source) and runtime not in OWN_KERNEL:

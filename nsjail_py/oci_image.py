@@ -149,7 +149,7 @@ def _source(place: Place) -> Iterator[tuple[str, list[Layer]]]:
     if os.path.isdir(place.path):
         yield _layout(Path(place.path), place.tag)
         return
-    with open(place.path, "rb") as file:
+    with _open(place.path) as file:
         members: dict[str, tarfile.TarInfo] = {}
         for count, member in enumerate(entries(Bounded(file))):
             if count >= MAX_FILES:
@@ -181,13 +181,13 @@ def _layout(top: Path, tag: str | None) -> tuple[str, list[Layer]]:
 
     def checked(descriptor: Descriptor, kind: type[T]) -> T:
         path = blob(descriptor)
-        with path.open("rb") as file:
+        with _open(path) as file:
             data = file.read(MAX_JSON + 1)
         if hashlib.sha256(data[: MAX_JSON + 1]).hexdigest() != path.name:
             refuse(f"blobs/sha256/{path.name}", "is not what its digest says")
         return _json(data, path.name, kind)
 
-    with (top / "index.json").open("rb") as file:
+    with _open(top / "index.json") as file:
         found = _choose(_json(file.read(MAX_JSON + 1), "index.json", Index), tag)
     for _ in range(3):
         if found.media_type not in INDEXES:
@@ -199,7 +199,16 @@ def _layout(top: Path, tag: str | None) -> tuple[str, list[Layer]]:
 
 
 def _opener(path: Path) -> Callable[[], io.BufferedReader]:
-    return lambda: path.open("rb")
+    return lambda: _open(path)
+
+
+def _open(path: str | Path) -> io.BufferedReader:
+    """A regular file: a pipe would have us wait."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        refuse(os.path.basename(path), "is no regular file")
+    return open(descriptor, "rb")
 
 
 def _choose(index: Index, tag: str | None) -> Descriptor:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from container_images import Entry, base, entry, layer, layout, saved, sha
 
 import nsjail_py
@@ -226,6 +227,17 @@ def test_a_damaged_image_is_one_line(damage: str, tmp_path: Path) -> None:
     with pytest.raises(nsjail_py.PolicyError) as told:
         nsjail_py.run(["/bin/true"], root=f"oci:{path}")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["index.json", "blobs/sha256/" + sha(b"[]")[7:], "i.tar"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(name: str, cli: list[str], tmp_path: Path) -> None:
+    top = layout(tmp_path, [])
+    (top / "index.json").write_text(json.dumps({"manifests": [{"digest": sha(b"[]")}]}))
+    (top / name).unlink(missing_ok=True)
+    os.mkfifo(top / name)
+    root = f"oci:{top / name if name == 'i.tar' else top}"
+    done = subprocess.run([*cli, "exec", "--root", root, "--", "true"], capture_output=True, text=True, timeout=20 * PATIENCE, check=False)
+    assert done.returncode == 125 and "is no regular file" in done.stderr, done
 
 
 MALFORMED: dict[str, tuple[bytes | Entry, str]] = {

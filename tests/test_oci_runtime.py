@@ -84,6 +84,16 @@ def test_a_bundle_of_an_image_has_its_files_at_the_top(runtime: str, place: Path
 
 
 @needs_root
+def test_links_to_one_file_of_an_image_are_links_in_its_bundle_too(tmp_path: Path) -> None:
+    links = [entry(name, type=tarfile.LNKTYPE, linkname="top") for name in ("other", "a/first", "a/second", "b/c")]
+    image = layout(tmp_path / "i", [base(), layer(entry("top", b"text"), *links, entry("alone", b"text"))])
+    oci_bundle.bundle(replace(policyfile.load("moderate"), root=f"oci:{image}"), tmp_path / "b", ["/bin/sh"])
+    made = [tmp_path / "b" / "rootfs" / name for name in ("top", "other", "a/first", "a/second", "b/c")]
+    assert len({path.stat().st_ino for path in made}) == 1 and {path.read_bytes() for path in made} == {b"text"}
+    assert (tmp_path / "b" / "rootfs" / "alone").stat().st_nlink == 1
+
+
+@needs_root
 @pytest.mark.parametrize("name", ["b", "new/b", "old/b", "old"])
 def test_a_bundle_that_fails_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old").mkdir()
