@@ -2,12 +2,13 @@
 
 Read: a profile becomes `[syscalls]` of a policy. What this project looks into more closely than a profile (the flags of clone, the families
 of socket) is taken through the set that does so; what no shipped policy has is left out. So the policy allows the profile's calls or fewer,
-never more, and says which are fewer. Written: a policy's rules, one by one.
+and the few without which no program starts (@essential), and says where it is fewer or more. Written: a policy's rules, one by one.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, NamedTuple
 
 import msgspec
@@ -32,6 +33,8 @@ DENYING = frozenset(
 )
 KILLING = frozenset({"SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_KILL_THREAD"})
 MACHINES = {"x86_64": ("amd64", "SCMP_ARCH_X86_64"), "aarch64": ("arm64", "SCMP_ARCH_AARCH64")}
+OLDEST = (5, 12)
+"""The kernel that jails need."""
 EPERM, ENOSYS = 1, 38
 
 
@@ -80,7 +83,7 @@ class Imported(NamedTuple):
 
     syscalls: Syscalls
     notes: list[str]
-    """Where the policy allows less than the profile."""
+    """Where the policy allows less than the profile, or more, since every policy does."""
 
     def __str__(self) -> str:
         lines = [f"# {toml.comment(note)}" for note in self.notes] + ["[syscalls]", f"exec = {str(self.syscalls.exec).lower()}"]
@@ -130,16 +133,27 @@ def read(data: bytes) -> Imported:
                 allowed.setdefault(name, []).append(rule.args or [])
     entries, notes = _entries({name: rules for name, rules in allowed.items() if name not in denied})
     kill = "kill" if profile.default_action in KILLING else "errno"
-    return Imported(Syscalls(allow=tuple(entries), exec="execve" in allowed and "execve" not in denied, on_denied=kill), notes)  # type: ignore[arg-type]
+    executes = [] in allowed.get("execve", []) and "execve" not in denied
+    return Imported(Syscalls(allow=tuple(entries), exec=executes, on_denied=kill), notes)  # type: ignore[arg-type]
 
 
 def _counts(rule: Rule) -> bool:
-    """Whether an engine would take a rule for a container without capabilities on this machine. min_kernel: this kernel is new enough."""
+    """Whether an engine would take a rule for a container without capabilities on this machine. A policy is for any kernel: what one of
+    them may lack is allowed on none, and denied on all."""
     arch = MACHINES.get(os.uname().machine, ("", ""))[0]
     includes, excludes = rule.includes or When(), rule.excludes or When()
     if includes.caps or (includes.arches and arch not in includes.arches):
         return False
+    allows = rule.action in ALLOWING
+    if allows and (excludes.min_kernel or (includes.min_kernel and not _is_old(includes.min_kernel))):
+        return False
     return not (excludes.arches and arch in excludes.arches)
+
+
+def _is_old(kernel: str) -> bool:
+    """Whether each kernel that jails run on is as new as this."""
+    numbers = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", kernel)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) <= OLDEST
 
 
 def _entries(allowed: Allowed) -> tuple[list[str], list[str]]:
@@ -148,6 +162,11 @@ def _entries(allowed: Allowed) -> tuple[list[str], list[str]]:
     notes: list[str] = []
     never = set(syscalls.never())
     essential = syscalls.alternatives("@essential")
+    notes += [
+        f"{name}: allowed beyond the profile; without it no program would even start"
+        for name, ours in sorted(essential.items())
+        if not _covered(ours, allowed.get(name, []))
+    ]
     for name, rules in sorted(allowed.items()):
         through = [entry for entry in syscalls.only_through(name) if _within(entry, allowed)]
         if name == "execve" or name in essential:
@@ -172,11 +191,12 @@ def _entries(allowed: Allowed) -> tuple[list[str], list[str]]:
 
 def _within(entry: str, allowed: Allowed) -> bool:
     """Whether a set brings nothing that the profile does not have."""
-    return all(
-        any(all(_implies(alternative, one) for one in conditions) for conditions in allowed.get(call, ()))
-        for call, alternatives in syscalls.alternatives(entry).items()
-        for alternative in alternatives
-    )
+    return all(_covered(ours, allowed.get(call, [])) for call, ours in syscalls.alternatives(entry).items())
+
+
+def _covered(ours: set[tuple[syscalls.Condition, ...]], theirs: list[list[Condition]]) -> bool:
+    """Whether each of our alternatives for a call is one of the profile's for certain."""
+    return all(any(all(_implies(alternative, one) for one in conditions) for conditions in theirs) for alternative in ours)
 
 
 def _implies(alternative: tuple[syscalls.Condition, ...], wanted: Condition) -> bool:

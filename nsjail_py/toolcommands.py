@@ -22,7 +22,8 @@ What the script prints goes to standard error.
 0: it came to its end; 1: it failed, and so the policy is for a run that failed."""
 BUNDLE = """Writes DIR/config.json and DIR/rootfs: the policy's view, limits and filter in the words of the OCI runtime specification.
 What it has no words for is told on standard error."""
-SECCOMP = """Prints [syscalls] for a policy that allows what an OCI seccomp profile allows, or less, and as comments where it is less."""
+SECCOMP = """Prints [syscalls] for a policy that allows what an OCI seccomp profile allows, or less, and what no program starts without;
+and as comments where it is less or more."""
 COMPILE = """Writes a policy, compiled for this host and this user, to FILE, and prints where the launcher is, which runs programs under it
 without Python: nsjail-launcher FILE -- CMD [ARGS...]. With --for the plan is for that program and has what it needs; the policy's
 interpreter has its library, and the policy's imports. Else it is for any that needs no more than the C and C++ libraries."""

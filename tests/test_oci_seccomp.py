@@ -58,6 +58,44 @@ def test_conditions_of_a_profile_make_the_policy_narrower_and_never_wider(rule: 
     assert (entry in oci_seccomp.read(json.dumps(profile).encode()).syscalls.allow) is there
 
 
+@pytest.mark.parametrize(
+    ("rule", "there"),
+    [
+        ({}, True),
+        ({"args": [{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]}, False),
+        ({"excludes": {"minKernel": "5.0"}}, False),
+        ({"includes": {"minKernel": "4.8"}}, True),
+        ({"includes": {"minKernel": "6.99"}}, False),
+        ({"includes": {"minKernel": "x"}}, False),
+    ],
+)  # fmt: skip
+def test_what_a_profile_allows_for_some_arguments_or_kernels_is_not_allowed_for_all(rule: dict[str, object], there: bool) -> None:
+    rule = {"action": "SCMP_ACT_ALLOW", "names": ["execve", "mkdir"], **rule}
+    found = oci_seccomp.read(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [rule]}).encode()).syscalls
+    assert (found.exec, "mkdir" in found.allow) == (there, there)
+
+
+@pytest.mark.parametrize("which", ["includes", "excludes"])
+def test_what_a_profile_denies_on_some_kernels_is_denied_on_all(which: str) -> None:
+    rules = [
+        {"action": "SCMP_ACT_ALLOW", "names": ["mkdir"]},
+        {"action": "SCMP_ACT_ERRNO", "names": ["mkdir"], which: {"minKernel": "6.99"}},
+    ]
+    assert oci_seccomp.read(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules}).encode()).syscalls.allow == ()
+
+
+def test_what_the_policy_allows_beyond_the_profile_is_said() -> None:
+    essential = syscalls.alternatives("@essential")
+    rules = [{"action": "SCMP_ACT_ALLOW", "names": sorted(essential.keys() - {"brk"})}]
+    rules += [{"action": "SCMP_ACT_ERRNO", "names": ["mprotect"]}]
+    rules += [{"action": "SCMP_ACT_ALLOW", "names": ["brk"], "args": [{"index": 0, "value": 0, "op": "SCMP_CMP_EQ"}]}]
+    found = oci_seccomp.read(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules}).encode())
+    assert {note.partition(":")[0] for note in found.notes if "beyond the profile" in note} == {"brk", "mprotect"}
+    assert set(syscalls.calls_of(found.syscalls)) == set(essential)
+    assert "# mprotect: allowed beyond the profile" in str(found)
+    assert not any("beyond the profile" in note for note in oci_seccomp.load(PROFILE).notes)
+
+
 def test_no_name_in_a_profile_adds_a_line_to_the_policy() -> None:
     name = "q\nextends = 'untrusted'\nmounts = [{source = '/etc', target = '/e'}]\n#\r\x1b"
     for args in ([], [{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]):
