@@ -100,6 +100,11 @@ def test_an_image_is_built_once_and_anew_when_what_it_is_made_from_changes(cache
     assert build("two") != first and not first.exists(), "the old one goes"
 
 
+def test_an_image_takes_no_other_machine_s_away(cache: Path) -> None:
+    others = [images.root(distro) for distro in images.DISTROS if distro != "debian13"]
+    assert images.root("debian13").exists() and all(other.exists() for other in others)
+
+
 def test_a_boot_that_hangs_is_given_up(cache: Path, qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(qemu, "exec sleep 1000")
     monkeypatch.setattr(machine, "BOOT_SECONDS", 1)

@@ -117,7 +117,7 @@ def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Pat
             shutil.rmtree(half)
         if (free := shutil.disk_usage(CACHE).free) < NEEDED:
             raise TroubleError(f"{CACHE} has {free >> 20} MiB free, and building the {kind} {name} needs {NEEDED >> 20}")
-        older = list(CACHE.glob(f"{kind}-{name}-*"))
+        older = [path for path in CACHE.iterdir() if path.name.rpartition("-")[0] == f"{kind}-{name}"]
         part = place.with_name(place.name + ".part")
         part.mkdir()
         try:
