@@ -22,6 +22,8 @@ OVERHEAD = 128 * 1024**2
 """Memory of nsjail-py itself and its launcher."""
 TASKS = 16
 """Their processes and threads."""
+LONGEST = 107
+"""Bytes of a socket's path."""
 HOMES = ("/home", "/root", "/run/user")
 SET_UP = 35
 """Seconds that a run may take before its own clock begins."""
@@ -43,10 +45,13 @@ def unit(policy: Policy, named: str, command: Sequence[str], name: str, user: st
     is one run, with the connection as its standard input and output. Raises PolicyError for what no unit can hold."""
     if not re.fullmatch(r"[A-Za-z0-9:_.\\-]+", name):
         raise PolicyError(f"name {name!r}: letters, digits and :-_.\\ only")
-    if user and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*", user):
-        raise PolicyError(f"user {user!r}: letters, digits and -_.@ only")
+    if user and not _is_user(user):
+        raise PolicyError(f"user {user!r}: letters, digits and -_.@ only, or the number of one")
     if listen and not _is_address(listen):
-        raise PolicyError(f"listen {listen!r}: a path without blanks and backslashes, PORT, or HOST:PORT with the number of the host")
+        path = f"a path of at most {LONGEST} bytes without blanks, backslashes and '..'"
+        raise PolicyError(f"listen {listen!r}: {path}, PORT, or HOST:PORT with the number of the host")
+    if re.search(r"[\\\"']", sys.executable):
+        raise PolicyError(f"the interpreter {sys.executable!r}: systemd starts no program with a quote or backslash in its path")
     head = Line(f"Description=A jail: {_plain(command[0])}", "what systemctl shows")
     service = [*_start(named, command, listen), *_identity(user), *_limits(policy), *_walls(policy, named, command[0])]
     if not listen:
@@ -78,17 +83,25 @@ START = Line("WantedBy=multi-user.target", "start it with the machine")
 LISTEN = Line("WantedBy=sockets.target", "listen from the start of the machine on")
 
 
+def _is_user(user: str) -> bool:
+    """A number is none with a zero before it, nor if it stands for no user. systemd.exec(5), user_namespaces(7)"""
+    if re.fullmatch("[0-9]+", user):
+        return re.fullmatch("0|[1-9][0-9]{0,9}", user) is not None and int(user) < 2**32 - 1 and int(user) != 2**16 - 1
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*", user) is not None
+
+
 def _is_address(listen: str) -> bool:
-    """systemd looks no names up. systemd.socket(5)"""
+    """systemd looks no names up. systemd.socket(5), unix(7)"""
     if listen.startswith(("/", "@")):
-        return re.fullmatch(r"[^\s\\]+", listen) is not None
+        fits = len(listen.encode(errors="surrogatepass")) <= LONGEST
+        return fits and re.fullmatch(r"[/@][^\s\\]+", listen) is not None and ".." not in listen.split("/")
     host, colon, port = listen.rpartition(":")
     try:
         if colon:
             ipaddress.IPv6Address(host[1:-1]) if host[:1] + host[-1:] == "[]" else ipaddress.IPv4Address(host)
     except ValueError:
         return False
-    return re.fullmatch("[0-9]{1,5}", port) is not None and 0 < int(port) < 2**16
+    return re.fullmatch("[1-9][0-9]{0,4}", port) is not None and int(port) < 2**16 and "%" not in host
 
 
 def _text(**sections: Sequence[Line]) -> str:
@@ -110,8 +123,8 @@ def _socket(listen: str) -> list[Line]:
 
 
 def _start(named: str, command: Sequence[str], listen: str) -> list[Line]:
-    words = [sys.executable, "-m", "nsjail_py", "exec", "--policy", named, "--", *command]
-    start = " ".join(quoted(word.replace("$", "$$")) for word in words)
+    words = [f":{sys.executable}", "-m", "nsjail_py", "exec", "--policy", named, "--", *command]
+    start = " ".join(map(quoted, words))
     lines = [
         Line("Type=exec", "started when nsjail-py itself is started"),
         Line(f"ExecStart={start}", "the jail; the exit status is the program's own, 124 a limit, 125 a failed set-up"),
@@ -171,7 +184,7 @@ def _walls(policy: Policy, named: str, program: str) -> list[Line]:
 
 
 def quoted(word: str) -> str:
-    """A word of a setting: no specifier and no escape in it is any. Variables are only expanded in ExecStart=."""
+    """A word of a setting: no specifier and no escape in it is any. Variables are expanded in ExecStart= alone, and not behind a colon."""
     text = word.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
     return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text) else f'"{text}"'
 

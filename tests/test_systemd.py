@@ -173,6 +173,34 @@ def test_systemd_finds_no_fault_in_a_unit(policy: str, options: list[str], tmp_p
     assert (done.returncode, said) == (0, []), done.stderr
 
 
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="doctor: systemd does not run this machine, and is not installed to check units with"
+)
+@pytest.mark.parametrize(
+    "options",
+    [{"listen": "/" + "a" * 106}, {"listen": "@" + "a" * 106}, {"listen": "/" + "ä" * 53}, {"user": "4294967294"}, {"user": "0"}, {}],
+    ids=str,
+)
+def test_systemd_takes_what_is_just_allowed(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "$HOME 1% p"
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(unitfile.sys, "executable", str(python))
+    files = unitfile.unit(nsjail_py.policy("untrusted"), "untrusted", ["/bin/cat"], "jail", **options)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    command = ["systemd-analyze", "verify", "--man=no", *(tmp_path / name for name in files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "jail" in line.partition(":")[0]]
+    assert (done.returncode, said) == (0, []), done.stderr
+
+
+@pytest.mark.parametrize("letter", ["'", '"', "\\"])
+def test_an_interpreter_that_systemd_does_not_start_is_an_error(letter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unitfile.sys, "executable", f"/srv/{letter}/python3")
+    with pytest.raises(nsjail_py.PolicyError, match="interpreter"):
+        unitfile.unit(nsjail_py.policy("untrusted"), "untrusted", ["/bin/cat"], "jail")
+
+
 def test_every_line_of_a_unit_has_its_reason(tmp_path: Path) -> None:
     for file in written(tmp_path, "--listen", "/run/jail.sock", "untrusted", "--", "/bin/cat"):
         lines = [line for line in file.read_text().splitlines() if line and not line.startswith("[")]
@@ -226,6 +254,9 @@ def test_nothing_adds_a_line_to_a_unit(letter: str, where: str) -> None:
 
 @pytest.mark.parametrize(("option", "word"), [
     ("user", "%i"), ("user", "a b"), ("user", "-x"), ("user", "a/b"),
+    ("user", "4294967295"), ("user", "9" * 20), ("user", "65535"), ("user", "007"),
+    ("listen", "/" + "a" * 107), ("listen", "@" + "a" * 107), ("listen", "/" + "ä" * 54), ("listen", "/"), ("listen", "@"), ("listen", "/a/../b"),
+    ("listen", "080"), ("listen", "127.0.0.1:080"), ("listen", "[::1]:00080"), ("listen", "0"), ("listen", "[::1%lo]:80"),
     ("listen", "localhost:80"), ("listen", "run/x"), ("listen", "1.2.3.4:99999"), ("listen", "1.2.3:80"), ("listen", "/a b"), ("listen", "/a\\"),
 ])  # fmt: skip
 def test_a_user_or_an_address_that_is_none_is_an_error(option: str, word: str) -> None:
@@ -240,10 +271,10 @@ def test_no_specifier_is_expanded_in_an_address(listen: str) -> None:
 
 
 def test_a_path_that_may_be_written_is_the_policys_to_the_letter() -> None:
-    """systemd expands variables in a command only; specifiers, quotes and backslashes everywhere."""
+    """systemd expands variables in a command only, and not behind a colon; specifiers, quotes and backslashes everywhere."""
     policy = replace(nsjail_py.policy("moderate"), workdir='/srv/$a %h "b" \\t')
     assert '\nReadWritePaths="/srv/$a %%h \\"b\\" \\\\t"\n' in unitfile.unit(policy, "p", ["/bin/echo", "$x"], "jail")["jail.service"]
-    assert '/bin/echo "$$x"\n' in unitfile.unit(policy, "p", ["/bin/echo", "$x"], "jail")["jail.service"]
+    assert '/bin/echo "$x"\n' in unitfile.unit(policy, "p", ["/bin/echo", "$x"], "jail")["jail.service"]
 
 
 def test_a_description_goes_on_in_no_other_line() -> None:
