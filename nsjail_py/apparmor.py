@@ -8,6 +8,10 @@ apparmor.d(5), apparmor_parser(8)
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
+from .errors import PolicyError
 from .launcher import PROGRAM
 
 FILE = "/etc/apparmor.d/nsjail-launcher"
@@ -54,5 +58,12 @@ profile nsjail-payload flags=(attach_disconnected) {
 
 
 def profile(name: str) -> str:
-    """The text of `launcher`, which names where ours is, or of `sample`."""
-    return SAMPLE if name == "sample" else LAUNCHER.format(program=PROGRAM.resolve())
+    """The text of `launcher`, which names where ours is, or of `sample`. Raises PolicyError for a path that no profile can name."""
+    return SAMPLE if name == "sample" else LAUNCHER.format(program=_literal(str(PROGRAM.resolve())))
+
+
+def _literal(path: str) -> str:
+    """What a profile is attached to is a pattern, with variables: no letter of the path is part of any."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path):
+        raise PolicyError(f"{path!a}: an AppArmor profile names no path with control characters, and UTF-8 only")
+    return re.sub(r'[\\"*?\[\]{}^@]', r"\\\g<0>", path)

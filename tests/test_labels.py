@@ -271,7 +271,10 @@ def test_the_commands_print_the_samples(cli: list[str]) -> None:
 # ---------------------------------------------------------------- both
 
 
-@pytest.mark.skipif(not PARSER, reason=DOCTOR or "apparmor_parser is not installed: apt install apparmor")
+needs_parser = pytest.mark.skipif(not PARSER, reason=DOCTOR or "apparmor_parser is not installed: apt install apparmor")
+
+
+@needs_parser
 @pytest.mark.parametrize("name", [pytest.param("launcher", marks=needs_rule_userns), "sample"])
 def test_apparmors_parser_takes_our_profiles(name: str, tmp_path: Path) -> None:
     (tmp_path / "profile").write_text(apparmor.profile(name))
@@ -280,6 +283,30 @@ def test_apparmors_parser_takes_our_profiles(name: str, tmp_path: Path) -> None:
 
 def test_the_launchers_profile_names_the_launcher() -> None:
     assert f'"{launcher.PROGRAM.resolve()}"' in apparmor.profile("launcher")
+
+
+ODD = '/srv/* ?/[a]/{b,c}/^"@{HOME}$x#/d\\/nsjail-launcher'
+
+
+def test_the_launchers_profile_is_for_its_path_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apparmor, "PROGRAM", Path(ODD))
+    written = r'"/srv/\* \?/\[a\]/\{b,c\}/\^\"\@\{HOME\}$x#/d\\/nsjail-launcher"'
+    assert f"\nprofile nsjail-launcher {written} flags=(unconfined) {{\n" in apparmor.profile("launcher")
+
+
+@needs_parser
+@needs_rule_userns
+def test_apparmors_parser_takes_the_launchers_path_whatever_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(apparmor, "PROGRAM", Path(ODD))
+    (tmp_path / "profile").write_text(apparmor.profile("launcher"))
+    subprocess.run(["apparmor_parser", "--skip-kernel-load", "--skip-cache", tmp_path / "profile"], check=True)
+
+
+@pytest.mark.parametrize("letter", ["\n", "\t", "\x7f", "\udcff"], ids=ascii)
+def test_a_path_that_no_profile_can_name_is_an_error(letter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apparmor, "PROGRAM", Path(f"/srv/a{letter}b/nsjail-launcher"))
+    with pytest.raises(PolicyError, match="no path with control characters"):
+        apparmor.profile("launcher")
 
 
 @pytest.mark.parametrize("state", ["applied", "unavailable"])
