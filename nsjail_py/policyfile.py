@@ -78,28 +78,27 @@ def problems(policy: Policy) -> list[str]:
 
 def resolve(policy: Policy | str | os.PathLike[str], /, **changes: Any) -> Policy:
     """The policy that a caller means by itself, its name or its path, with changes as for `override`. Raises PolicyError."""
-    return override(policy if isinstance(policy, Policy) else load(policy), **changes)
+    if isinstance(policy, Policy):
+        return override(policy, **changes)
+    return override(load(policy), **changes) if changes else load(policy)
 
 
 def override(policy: Policy, /, **changes: Any) -> Policy:
     """A changed copy, checked. Takes the fields of Policy, and directly those of Limits and Python; sizes and times as numbers
     or text (`memory="256M"`, `wall_time=None` for none). env is merged, mounts are appended, all else is replaced. Raises PolicyError,
     also without changes: msgspec checks nothing where a policy is made in Python."""
-    policy = _build(_plain(policy))
-    if not changes:
-        return policy
-    table: Table = msgspec.to_builtins(policy)
+    table: Table = _plain(policy)
     wrong = []
     for name, value in changes.items():
         plain = _plain(value)
-        if name in Limits.__struct_fields__:
-            table.setdefault("limits", {})[name] = plain
-        elif name in Python.__struct_fields__:
-            table.setdefault("python", {})[name] = plain
-        elif name == "env" and isinstance(plain, dict):
-            table["env"] = {**table.get("env", {}), **plain}
-        elif name == "mounts" and isinstance(plain, list):
-            table["mounts"] = [*table.get("mounts", ()), *plain]
+        inner = "limits" if name in Limits.__struct_fields__ else "python" if name in Python.__struct_fields__ else ""
+        if inner:
+            if isinstance(table[inner], dict):  # else that is what is wrong
+                table[inner] = {**table[inner], name: plain}
+        elif name == "env" and isinstance(plain, dict) and isinstance(table["env"], dict):
+            table["env"] = {**table["env"], **plain}
+        elif name == "mounts" and isinstance(plain, list) and isinstance(table["mounts"], list):
+            table["mounts"] = [*table["mounts"], *plain]
         elif name in Policy.__struct_fields__:
             table[name] = plain
         else:
