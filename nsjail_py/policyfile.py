@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,10 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
         raise PolicyError(f"{text!r}: a policy is a name or a path, as text")
     if "/" in text or text.endswith(".toml") or not isinstance(name_or_path, str):
         return Path(text)
-    if text not in names():
+    path = directory() / f"{text}.toml"
+    if text in NOT_POLICIES or not path.is_file():
         raise PolicyError(_unknown_name(text))
-    return directory() / f"{text}.toml"
+    return path
 
 
 def _unknown_name(name: str) -> str:
@@ -142,9 +143,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
             raise PolicyError(f"{shown}: larger than {MAX_FILE} bytes: this is no policy")
-        table = tomllib.loads(data.decode())
-        if _depth(table) > DEEPEST:
-            raise RecursionError
+        table = dict(_parsed(data))
     except (OSError, ValueError) as error:  # an unreadable file, a NUL in the path, not UTF-8, not TOML
         if isinstance(error, PolicyError):
             raise
@@ -165,6 +164,15 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
     except PolicyError as error:
         raise PolicyError(*(f"{shown}: $.extends: {problem}" for problem in error.problems)) from None
     return _merged({key: value for key, value in below.items() if key not in OWN_FIELDS}, table)
+
+
+@lru_cache(maxsize=16)
+def _parsed(data: bytes) -> Table:
+    """Nobody changes it: most runs name the same policy, and to parse it takes as long as half a run."""
+    table = tomllib.loads(data.decode())
+    if _depth(table) > DEEPEST:
+        raise RecursionError
+    return table
 
 
 def _depth(value: object) -> int:
