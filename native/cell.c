@@ -333,6 +333,11 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 	return 1;
 }
 
+void cell_drain(struct launcher *launcher, struct run *run) {
+	while (run->cell >= 0 && hear_init(launcher, run))
+		;
+}
+
 void cell_heard(struct launcher *launcher, struct run *run) {
 	if (hear_init(launcher, run))
 		return;
@@ -346,8 +351,7 @@ void cell_finish(struct launcher *launcher, struct run *run) {
 	if (run->init >= 0)
 		waitid(P_PIDFD, (id_t)run->init, &info, WEXITED); /* a job's is not our child, and is waited for by its template */
 	program_drain(launcher, run);
-	while (run->cell >= 0 && hear_init(launcher, run))
-		;
+	cell_drain(launcher, run);
 	if (info.si_code != CLD_EXITED && info.si_status == SIGSYS && !run->report.step)
 		run_spoil(run, STEP_LOST, EPERM); /* of a filter that the launcher was born under */
 	if (!run->ordered)

@@ -98,8 +98,10 @@ static void dispatch(struct launcher *launcher, uint64_t tag, uint32_t ready) {
 	default: break;
 	}
 	uint64_t times;
-	if (read(run->timer, &times, sizeof times) > 0)
+	if (read(run->timer, &times, sizeof times) > 0) {
+		cell_drain(launcher, run); /* that it has ended, maybe, while we were busy */
 		clocks_check(launcher, run);
+	}
 }
 
 static int hello(struct launcher *launcher) {

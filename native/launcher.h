@@ -100,6 +100,7 @@ void shelves_tend(struct launcher *launcher);
 struct run *cell_slot(struct launcher *launcher, struct shelf *shelf);
 enum step cell_make(struct launcher *launcher, struct run *run);
 void cell_heard(struct launcher *launcher, struct run *run);    /* a message from init */
+void cell_drain(struct launcher *launcher, struct run *run);    /* what init has said so far */
 void program_heard(struct launcher *launcher, struct run *run); /* a message from the program, or its exec */
 void cell_finish(struct launcher *launcher, struct run *run);   /* init is dead */
 int cell_is_job(const struct run *run);
