@@ -13,6 +13,7 @@ from . import launcher
 from .errors import JailError, PolicyError, SetupError
 from .jail import Jail, Process, worth_another
 from .policy import Policy
+from .process import LINGER_S
 from .result import Result
 from .streams import captured, split
 
@@ -73,16 +74,39 @@ async def _ended(process: Process) -> None:
     """Kills the run, and waits for its end while the loop goes on; who is cancelled once more meanwhile does not wait for it."""
     if not process.reported:
         process.kill()
-        with contextlib.suppress(JailError):
-            await communicate(process)
+        with contextlib.suppress(JailError, TimeoutError):
+            await _heard(process)
+            async with asyncio.timeout(LINGER_S):
+                await _carried(process)
 
 
 async def communicate(process: Process, data: bytes | None = None) -> Result:
     """Process.communicate, driven by the running event loop."""
+    await _heard(process, data)
+    await _carried(process)
+    return process.wait()
+
+
+async def _heard(process: Process, data: bytes | None = None) -> None:
     with _moving(process, data) as moved:
         while not process.reported:
             await moved()
-    return process.wait()
+
+
+async def _carried(process: Process) -> None:
+    """Until all output is in the caller's files. The reader of such a pipe may be a task of this loop, so the loop itself waits: a thread
+    of its executor would keep it from ending where nobody reads."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(changed.set)
+
+    for carrier in process.outgoing:
+        carrier.when_over(tell)
+        while not carrier.over:
+            await changed.wait()
+            changed.clear()
 
 
 async def stream(process: Process, data: bytes | None = None) -> AsyncIterator[tuple[str, bytes]]:

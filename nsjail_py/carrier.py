@@ -16,6 +16,7 @@ import signal
 import stat
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import SetupError
@@ -77,6 +78,9 @@ class Carrier:
     def __init__(self, file: int, *, to_program: bool) -> None:
         self.to_program = to_program
         self.error: OSError | None = None
+        self.over = False
+        """Nothing is carried any more."""
+        self._tell: list[Callable[[], object]] = []
         self._decided = threading.Event()
         self._bound: Bound | None = None
         read, write = os.pipe2(os.O_CLOEXEC)
@@ -105,10 +109,21 @@ class Carrier:
         """Instead of `start`."""
         self._decided.set()
 
+    def carried(self, timeout: float | None) -> bool:
+        """Whether all that the program wrote is in the file, or cannot be, within timeout seconds."""
+        self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        return not self._thread.is_alive()
+
+    def when_over(self, tell: Callable[[], object]) -> None:
+        """Calls it from some thread when `over` is true; perhaps twice."""
+        self._tell.append(tell)
+        if self.over:
+            tell()
+
     def finish(self) -> None:
         """All that the program wrote is in the file now. Raises the OSError that kept it out, a full disk say."""
         if not self.to_program:
-            self._thread.join()
+            self.carried(None)
         if self.error is not None:
             raise self.error
 
@@ -127,6 +142,8 @@ class Carrier:
             self.error = error
         finally:
             self.let_go()
+            for tell in self._tell:
+                tell()
 
     def let_go(self) -> None:
         """Closes what is ours: at the end, or in a forked child, whose copy of a pipe would hide its end. One number after the other, since
@@ -136,6 +153,7 @@ class Carrier:
                 os.close(self._held.pop(0))
             except OSError as error:  # a file on another machine may be found full only now
                 self.error = self.error or error
+        self.over = True
 
     def _has_more(self) -> bool:
         """Waits for something to read; false when the program has closed its end, and the rest is the next reader's."""

@@ -16,12 +16,12 @@ from msgspec import structs
 
 from . import launcher
 from ._native import ffi, lib
-from .carrier import Bound
+from .carrier import Bound, Carrier
 from .compiled import Compiled
 from .errors import JailError, LauncherDied
 from .reports import Context, parse, to_result
 from .result import Result
-from .streams import Ends, Exchange, ready
+from .streams import Ends, Exchange, deadline_of, left, ready
 
 if TYPE_CHECKING:
     from .layers.audit import Page
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 TURN_S = 0.05
 """Of several threads that wait for one message, one takes it, and the others are not woken."""
+LINGER_S = 1.0
+"""How long the end of a killed run waits for its output to be in the caller's files: a pipe that nobody reads may never take it."""
 
 
 class Process:
@@ -187,19 +189,22 @@ class Process:
         with self.waiting():
             while not self.reported and ready([self.channel.fileno()], 0):
                 self.hear()
-        return self._finish() if self.reported else None
+        return self._finish() if self.reported and self._ends.carried(0) else None
 
     def wait(self, timeout: float | None = None) -> Result:
         """The result, without reading the pipes. Raises subprocess.TimeoutExpired after timeout seconds; the run goes on then."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
+        self._hear_all(deadline, timeout)
+        return self._finish_until(deadline, timeout)
+
+    def _hear_all(self, deadline: float | None = None, timeout: float | None = None) -> None:
         with self.waiting():
             while not self.reported:
-                rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+                rest = left(deadline)
                 if ready([self.channel.fileno()], rest):
                     self.hear()
                 elif rest == 0.0:
                     raise self.expired(timeout)
-        return self._finish()
 
     def expired(self, timeout: float | None) -> Exception:
         """What says that the run was not over within timeout seconds, with what communicate has read meanwhile."""
@@ -212,9 +217,10 @@ class Process:
     def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Result:
         """Feeds input, reads all output and gives the result with it. Raises subprocess.TimeoutExpired with what there was of it; it may be
         called again then, and loses nothing."""
+        deadline = deadline_of(timeout)
         with self.waiting():
             self.exchange(input).run(timeout)
-        return self._finish()
+        return self._finish_until(deadline, timeout)
 
     def stream(self, input: bytes | None = None) -> Iterator[tuple[str, bytes]]:
         """Feeds input and gives the output as it comes: ("stdout" or "stderr", bytes), to the end of the run; `wait` has the result then,
@@ -236,6 +242,11 @@ class Process:
                     self._exchange.drain()
                     self._result = None  # it has no output
             return self._exchange
+
+    @property
+    def outgoing(self) -> list[Carrier]:
+        """What brings output to the caller's files; it may go on when the run is over."""
+        return self._ends.outgoing
 
     @property
     def is_carried(self) -> bool:
@@ -264,6 +275,11 @@ class Process:
         command = ffi.new("struct command *", {"signal": number, "cause": cause})
         with contextlib.suppress(OSError), self.lock:  # or the channel's number might be another's by then
             self.channel.send(bytes(ffi.buffer(command)), socket.MSG_NOSIGNAL)
+
+    def _finish_until(self, deadline: float | None, timeout: float | None) -> Result:
+        if not self._ends.carried(left(deadline)):
+            raise self.expired(timeout)
+        return self._finish()
 
     def _finish(self) -> Result:
         self._ends.finish()
@@ -301,6 +317,8 @@ class Process:
             if not self.reported and not self._inherited:
                 self.kill()
                 with contextlib.suppress(JailError):
-                    self.wait()
+                    self._hear_all()
+                    if self._ends.carried(LINGER_S):
+                        self._finish()
         finally:
             self._close_pipes()

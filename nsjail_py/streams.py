@@ -55,6 +55,15 @@ def milliseconds(timeout: float | None) -> float | None:
     return None if timeout is None else min(max(0.0, timeout) * 1000, LONGEST_MS)
 
 
+def deadline_of(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def left(deadline: float | None) -> float | None:
+    """Seconds until then."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
 def ready(descriptors: Iterable[int], timeout: float | None) -> list[int]:
     """Those that can be read, or have been closed on the other side, within timeout seconds. Also of numbers that select(2) cannot take."""
     poll = select.poll()
@@ -133,6 +142,15 @@ class Ends:
         for carrier in self.carriers:
             carrier.start(bound)
 
+    @property
+    def outgoing(self) -> list[Carrier]:
+        return [carrier for carrier in self.carriers if not carrier.to_program]
+
+    def carried(self, timeout: float | None) -> bool:
+        """Whether all output is in the caller's files within timeout seconds. Where that is a pipe, its reader decides."""
+        deadline = deadline_of(timeout)
+        return all(carrier.carried(left(deadline)) for carrier in self.outgoing)
+
     def finish(self) -> None:
         """At the end of the run. Raises OSError where the output could not be written to the caller's file."""
         for carrier in self.carriers:
@@ -197,9 +215,9 @@ class Exchange:
 
     def run(self, timeout: float | None) -> None:
         """Until the report is there. Raises subprocess.TimeoutExpired; the run goes on then, and so can the exchange."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         while not self.process.reported:
-            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+            rest = left(deadline)
             self.wait(rest)
             if rest == 0.0 and not self.process.reported:  # a flood is always ready
                 raise self.process.expired(timeout)

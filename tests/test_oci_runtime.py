@@ -11,8 +11,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+import msgspec
 import pytest
-from conftest import IS_ROOT, ROOT, importing_ours
+from conftest import IS_ROOT, PATIENCE, ROOT, importing_ours
 from container_images import base, entry, layer, layout
 from msgspec.structs import replace
 
@@ -255,6 +256,66 @@ def test_a_runtime_gives_away_nothing_that_the_caller_passes(runtime: str, tmp_p
         nsjail_py.run(["/bin/true"], policy=backend(runtime), stdin=nsjail_py.DEVNULL, stdout=nsjail_py.DEVNULL).check()
     assert target.read_bytes() == source.read_bytes()
     assert {os.stat(path).st_uid for path in (source, target, os.devnull)} == {0}
+
+
+PIPED = """
+import asyncio, os, subprocess, sys
+import nsjail_py
+from msgspec import json
+from nsjail_py import Policy, aio
+read, write = os.pipe()
+os.set_blocking(read, False)
+size = int(sys.argv[2])
+source, to = f"import sys; sys.stdout.write('x' * {size})", {"policy": json.decode(sys.argv[1], type=Policy), "stdout": write}
+
+async def drain():
+    taken = 0
+    while taken < size:
+        await asyncio.sleep(0.01)
+        try:
+            taken += len(os.read(read, 4096))
+        except BlockingIOError:
+            pass
+    return taken
+
+async def cancelled():
+    task = asyncio.create_task(aio.run_python(source, **to))
+    await asyncio.sleep(LIMIT)
+    task.cancel()
+    await task
+"""
+READ = "asyncio.gather(aio.run_python(source, **to), drain())"
+LIMITED = {
+    "aio": ("asyncio.wait_for(aio.run_python(source, **to), LIMIT)", "TimeoutError"),
+    "aio's own": ("aio.run_python(source, **to, timeout=LIMIT)", "TimeoutError"),
+    "cancelled": ("cancelled()", "CancelledError"),
+    "a thread": ("asyncio.to_thread(nsjail_py.run_python, source, **to, timeout=LIMIT)", "TimeoutExpired"),
+}
+
+
+def piped(what: str, runtime: str, size: int) -> str:
+    """In a process of its own, which a run may keep from ending."""
+    main = f"async def main():\n    try:\n        print(await {what})\n    except BaseException as error:\n        print(type(error).__name__)\n"
+    source = f"LIMIT = {2 * PATIENCE}\n{PIPED}\n{main}\nasyncio.run(main())"
+    policy = msgspec.json.encode(backend(runtime)).decode()
+    command = [sys.executable, "-c", source, policy, str(size)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60 * PATIENCE, check=False).stdout
+
+
+@needs_root
+@pytest.mark.parametrize("runtime", WORKING)
+def test_the_loop_goes_on_while_one_of_its_tasks_reads_the_pipe_that_output_is_carried_to(runtime: str) -> None:
+    said = piped(READ, runtime, 400_000)
+    assert "verdict=<Verdict.ok: 'ok'>" in said and said.endswith(", 400000]\n"), said
+
+
+@needs_root
+@pytest.mark.skipif(not WORKING, reason="no runtime is installed: apt install crun")
+@pytest.mark.parametrize("size", [300_000, 900_000], ids=["over", "going on"])
+@pytest.mark.parametrize("how", LIMITED)
+def test_a_pipe_that_nobody_reads_keeps_no_run_beyond_its_timeout(how: str, size: int) -> None:
+    what, said = LIMITED[how]
+    assert piped(what, WORKING[0], size) == f"{said}\n"
 
 
 def test_no_stream_of_a_runtime_s_changes_when_it_makes_another_non_blocking() -> None:
