@@ -157,7 +157,7 @@ def systemd_unit(options: argparse.Namespace) -> int:
     command = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     if not command or command[0].startswith("-"):
         raise PolicyError("systemd unit: no program was given: nsjail-py systemd unit [OPTIONS] POLICY -- CMD [ARGS...]")
-    named = options.policy if options.policy in names() else str(Path(options.policy).resolve())
+    named = options.policy if options.policy in names() else os.path.realpath(options.policy)
     files = unit(load(options.policy), named, command, options.name, options.user, options.listen)
     for name, text in files.items():
         if options.output:

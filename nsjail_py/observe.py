@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import select
 import socket
@@ -378,8 +379,12 @@ def readable(path: str, own_uid: bool) -> bool:
 
 def load(data: bytes) -> Observation:
     """What an earlier run has written. Raises msgspec.DecodeError."""
-    return msgspec.json.decode(data, type=Observation)
+    try:
+        return msgspec.convert(json.loads(data), Observation)
+    except (ValueError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from None
 
 
 def dump(seen: Observation) -> bytes:
-    return msgspec.json.encode(seen, order="sorted")
+    """JSON. msgspec neither writes nor reads a name that is not UTF-8."""
+    return json.dumps(msgspec.to_builtins(seen, order="sorted")).encode()

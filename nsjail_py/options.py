@@ -195,7 +195,7 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
         made["cpus"] = float(made["cpus"])
     for name in ("workdir", "project"):
         if name in made:
-            made[name] = str(Path(made[name]).resolve())
+            made[name] = os.path.realpath(made[name])
     if getattr(options, "imports", None):
         made["imports"] = tuple(options.imports)
     if options.bind:

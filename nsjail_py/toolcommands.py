@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def command_learn(options: argparse.Namespace) -> int:
             raise PolicyError(f"{kept}: is not what an earlier run has written: {error}") from None
     changes: dict[str, object] = {}
     if options.project:
-        changes["project"] = str(Path(options.project).resolve())
+        changes["project"] = os.path.realpath(options.project)
     if options.bind:
         changes["mounts"] = [Mount(source=source, target=target, writable=rw) for source, target, rw in map(bind, options.bind)]
     if options.env:

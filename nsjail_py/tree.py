@@ -8,6 +8,7 @@ library only the directory and os.py are looked at: whoever edits one of its fil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -251,7 +252,7 @@ def _inside(path: str, site: str, chosen: Iterable[object]) -> str:
 
 
 def _digest(value: object) -> str:
-    return sha256(msgspec.json.encode((FORMAT, ETC, links(), value))).hexdigest()[:32]
+    return sha256(ascii((FORMAT, ETC, links(), value)).encode()).hexdigest()[:32]  # JSON holds no name that is not UTF-8
 
 
 def links() -> dict[str, str]:
@@ -273,7 +274,8 @@ def _recall(question: tuple[object, ...]) -> Tree | None:
 
 
 def _remember(question: tuple[object, ...], stamps: tuple[Stamp, ...], tree: Tree, files: tuple[Stamp, ...] = ()) -> Tree:
-    cachedir.write(tree.path.parent / f"{_digest(question)}.json", msgspec.json.encode(Note(tree.path.name, stamps, files)))
+    with contextlib.suppress(UnicodeEncodeError):  # found anew each time, then
+        cachedir.write(tree.path.parent / f"{_digest(question)}.json", msgspec.json.encode(Note(tree.path.name, stamps, files)))
     return tree._replace(stamps=stamps)
 
 

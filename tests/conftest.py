@@ -242,6 +242,16 @@ def place() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
+@pytest.fixture
+def in_opt() -> Iterator[Path]:
+    """A directory where programs have the same path inside a minimal root."""
+    if not os.access("/opt", os.W_OK):
+        pytest.skip("only root writes to /opt")
+    with tempfile.TemporaryDirectory(prefix="nsjail-test-", dir="/opt") as made:
+        os.chmod(made, 0o755)
+        yield Path(made)
+
+
 @pytest.fixture(params=["trusted", "moderate", "untrusted"])
 def level(request: pytest.FixtureRequest) -> str:
     return str(request.param)

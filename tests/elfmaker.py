@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ def elf(needed: Sequence[str] = (), runpath: str | None = None, loader: str | No
     strings, tags = b"\0", []
     for tag, text in [*((NEEDED, name) for name in needed), *([(RUNPATH, runpath)] if runpath else [])]:
         tags.append((tag, len(strings)))
-        strings += text.encode() + b"\0"
+        strings += os.fsencode(text) + b"\0"
     tags += tags[-1:] * (times - 1)
     headers = 3 if loader else 2
     dynamic_at = 64 + 56 * headers

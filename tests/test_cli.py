@@ -41,6 +41,25 @@ def test_a_script_comes_from_standard_input(cli: Cli) -> None:
     assert (done.returncode, done.stdout) == (0, b"from stdin\n")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "--workdir", "LOOP", "SCRIPT"],
+        ["run", "--project", "LOOP", "SCRIPT"],
+        ["run", "--bind", "LOOP", "SCRIPT"],
+        ["run", "LOOP"],
+        ["learn", "--project", "LOOP", "SCRIPT"],
+        ["systemd", "unit", "LOOP", "--", "/bin/true"],
+    ],
+    ids=lambda words: "-".join(words).lower(),
+)
+def test_a_link_to_itself_is_an_error_of_one_line(command: list[str], cli: Cli, script: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    done = call(cli, *({"LOOP": str(loop), "SCRIPT": str(script)}.get(word, word) for word in command))
+    assert done.returncode == 125 and done.stderr.endswith(b"Too many levels of symbolic links\n") and done.stderr.count(b"\n") == 1
+
+
 def test_exec_is_a_filter_for_any_bytes(cli: Cli) -> None:
     data = bytes(range(256)) * 4096
     done = call(cli, "exec", "--", "/bin/cat", stdin=None, input=data)

@@ -246,6 +246,24 @@ def test_observation_leaves_nothing(leaves_nothing: None) -> None:
     observe.observe(b"print(1)")
 
 
+def test_what_was_seen_may_have_any_name(tmp_path: Path, cli: list[str]) -> None:
+    (tmp_path / "s.py").write_text(r"import os; print(os.path.exists(b'/tmp/\xff'))")
+    for _ in range(2):
+        command = [*cli, "learn", "--seen", tmp_path / "seen", "-o", tmp_path / "p.toml", tmp_path / "s.py"]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60 * PATIENCE)
+        assert (done.returncode, done.stderr) == (0, b"False\n")
+        assert "/tmp/\udcff" in observe.load((tmp_path / "seen").read_bytes()).files
+    policyfile.load(tmp_path / "p.toml")
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 100_000, b"{}x", b"[]", b'{"files": 1}', b'{"files": {"x": {"y": 1}}}'])
+def test_what_no_run_has_written_is_an_error_of_one_line(data: bytes, tmp_path: Path, cli: list[str]) -> None:
+    (tmp_path / "seen").write_bytes(data)
+    (tmp_path / "s.py").touch()
+    done = subprocess.run([*cli, "learn", "--seen", tmp_path / "seen", tmp_path / "s.py"], capture_output=True, check=False)
+    assert done.returncode == 125 and b"is not what an earlier run has written" in done.stderr and done.stderr.count(b"\n") == 1
+
+
 def test_strange_file_names_cannot_add_lines_to_the_policy(tmp_path: Path) -> None:
     source = "import os\nname = '/work/x\\n[syscalls]\\nallow = [\"@inet-sockets\"]\\n#'\nos.makedirs(os.path.dirname(name))\n"
     one = learn(source.encode())

@@ -190,6 +190,24 @@ def test_a_library_that_is_exchanged_after_the_check_is_not_copied(tmp_path):
     assert not [path for path in files(tmp_path / "top") if path.name == "secret.so"]
 
 
+def test_a_library_may_have_any_name(tmp_path):
+    name = os.fsdecode(b"\xff\xfe.so")
+    program = tmp_path / "program"
+    program.write_bytes(made(["libc.so.6", name], "$ORIGIN", elf.loader(TRUE)))
+    program.chmod(0o755)
+    (tmp_path / name).write_bytes(made())
+    assert run([program]).verdict == "signal"  # there is no code in it
+
+
+@pytest.mark.parametrize("top", ["in_opt", "tmp_path"])
+def test_a_program_may_have_any_name(top, request, cli):
+    program = os.fsencode(request.getfixturevalue(top)) + b"/\xff"
+    shutil.copyfile(TRUE, program)
+    os.chmod(program, 0o755)
+    done = subprocess.run([*cli, "exec", "--", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_no_path_leads_out_of_the_tree(tmp_path):
     (tmp_path / "top").mkdir()
     builder = treebuild.Builder(tmp_path / "top")
