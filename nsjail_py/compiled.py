@@ -116,7 +116,7 @@ def _for_program(policy: Policy, host: Host, path: str, identity: tuple[int, int
 
         with during("minimal root"):
             root = tree.program_tree(path, _mountpoints(policy, shown))
-    visible = path.startswith(SYSTEM) if policy.root in ("minimal", "system") else policy.root == "host" and not _below_private(path)
+    visible = path.startswith(SYSTEM) if policy.root == "minimal" else path.split("/")[1] in rootfs.tops(policy)
     inside = path if visible else f"/app/{os.path.basename(path)}"
     return _compile(policy, host, root, inside, None if visible else (path, inside), shown, with_files=False)
 
@@ -173,10 +173,6 @@ def find(name: str) -> tuple[str, os.stat_result]:
     if path is None or stat.S_ISDIR(status.st_mode) or not os.access(path, os.X_OK):
         raise PermissionError(13, "not a program that can be executed", name)
     return path, status
-
-
-def _below_private(path: str) -> bool:
-    return path.split("/")[1] in rootfs.PRIVATE
 
 
 def _mountpoints(policy: Policy, shown: rootfs.Sources, *more: str) -> tuple[str, ...]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PRIVATE = ("proc", "dev", "tmp", "work", "app", "project")
 """Top-level names that are always the jail's own."""
+OF_SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
+"""Those of the host that root = "system" shows."""
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
 DEVICE_LINKS = {
@@ -134,6 +136,13 @@ def is_below(path: str, top: str) -> bool:
     return path == top or path.startswith(top.rstrip("/") + "/")
 
 
+def tops(policy: Policy) -> list[str]:
+    """Top-level names of the host below which any program has the same path inside."""
+    if policy.root == "host":
+        return [name for name in sorted(os.listdir("/")) if name not in PRIVATE]
+    return list(OF_SYSTEM) if policy.root == "system" else []
+
+
 def sources(policy: Policy) -> Sources:
     """What the policy shows of the host, looked at for each run. Raises PolicyError for what is not there. A work directory of root's is
     given away."""
@@ -206,7 +215,7 @@ def build(policy: Policy, tree: Tree | None, program: tuple[str, str] | None, wi
 def _base(root: Root, policy: Policy, tree: Tree | None) -> None:
     shown: dict[str, Path] = {}
     if policy.root == "system":
-        shown = {name: Path("/", name) for name in ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")}
+        shown = {name: Path("/", name) for name in OF_SYSTEM}
     elif policy.root != "minimal":
         if policy.root.startswith("oci:"):
             from .oci_image import unpacked

@@ -16,13 +16,13 @@ from msgspec import structs
 
 from . import cgroups, launcher, mountinfo
 from ._native import ffi, lib
-from .compiled import PATH, SYSTEM, Compiled, Host, find, for_any, for_program, for_python, landlock_abi
+from .compiled import PATH, Compiled, Host, find, for_any, for_program, for_python, landlock_abi
 from .errors import PolicyError, SetupError
 from .interpreter import inspect, stamp
 from .plan import GROUPS, Block, with_slot
 from .policyfile import resolve
 from .reports import STEP_NAMES
-from .rootfs import PRIVATE
+from .rootfs import tops
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -133,9 +133,7 @@ def _visible(policy: Policy) -> list[str]:
     """Where programs have the same path inside, and may be executed there."""
     if policy.syscalls is not None and not policy.syscalls.exec:
         return []
-    if policy.root == "host":
-        return [f"/{name}/" for name in sorted(os.listdir("/")) if name not in PRIVATE]
-    return list(SYSTEM) if policy.root == "system" else []
+    return [f"/{name}/" for name in tops(policy)]
 
 
 def _environment(block: Block, policy: Policy) -> None:

@@ -210,6 +210,13 @@ def test_a_program_that_the_root_shows_has_its_own_path_inside_and_any_other_the
     assert alone(tmp_path / "plan", str(tmp_path / "own"), "/proc/self/exe").stdout == b"/app/program\n"
 
 
+@pytest.mark.parametrize(("root", "seen"), [("system", False), ("host", True)])
+def test_a_program_in_opt_runs_under_every_root_of_the_host_s(root: str, seen: bool, in_opt: Path, tmp_path: Path) -> None:
+    save(override(nsjail_py.policy("moderate"), root=root), tmp_path / "plan")
+    program = shutil.copy(shutil.which("readlink") or "", in_opt)
+    assert alone(tmp_path / "plan", program, "/proc/self/exe").stdout.decode() == f"{program if seen else '/app/program'}\n"
+
+
 @pytest.mark.skipif(not IS_ROOT, reason="only root can make one that is another's")
 @pytest.mark.parametrize("mode", [0o4755, 0o2755])
 def test_a_launcher_that_is_set_user_id_refuses_to_run(mode: int, plans: Path, tmp_path: Path) -> None:

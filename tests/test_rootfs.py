@@ -75,6 +75,18 @@ def test_a_writable_source_is_its_owners_of_now(tmp_path: Path) -> None:
         (tmp_path / "shown" / "out").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize(("root", "seen"), [("minimal", True), ("system", False), ("host", True)])
+def test_a_program_in_opt_runs_under_every_root(root: str, seen: bool, in_opt: Path) -> None:
+    program = shutil.copy("/bin/true", in_opt)
+    jail = nsjail_py.Jail("untrusted", root=root)
+    jail.run([program]).check()
+    assert jail.compiled_for(program).program == (program if seen else "/app/true")
+    (in_opt / "script").write_text("#!/bin/sh\necho $0\n")
+    (in_opt / "script").chmod(0o755)
+    result = nsjail_py.run([in_opt / "script"], policy="moderate", root=root).check()
+    assert result.stdout.decode() == (f"{in_opt}/script\n" if seen else "/app/script\n")
+
+
 @pytest.mark.parametrize("text", ["/canary", "../../../../../../canary", "{outside}", "/proc/self/root{outside}"])
 def test_a_link_in_the_root_leads_no_target_out_of_it(text: str, tmp_path: Path) -> None:
     """A mount goes to a place below the link: it is found inside, or there is no jail. [bubblewrap CVE-2026-87766]"""
