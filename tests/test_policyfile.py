@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from nsjail_py import policyfile
 from nsjail_py.errors import PolicyError
-from nsjail_py.policy import Limits, Mount, Policy, Syscalls
+from nsjail_py.policy import Limits, Mount, Policy, Python, Syscalls
 
 
 @pytest.fixture
@@ -182,6 +183,28 @@ def test_override_takes_flat_names():
     assert changed.hostname == "box"
     assert changed.syscalls == Syscalls(allow=("@files",))
     assert policyfile.override(base) == base
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Policy(), policyfile.override(Policy(), memory="512M")),
+        (Policy(), Policy(python=Python(), env={}, mounts=())),
+        (Policy(limits=Limits(wall_time=1)), Policy(limits=Limits(wall_time=1.0))),
+        (Policy(env={"A": "1", "B": "2"}), Policy(env={"B": "2", "A": "1"})),
+        (Policy(env_pass=["A"]), Policy(env_pass=["A"])),  # type: ignore[arg-type]
+        (Policy(syscalls=Syscalls(allow=["@files"])), Policy(syscalls=Syscalls(allow=["@files"]))),  # type: ignore[arg-type]
+        *((one, pickle.loads(pickle.dumps(one))) for one in map(policyfile.load, ("trusted", "moderate", "untrusted"))),
+    ],
+)
+def test_equal_policies_have_one_hash(one: Policy, other: Policy) -> None:
+    assert one == other and hash(one) == hash(other) and other in {one}
+
+
+@pytest.mark.parametrize("changes", [{"env": {"A": "2"}}, {"memory": "1M"}, {"imports": ["json"]}, {"hostname": "x"}])
+def test_other_policies_have_another(changes: dict[str, object]) -> None:
+    basis = policyfile.override(Policy(), env={"A": "1"})
+    assert hash(policyfile.override(basis, **changes)) != hash(basis)
 
 
 def test_override_refuses_unknown_names_and_knows_near_ones():
