@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import select
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from . import launcher
@@ -109,20 +109,20 @@ async def _carried(process: Process) -> None:
             changed.clear()
 
 
-async def stream(process: Process, data: bytes | None = None) -> AsyncIterator[tuple[str, bytes]]:
-    """Process.stream, driven by the running event loop."""
-    with _moving(process, data) as moved:
-        exchange = process.exchange()
-        while not process.reported:
+async def stream(process: Process, data: bytes | None = None) -> AsyncGenerator[tuple[str, bytes], None]:
+    """Process.stream, driven by the running event loop while a piece is waited for. `communicate` has the result then, or the rest."""
+    exchange = process.exchange(data)
+    while not process.reported:
+        with _moving(process) as moved:  # not while one is given: a loop closes what was left there only some time later
             await moved()
-            for piece in exchange.taken():
-                yield piece
+        for piece in exchange.taken():
+            yield piece
     for piece in exchange.taken():
         yield piece
 
 
 @contextlib.contextmanager
-def _moving(process: Process, data: bytes | None) -> Iterator[Any]:
+def _moving(process: Process, data: bytes | None = None) -> Iterator[Any]:
     """Moves the streams while the loop runs; what it gives waits until something has moved, and raises what went wrong with it."""
     loop, exchange = asyncio.get_running_loop(), process.exchange(data)
     if exchange.looped:

@@ -132,6 +132,34 @@ def test_cancelling_a_stream_kills_the_run() -> None:
     assert asyncio.run(main()) is Verdict.killed
 
 
+@pytest.mark.parametrize("how", ["dropped", "kept", "closed", "cancelled"])
+def test_who_leaves_a_stream_of_asyncio_has_the_rest_by_communicate(how: str) -> None:
+    """While there is output and input still to come."""
+    source = "import sys\nprint('first', flush=True)\nprint(len(sys.stdin.read()), flush=True)\nprint('end', file=sys.stderr)"
+    data = b"x" * 1_000_000
+
+    async def main() -> None:
+        with await asyncio.to_thread(Jail("untrusted").start_python, source, stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
+            if how == "dropped":
+                async for piece in aio.stream(process, data):
+                    first = piece
+                    break
+            else:
+                pieces = aio.stream(process, data)
+                first = await anext(pieces)
+                if how == "closed":
+                    await pieces.aclose()
+                elif how == "cancelled":
+                    task = asyncio.ensure_future(anext(pieces))
+                    await asyncio.sleep(0)
+                    task.cancel()
+                    await asyncio.wait([task])
+            result = await asyncio.wait_for(aio.communicate(process), 20 * PATIENCE)
+            assert (first, result.stdout, result.stderr) == (("stdout", b"first\n"), b"1000000\n", b"end\n")
+
+    asyncio.run(main())
+
+
 def test_asyncio_runs_in_a_jail_that_is_there_already() -> None:
     async def main(jail: Jail) -> list[bytes]:
         results = await asyncio.gather(*(aio.run_python(f"print({n})", policy=jail) for n in range(20)))
