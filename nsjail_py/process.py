@@ -185,7 +185,7 @@ class Process:
         return b""
 
     def poll(self) -> Result | None:
-        """The result if the run is over, else None. Does not wait."""
+        """The result if the run is over and its output is in the caller's files, else None. Does not wait."""
         with self.waiting():
             while not self.reported and ready([self.channel.fileno()], 0):
                 self.hear()
