@@ -62,6 +62,15 @@ static void unseen(struct run *run, uint64_t next) {
 		run_spoil(run, STEP_RESOURCE_LIMITS, errno);
 }
 
+/* Unless the run has ended, which we may have been too busy to hear. */
+static void met(struct launcher *launcher, struct run *run, enum cause cause, uint64_t observed) {
+	cell_drain(launcher, run);
+	if (run->ended)
+		return;
+	run->report.observed = observed;
+	run_kill(run, cause);
+}
+
 void clocks_check(struct launcher *launcher, struct run *run) {
 	const struct plan *plan = run->plan;
 	uint64_t now = now_ns(), next = UINT64_MAX;
@@ -78,10 +87,8 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 	}
 	if (plan->wall_ns) {
 		uint64_t wall = now - run->exec_ns;
-		if (wall >= plan->wall_ns) {
-			run->report.observed = wall;
-			return run_kill(run, CAUSE_WALL);
-		}
+		if (wall >= plan->wall_ns)
+			return met(launcher, run, CAUSE_WALL, wall);
 		next = plan->wall_ns - wall;
 	}
 	if (plan->cpu_ns || plan->idle_ns) {
@@ -91,10 +98,8 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 		if (run->counters[COUNTER_CPU] < 0)
 			nearest = later(nearest, pause_ns(began));
 		if (plan->cpu_ns) {
-			if (cpu >= plan->cpu_ns) {
-				run->report.observed = cpu;
-				return run_kill(run, CAUSE_CPU);
-			}
+			if (cpu >= plan->cpu_ns)
+				return met(launcher, run, CAUSE_CPU, cpu);
 			uint64_t rest = (plan->cpu_ns - cpu) / (uint64_t)launcher->cpus;
 			next = earlier(next, later(rest, nearest));
 		}
@@ -103,10 +108,8 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 				run->cpu_seen = cpu;
 				run->cpu_seen_ns = now;
 			}
-			if (now - run->cpu_seen_ns >= plan->idle_ns) {
-				run->report.observed = now - run->cpu_seen_ns;
-				return run_kill(run, CAUSE_IDLE);
-			}
+			if (now - run->cpu_seen_ns >= plan->idle_ns)
+				return met(launcher, run, CAUSE_IDLE, now - run->cpu_seen_ns);
 			next = earlier(next, later(plan->idle_ns - (now - run->cpu_seen_ns), nearest));
 		}
 	}
@@ -115,10 +118,8 @@ void clocks_check(struct launcher *launcher, struct run *run) {
 			uint64_t used, began = worked_ns();
 			if (tree_memory(run->pid, plan->memory, &used) < 0)
 				return unseen(run, next);
-			if (used > plan->memory) {
-				run->report.observed = used;
-				return run_kill(run, CAUSE_MEMORY);
-			}
+			if (used > plan->memory)
+				return met(launcher, run, CAUSE_MEMORY, used);
 			run->memory_due_ns = now_ns() + later(fill_ns(launcher, run, used), pause_ns(began));
 		}
 		next = earlier(next, run->memory_due_ns - now);

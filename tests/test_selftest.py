@@ -264,7 +264,7 @@ def test_a_jail_that_is_not_what_its_policy_says_is_found_out(monkeypatch: pytes
     )
     monkeypatch.setattr(selftest, "_with_room", open_wide)
     monkeypatch.setattr(selftest, "override", lambda policy, **_: policy)
-    monkeypatch.setattr(selftest, "load", lambda _: strict)
+    monkeypatch.setattr(selftest, "resolve", lambda _: strict)
     monkeypatch.setattr(selftest, "_denied_ends", lambda _: pytest.fail("not called"))
     assert selftest.main("strict", json=True) == 1
     record = json.loads(capsys.readouterr().out)

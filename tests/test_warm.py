@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import IS_ROOT, PATIENCE
 from msgspec.structs import replace
 
 import nsjail_py
@@ -385,6 +385,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="only root sees what the launcher has open")
 def test_descriptors_that_a_preloaded_module_sends_to_the_launcher_are_not_kept(
     own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
