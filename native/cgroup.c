@@ -214,12 +214,44 @@ static void report_cpu(const struct launcher *launcher, struct run *run) {
 	}
 }
 
+static uint64_t number_at(int directory, const char *name) {
+	int file = openat(directory, name, O_RDONLY | O_CLOEXEC);
+	uint64_t value = number(file);
+	if (file >= 0)
+		close(file);
+	return value;
+}
+
+/* Up to what is charged at one time, which for what may end in a kill is 8 pages. */
+static int reached(int directory, const char *peak, const char *limit) {
+	uint64_t most = number_at(directory, limit);
+	return most && number_at(directory, peak) + (uint64_t)8 * 4096 >= most;
+}
+
+/* The kernel counts a kill at its victim's group, whosever memory had run out: that of a group around it, or the whole host's. Version 2 counts
+ * where a limit was met, as `oom`. Of version 1 the peak tells: its count of failed charges stays 0 in newer kernels. */
+static int met_memory_limit(const struct launcher *launcher, const struct run *run) {
+	int directory = run->groups[GROUP_MEMORY];
+	if (launcher->hello.cgroup_kind == CGROUP_V2)
+		return event(run->counters[COUNTER_OOM], "oom") > 0;
+	return reached(directory, "memory.max_usage_in_bytes", "memory.limit_in_bytes") ||
+	       reached(directory, "memory.memsw.max_usage_in_bytes", "memory.memsw.limit_in_bytes");
+}
+
+/* Likewise: before Linux 6.11, and on version 1, a refused fork is counted at the group that forks. Without a peak nobody knows. */
+static int met_process_limit(const struct launcher *launcher, const struct run *run) {
+	int group = launcher->hello.cgroup_kind == CGROUP_V2 ? GROUP_UNIFIED : GROUP_PIDS;
+	uint64_t limit = number_at(run->groups[group], "pids.max"), peak = run->report.peak_processes;
+	return limit && (!peak || peak >= limit); /* 0 is the word max */
+}
+
 void cgroup_report(const struct launcher *launcher, struct run *run) {
 	struct report *report = &run->report;
 	report_cpu(launcher, run);
 	report->peak_memory = number(run->counters[COUNTER_MEMORY]);
 	report->memory_source = launcher->hello.cgroup_kind == CGROUP_V1 ? SOURCE_CGROUP1 : SOURCE_CGROUP2;
-	report->oom_kills = event(run->counters[COUNTER_OOM], "oom_kill");
 	report->peak_processes = number(run->counters[COUNTER_PROCESSES]);
-	report->process_denials = event(run->counters[COUNTER_FORKS], "max");
+	uint64_t kills = event(run->counters[COUNTER_OOM], "oom_kill"), denials = event(run->counters[COUNTER_FORKS], "max");
+	*(kills && met_memory_limit(launcher, run) ? &report->oom_kills : &report->outer_oom_kills) = kills;
+	*(denials && met_process_limit(launcher, run) ? &report->process_denials : &report->outer_process_denials) = denials;
 }

@@ -287,6 +287,7 @@ struct report {
 	uint64_t observed; /* what the clock of cause showed: nanoseconds, or bytes */
 	uint64_t wall_ns, cpu_ns, user_ns, system_ns;
 	uint64_t peak_memory, peak_processes, oom_kills, process_denials;
+	uint64_t outer_oom_kills, outer_process_denials; /* not for the policy's limit: for one around the jail, or the host's own */
 	uint64_t setup_ns; /* from request to exec */
 	uint64_t request_ns, end_ns, answer_ns; /* when: it came, the program ended, this was sent. CLOCK_MONOTONIC */
 	uint64_t denied_more; /* calls that had no place in the table */

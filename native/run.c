@@ -188,8 +188,9 @@ void run_execed(struct launcher *launcher, struct run *run) {
 	run->cpu_base = run->stamped ? stamp.cpu_ns : UINT64_MAX; /* without a program nothing is a program's */
 	run->report.setup_ns = run->exec_ns - run->start_ns;
 	run->report.flags |= REPORT_EXECED;
-	if (run->stamped && !label_given(run))
-		run_spoil(run, STEP_LABEL, EPERM);
+	int unlabelled = run->stamped ? label_missing(run) : 0;
+	if (unlabelled)
+		run_spoil(run, STEP_LABEL, unlabelled);
 	if (run->asked)
 		run_started(run);
 	for (uint32_t number = 1; run->early_signals && number <= 64; number++)
@@ -250,7 +251,8 @@ void run_count(struct launcher *launcher, struct run *run) {
 	else if (report->cause == CAUSE_CPU)
 		report->cpu_ns = report->observed;
 	shares(report);
-	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && report->oom_kills == 0) {
+	if (report->step == STEP_NONE && (!run->ended || !run->stamped) && report->cause == CAUSE_NONE && !report->oom_kills &&
+	    !report->outer_oom_kills) {
 		report->step = STEP_LOST;
 		if (report->signal == SIGSYS) /* before it ran: by no filter of ours */
 			report->error = EPERM;

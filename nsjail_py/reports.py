@@ -142,8 +142,9 @@ def judge(report: Any, context: Context, denied: dict[str, int]) -> tuple[Verdic
         lib.CAUSE_IDLE: (Verdict.idle, limits.idle_time),
     }
     failed = report.exit_code != 0
+    outside = met_outside(report) if failed else {}
     if report.kind == lib.REPORT_FAILED:
-        evidence = {"errno": report.error, "error": os.strerror(report.error)}
+        evidence = {"errno": report.error, "error": os.strerror(report.error), **outside}
         return (Verdict.memory, {"limit": limits.memory, **evidence}) if report.oom_kills else (Verdict.exec_failed, evidence)
     if report.cause in clocks:
         verdict, limit = clocks[report.cause]
@@ -168,5 +169,11 @@ def judge(report: Any, context: Context, denied: dict[str, int]) -> tuple[Verdic
     if failed and report.process_denials:
         return Verdict.processes, {"limit": limits.processes, "refused": report.process_denials}
     if report.signal >= 0:
-        return Verdict.signal, {"signal": report.signal}
-    return (Verdict.exit, {"exit_code": report.exit_code}) if failed else (Verdict.ok, {})
+        return Verdict.signal, {"signal": report.signal, **outside}
+    return (Verdict.exit, {"exit_code": report.exit_code, **outside}) if failed else (Verdict.ok, {})
+
+
+def met_outside(report: Any) -> dict[str, Any]:
+    """What ran out around the jail: no limit of its policy, so no verdict of a limit."""
+    what = [name for name, count in (("memory", report.outer_oom_kills), ("processes", report.outer_process_denials)) if count]
+    return {"outside": ", ".join(what)} if what else {}

@@ -78,7 +78,8 @@ class Result(Struct, frozen=True):
 
     verdict: Verdict
     evidence: dict[str, Any]
-    """What the verdict rests on: the limit and what was observed, the signal, the system call, the error."""
+    """What the verdict rests on: the limit and what was observed, the signal, the system call, the error. `outside` names what ran out
+    around the jail, `memory` or `processes`: the host's, or by a limit of a control group above, which is no limit of the policy."""
     exit_code: int | None
     signal: int | None
     stdout: bytes
@@ -145,7 +146,8 @@ class Result(Struct, frozen=True):
         """One line that says how the run ended."""
         name = signals.Signals(self.signal).name if self.signal in set(signals.Signals) else f"signal {self.signal}"
         facts = {"exit_code": self.exit_code, "signal_name": name, **self.evidence}
-        return f"{self.verdict}: the program {SENTENCES[self.verdict].format(**facts)}"
+        outside = f", and {self.evidence['outside']} ran out around the jail, not by its policy" if "outside" in self.evidence else ""
+        return f"{self.verdict}: the program {SENTENCES[self.verdict].format(**facts)}{outside}"
 
     def check(self) -> Result:
         """This result, if the verdict is `ok`. Raises RunFailed otherwise, as subprocess.CompletedProcess.check_returncode does."""

@@ -102,6 +102,7 @@ LIMIT_OF = {
     Verdict.output: "output",
 }
 CONDITIONAL = "with these arguments"
+OUTSIDE = "the host had no more, or a control group above the jail: raise that limit, or run fewer at one time. No policy has a say in it"
 
 
 def why(result: Result | Mapping[str, Any], policy: Policy | None = None) -> list[Denial]:
@@ -119,6 +120,7 @@ def why(result: Result | Mapping[str, Any], policy: Policy | None = None) -> lis
         policy = load(str(report["policy"]))
     found = [_call(name, count, policy) for name, count in denied.items()]
     found += _limit(verdict, evidence)
+    found += [Denial(f"{what} around the jail", OUTSIDE, ()) for what in str(evidence.get("outside") or "").split(", ") if what]
     found += _execution(verdict, evidence)
     if report.get("stderr_encoding", "utf-8") == "utf-8":
         found += _last_words(said[-LAST_WORDS:], policy)
@@ -153,7 +155,7 @@ def text(found: list[Denial]) -> str:
             lines.append("  to allow it:" if number == 0 else "  or:")
             lines += [f"      {line}" for line in way.lines]
             lines.append(f"    risk: {way.risk}")
-        if not one.ways:
+        if not one.ways and one.why != OUTSIDE:
             lines.append("  no policy should allow it")
     return "\n".join(map(one_line, lines))
 

@@ -174,6 +174,41 @@ def test_each_run_has_a_peak_of_its_own() -> None:
     assert modest.peak_memory < 100 << 20
 
 
+AROUND = {
+    "memory": ("memory.limit_in_bytes memory.max", 60 << 20, "x = bytearray(300 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1"),
+    "processes": ("pids.max", 6, "import os, time\nfor n in range(20):\n  if not os.fork(): time.sleep(60)"),
+}
+LIMITED = """
+import sys, nsjail_py
+from pathlib import Path
+from nsjail_py import launcher, why
+files, limit, source = sys.argv[1].split(), sys.argv[2], sys.argv[3]
+nsjail_py.run(["/bin/true"]).check()
+for group in launcher.current().claim.directories.values():
+    for name in files:
+        if (group / name).exists():
+            (group / name).write_text(limit)
+for inner in ({"processes": 40}, {sys.argv[4]: None}, {"memory": "30M", "processes": 4}):
+    found = nsjail_py.Jail("moderate", **inner).run_python(source)
+    print(found.verdict, found.signal, found.evidence.get("outside"), found.oom_events, *[one.what for one in why.why(found)], sep=",")
+"""
+
+
+@pytest.mark.parametrize("what", AROUND)
+def test_what_runs_out_around_the_jail_is_no_limit_of_the_policy(what: str) -> None:
+    """A service's own limit, or a whole host without memory: the kernel counts the kill, or the refused fork, at the jail's group as well."""
+    files, limit, source = AROUND[what]
+    if launcher.current().claim.kind == "none":
+        return  # then each process has its own limits, and nothing is around them
+    told = subprocess.run(
+        [sys.executable, "-c", LIMITED, files, str(limit), source, what], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    generous, unlimited, strict = (line.split(",") for line in told.stdout.splitlines())
+    assert generous[0] == unlimited[0] == {"memory": "signal", "processes": "exit"}[what], told
+    assert generous[2:] == unlimited[2:] == [what, "0", f"{what} around the jail"], told
+    assert strict[0] == what and strict[2] == "None", told
+
+
 def test_a_run_has_no_more_swap_than_memory() -> None:
     """Version 1 limits both together, version 2 swap alone."""
     claim = launcher.current().claim
