@@ -141,7 +141,7 @@ int tree_cpu(pid_t init, uint64_t *sum);
 int tree_memory(pid_t init, uint64_t limit, uint64_t *sum);
 
 /* labelled.c */
-int label_given(const struct run *run);
+int label_missing(const struct run *run);
 
 /* denials.c */
 void denials_answer(struct run *run);

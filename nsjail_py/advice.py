@@ -53,6 +53,10 @@ ROWS: dict[tuple[str, int], str] = {
     " Or the jail shows the program where nothing may be executed",
     ("label", E.EINVAL): "SELinux knows no such context: seinfo -t lists types, and their role must be allowed to have them",
     ("label", E.EPERM): "the program came to run without it, or SELinux wants process2 nnp_transition for it: see the kernel's log",
+    (
+        "label",
+        E.EOPNOTSUPP,
+    ): "the profile is in complain mode, unconfined, or stacked on one that is, and would refuse nothing: aa-enforce it",
     ("app files", E.ENOSPC): "the script is larger than the disk limit",
     ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
     ("template", ANY): "the warm interpreter ended: the next run starts another",

@@ -106,6 +106,16 @@ def test_a_job_of_a_stocked_jail_has_it_too(load: Callable[[str], None]) -> None
 
 
 @real
+@pytest.mark.parametrize("mode", ["complain", pytest.param("unconfined", marks=needs_rule_userns)])
+def test_a_profile_that_refuses_nothing_is_a_set_up_error(load: Callable[[str], None], mode: str) -> None:
+    profile = apparmor.profile("sample")
+    load(profile.replace("profile nsjail-payload flags=(", f"profile nsjail-payload flags=({mode},"))
+    with pytest.raises(SetupError, match="aa-enforce") as raised:
+        nsjail_py.run(["/bin/true"], apparmor="nsjail-payload")
+    assert (raised.value.step, raised.value.errno) == ("label", errno.EOPNOTSUPP)
+
+
+@real
 def test_a_profile_that_is_not_loaded_is_a_set_up_error() -> None:
     with pytest.raises(SetupError, match="apparmor_parser -r") as raised:
         nsjail_py.run(["/bin/true"], apparmor="nsjail-nonesuch")
