@@ -223,6 +223,10 @@ _Noreturn static void finish(const struct alone *alone) {
 		exit(128 + alone->relay.stopped);
 	if (limit)
 		give_up(STATUS_LIMIT, "%s", limit);
+	for (int number = 1; number < PIPES; number++)
+		if (alone->relay.refused[number])
+			give_up(STATUS_SETUP, "%s: %s", number == 1 ? "standard output" : "standard error",
+			        strerror(alone->relay.refused[number]));
 	exit(report->signal > 0 ? 128 + report->signal : report->exit_code);
 }
 

@@ -22,6 +22,7 @@ struct relay {
 	uint64_t limit, count;
 	int exceeded;
 	int stopped; /* by this signal, while nobody took its output */
+	int refused[PIPES]; /* the errno of why the caller's output took no more */
 	size_t from, to; /* of what was read ahead for the program */
 	char ahead[65536];
 	struct report report;

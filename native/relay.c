@@ -47,8 +47,8 @@ static int signal_pass(const struct relay *relay) {
 	return (int)info.ssi_signo;
 }
 
-/* 0: nobody wants more. Who cannot get rid of the output listens to signals still: then one ends it all. */
-static int give(const struct relay *relay, int to, const char *data, size_t size) {
+/* 0: nobody wants more, or there is no room for it. Who cannot get rid of the output listens to signals still: then one ends it all. */
+static int give(struct relay *relay, int to, const char *data, size_t size) {
 	struct pollfd watched[] = {{.fd = to, .events = POLLOUT}, {.fd = relay->signals, .events = POLLIN}};
 	while (size) {
 		if (poll(watched, 2, -1) < 0 && errno != EINTR)
@@ -59,8 +59,10 @@ static int give(const struct relay *relay, int to, const char *data, size_t size
 		if (!watched[0].revents)
 			continue;
 		ssize_t written = write(to, data, size < PIECE ? size : PIECE);
-		if (written < 0 && errno != EAGAIN && errno != EINTR)
+		if (written < 0 && errno != EAGAIN && errno != EINTR) {
+			relay->refused[to] = errno == EPIPE ? 0 : errno;
 			return 0;
+		}
 		data += written > 0 ? written : 0;
 		size -= written > 0 ? (size_t)written : 0;
 	}

@@ -168,6 +168,8 @@ def find(name: str) -> tuple[str, os.stat_result]:
 
             path = shutil.which(name, path=PATH)
         status = os.stat(path or "")
+    except PermissionError:
+        raise PermissionError(13, "it lies where this user may not look", name) from None
     except OSError:
         raise FileNotFoundError(2, "no such program", name) from None
     if path is None or stat.S_ISDIR(status.st_mode) or not os.access(path, os.X_OK):
@@ -211,7 +213,7 @@ def _compile(
         raise Unavailable("landlock", detail=reason, advice=f"{remedy}; or landlock = false in the policy")
     decided = landlock.Decision((0, 0, 0), [])
     if policy.landlock:
-        decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside, image), mounts)
+        decided = landlock.decide(policy, host.landlock_abi, _executables(program, outside, image), mounts, shown)
     parts = plan.Parts(
         mounts=mounts,
         bpf=bpf,

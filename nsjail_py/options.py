@@ -176,7 +176,9 @@ def _jail_options(to: argparse.ArgumentParser) -> None:
     to.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set, or pass on, a variable")
     to.add_argument("--bind", action="append", default=[], metavar="SRC[:DST[:rw]]", help=r"show SRC inside, at DST (\: is a colon)")
     to.add_argument("--root", metavar="ROOT", help="minimal, system, host, a directory, or oci:PATH[:TAG]")
-    to.add_argument("--workdir", metavar="DIR", help="DIR is /work: writable, and kept")
+    to.add_argument(
+        "--workdir", metavar="DIR", help="DIR is /work: writable, and kept; as root, one of root's is given to an id that no run has"
+    )
     to.add_argument("--stdin", metavar="FILE", help="standard input comes from FILE")
     to.add_argument("--report", metavar="FILE", help="write the result as JSON to FILE")
     to.add_argument("--json", action="store_true", help="print one JSON object with the result and the output in it")
@@ -194,6 +196,8 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
     if re.fullmatch(r"-?[0-9]{1,30}(\.[0-9]{1,30})?", made.get("cpus", "")):
         made["cpus"] = float(made["cpus"])
     for name in ("workdir", "project"):
+        if made.get(name) == "":
+            raise PolicyError(f"--{name}: the path is empty; `.` is the current directory")
         if name in made:
             made[name] = os.path.realpath(made[name])
     if getattr(options, "imports", None):

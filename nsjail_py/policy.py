@@ -140,7 +140,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     proc: Literal["pid", "masked", "none"] = "pid"
     """/proc inside. `pid`: its own processes only. `masked`: the whole, with the dangerous files hidden. `none`: no /proc."""
     workdir: str | None = None
-    """Directory of the host that is /work inside, writable and kept. By default /work is new, empty and thrown away."""
+    """Directory of the host that is /work inside, writable and kept. By default /work is new, empty and thrown away. One that is root's is,
+    for a run of root's, given to an id that no run has; the directories that a system is made of are refused."""
     exec_in_writable: bool = False
     """Whether files that the program wrote itself (in /work, /tmp) may be executed."""
     namespaces: tuple[Namespace, ...] = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup")

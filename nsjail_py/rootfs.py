@@ -55,6 +55,25 @@ MASKED = (
 )
 """Files and directories of /proc that tell about the host or reach into it."""
 
+SYSTEMS_OWN = (
+    "/",
+    "/home",
+    "/media",
+    "/mnt",
+    "/opt",
+    "/root",
+    "/run",
+    "/srv",
+    "/tmp",
+    "/var",
+    "/var/cache",
+    "/var/lib",
+    "/var/log",
+    "/var/tmp",
+)
+SYSTEMS_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/sbin", "/sys", "/usr")
+"""What no run is given as its work directory: hier(7)."""
+
 AUDIT, AUDIT_INSIDE = Path(__file__).with_name("_audit.abi3.so"), "/.audit.so"
 """The audit hook, for interpreters that are to tell."""
 SYSTEM_ETC = ("alternatives", "ld.so.cache")
@@ -169,15 +188,15 @@ def _workdir(path: str) -> str:
     found = _source(path, "$.workdir")
     if not found.is_directory:
         raise PolicyError(f"$.workdir: {path!r} is not a directory")
-    if found.is_roots:
+    if found.is_roots and not os.geteuid():
+        if found.path in SYSTEMS_OWN or any(is_below(found.path, top) for top in SYSTEMS_TREES):
+            raise PolicyError(f"$.workdir: {path!r} is the system's, and would be given to the run: make a directory for it")
         _leave_root(found.path)
     return found.path
 
 
 def _leave_root(directory: str) -> None:
     """A work directory of root's is given to an id that no run has: what is left there is neither root's nor another run's."""
-    if os.geteuid():
-        return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if os.fstat(descriptor).st_uid == 0:

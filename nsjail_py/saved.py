@@ -156,9 +156,13 @@ def _with_checksum(block: bytes) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """As a whole; the name never stands for half a plan."""
+    """As a whole; the name never stands for half a plan. A device or a pipe is written to, and a link leads to what is replaced."""
     try:
-        descriptor, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        path = path.resolve()
+        descriptor, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with open(descriptor, "wb") as file:
                 file.write(data)

@@ -74,6 +74,20 @@ def python(plans: Path, source: str, *arguments: str, **options: Any) -> subproc
     return alone(plans / "python", PYTHON, "-s", "-c", source, *arguments, **options)
 
 
+def full() -> int:
+    return os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("size", [6, 1 << 20])
+def test_output_that_its_caller_has_no_room_for_is_an_error(plans: Path, stream: str, size: int) -> None:
+    source = f"import os; os.write({1 if stream == 'stdout' else 2}, bytes({size}))"
+    with open(full(), "wb") as nowhere:
+        done = python(plans, source, capture_output=False, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: nowhere})
+    assert done.returncode == SETUP
+    assert stream == "stderr" or said(done) == "standard output: No space left on device"
+
+
 def said(done: subprocess.CompletedProcess[bytes]) -> str:
     """The one line that says why."""
     (line,) = done.stderr.decode().splitlines()

@@ -174,6 +174,8 @@ def test_what_cannot_be_executed_is_126_and_what_is_missing_127(cli: Cli, tmp_pa
         ("run", "--python", "/nonexistent", "-"),
         ("run", "--stdin", "/nonexistent", "-"),
         ("run", "--workdir", "/nonexistent", "-"),
+        ("run", "--workdir", "", "-"),
+        ("run", "--project", "", "-"),
         ("run", "--env", "=x", "-"),
         ("run", "--root", "/nonexistent", "-"),
         ("run", "--stdin", "/etc", "-"),

@@ -41,6 +41,24 @@ def test_a_work_directory_that_is_made_anew_is_the_work_directory(tmp_path: Path
         shutil.rmtree(tmp_path / "work")
 
 
+@pytest.mark.parametrize("level", ["untrusted", "moderate"])
+def test_one_file_can_be_shown_writable(level: str, tmp_path: Path) -> None:
+    (tmp_path / "shown").write_text("before")
+    (tmp_path / "shown").chmod(0o666)
+    jail = Jail(level, mounts=[Mount(source=str(tmp_path / "shown"), target="/data/file", writable=True)])
+    jail.run_python("open('/data/file', 'w').write('after')").check()
+    assert (tmp_path / "shown").read_text() == "after"
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can give a directory away")
+@pytest.mark.parametrize("path", ["/", "/etc", "/usr/share", "/var/lib", "/root", "/tmp/.."])
+def test_no_directory_of_the_systems_is_given_to_a_run(path: str) -> None:
+    before = os.stat(path)
+    with pytest.raises(nsjail_py.PolicyError, match="make a directory for it"):
+        nsjail_py.run(["/bin/true"], workdir=os.path.realpath(path))
+    assert (os.stat(path).st_uid, os.stat(path).st_ctime) == (before.st_uid, before.st_ctime)
+
+
 @pytest.mark.parametrize("field", ["workdir", "mounts", "project"])
 def test_a_link_leads_each_run_where_it_leads_then(field: str, tmp_path: Path) -> None:
     shown, inside = str(tmp_path / "shown"), {"workdir": "/work", "mounts": "/data", "project": "/project"}[field]

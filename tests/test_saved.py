@@ -30,6 +30,19 @@ def test_the_file_is_its_owners_alone(plans: Path) -> None:
     assert (plans / "any").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_plan_goes_where_a_link_leads_and_never_takes_the_place_of_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    for _ in range(2):  # it is made, and made anew
+        save(UNTRUSTED, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and alone(tmp_path / "file", "/bin/true").returncode == 0
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    save(UNTRUSTED, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.read(reader, 1 << 16) == (tmp_path / "file").read_bytes()
+    os.close(reader)
+
+
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_file_that_others_can_write_is_refused(mode: int, plan: Path) -> None:
     plan.chmod(mode)
