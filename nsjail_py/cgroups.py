@@ -53,6 +53,8 @@ class Claim(msgspec.Struct, frozen=True):
     """What to do about it."""
     swap: bool = False
     """Whether the use of swap can be limited."""
+    tcp: bool = False
+    """Whether buffers of TCP are limited apart from other memory, as version 1 does."""
     quota: str = ""
     """The directory that limits the share of the processors; empty: none does."""
     cpuset: str = ""
@@ -170,12 +172,12 @@ def _claim_v1(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
         remedy = "run as root, or boot with cgroup v2: v1 cannot be delegated safely"
         raise _NoneError(f"{Path(error.filename).parent}: {error.strerror}", remedy) from None
     why = f"no {', '.join(lacks)} controller: processor time of unwaited processes is not counted" if lacks else ""
-    swap = (made["memory"] / "memory.memsw.limit_in_bytes").exists()
+    swap, tcp = ((made["memory"] / f"memory.{kind}.limit_in_bytes").exists() for kind in ("memsw", "kmem.tcp"))
     quota, cpuset = holder.get("quota", ""), holder.get("cpuset", "")
     processors = _read_line(made[cpuset] / "cpuset.cpus") if cpuset else ""
     if quota and not (made[quota] / "cpu.cfs_quota_us").exists():  # CONFIG_CFS_BANDWIDTH
         quota = ""
-    return Claim("v1", "root" if root else "delegated", made, why, "", swap, quota, cpuset if processors else "", processors)
+    return Claim("v1", "root" if root else "delegated", made, why, "", swap, tcp, quota, cpuset if processors else "", processors)
 
 
 def _inherit_cpuset(directory: Path) -> None:
@@ -215,7 +217,9 @@ def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
     quota = "unified" if (unified / "cpu.max").exists() else ""
     processors = _read_line(unified / "cpuset.cpus.effective")
     cpuset = "unified" if processors else ""
-    return Claim("v2", "root" if root else "delegated", {"unified": unified}, why, remedy, swap, quota, cpuset, processors)
+    return Claim(
+        "v2", "root" if root else "delegated", {"unified": unified}, why, remedy, swap, quota=quota, cpuset=cpuset, processors=processors
+    )
 
 
 def _read_line(file: Path) -> str:

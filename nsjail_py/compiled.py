@@ -57,12 +57,14 @@ class Host(NamedTuple):
     """The one that says which processors they are."""
     processors: str = ""
     """Those that are ours."""
+    tcp: bool = False
+    """Whether buffers of TCP have a limit of their own."""
 
     @classmethod
     def of(cls, claim: Claim) -> Host:
         """This one, with the control groups and the rights of one launcher: this process may have others by now."""
         groups = (claim.quota, claim.cpuset, claim.processors)
-        return cls(claim.kind, claim.reason, claim.swap, claim.mode == "root", landlock_abi(), *groups)
+        return cls(claim.kind, claim.reason, claim.swap, claim.mode == "root", landlock_abi(), *groups, claim.tcp)
 
 
 def for_python(policy: Policy, host: Host) -> Compiled:
@@ -249,6 +251,8 @@ def _cgroup(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
         writes = [(lib.GROUP_MEMORY, "memory.limit_in_bytes", limits.memory)]
         if host.swap:
             writes.append((lib.GROUP_MEMORY, "memory.memsw.limit_in_bytes", limits.memory))
+        if host.tcp:
+            writes.append((lib.GROUP_MEMORY, "memory.kmem.tcp.limit_in_bytes", limits.memory))
         writes.append((lib.GROUP_PIDS, "pids.max", limits.processes))
     elif host.cgroup == "v2":
         writes = [(lib.GROUP_UNIFIED, "memory.max", limits.memory), (lib.GROUP_UNIFIED, "pids.max", limits.processes)]

@@ -179,9 +179,32 @@ def _source(path: str, where: str) -> Source:
     try:
         real = os.path.realpath(path)
         status = os.stat(real)
+        left = _left_link(path, real, status.st_uid)
     except (OSError, ValueError) as error:
         raise PolicyError(f"{where}: {path!r}: {error.strerror if isinstance(error, OSError) else error}") from None
+    if left:
+        raise PolicyError(f"{where}: {path!r}: {left!r} is a link of somebody who does not own what it leads to, perhaps of an earlier run")
     return Source(real, stat.S_ISDIR(status.st_mode), status.st_uid == 0)
+
+
+def _left_link(path: str, real: str, owner: int) -> str:
+    """A link on the way that root must not follow: it is neither root's, nor of the owner of what it leads to. What runs leave in work
+    directories of root's belongs to one id, so that follows no link at all. proc_sys_fs(5), protected_symlinks"""
+    if os.geteuid() or real == os.path.abspath(path):
+        return ""
+    whole, names = "/", [name for name in os.path.join(os.getcwd(), path).split("/")[::-1] if name]
+    while names:
+        place = os.path.join(whole, names.pop())
+        status = os.lstat(place)
+        if not stat.S_ISLNK(status.st_mode):
+            whole = os.path.normpath(place)
+            continue
+        if status.st_uid and (status.st_uid != owner or status.st_uid == KEPT_ID):
+            return place
+        target = os.readlink(place)
+        whole = "/" if target.startswith("/") else whole
+        names += [name for name in target.split("/")[::-1] if name]
+    return ""
 
 
 def _workdir(path: str) -> str:

@@ -66,10 +66,11 @@ def _for(policy: Policy, host: Host, program: str) -> Compiled:
 def _host() -> tuple[list[Group], Host]:
     """What this host gives a launcher that has no Python to ask for it: as root, the control groups that it can make by itself."""
     claim = launcher.current().claim
-    root, groups, kind, reason, swap = os.geteuid() == 0, _groups(claim), claim.kind, claim.reason, claim.swap
+    root, groups, kind, reason, swap, tcp = os.geteuid() == 0, _groups(claim), claim.kind, claim.reason, claim.swap, claim.tcp
     if not groups and kind != "none":
         kind, reason, swap = "none", "a delegated control group is for Python's launcher: the launcher alone makes none", False
-    return groups, Host(kind, reason, swap, root, landlock_abi())
+        tcp = False
+    return groups, Host(kind, reason, swap, root, landlock_abi(), tcp=tcp)
 
 
 def _groups(claim: cgroups.Claim) -> list[Group]:

@@ -59,6 +59,25 @@ def test_no_directory_of_the_systems_is_given_to_a_run(path: str) -> None:
     assert (os.stat(path).st_uid, os.stat(path).st_ctime) == (before.st_uid, before.st_ctime)
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="only root can give a directory away")
+@pytest.mark.parametrize("owner", ["root", "somebody"])
+def test_root_follows_no_link_that_a_run_has_left_in_its_work_directory(owner: str, tmp_path: Path) -> None:
+    work, other = tmp_path / "work", tmp_path / "other"
+    work.mkdir()
+    other.mkdir()
+    if owner == "somebody":
+        os.chown(work, 65534, 65534)
+    nsjail_py.run_python(f"import os; os.symlink({str(other)!r}, '/work/out'); os.mkdir('/work/in')", workdir=str(work)).check()
+    before = os.stat(other).st_uid
+    shown = ({"workdir": f"{work}/out"}, {"mounts": [Mount(source=f"{work}/out", target="/data")]}, {"project": f"{work}/out"})
+    for each in shown:
+        with pytest.raises(nsjail_py.PolicyError, match="earlier run"):
+            nsjail_py.run(["/bin/true"], **each)
+    assert os.stat(other).st_uid == before
+    (tmp_path / "ours").symlink_to("work")
+    assert write("it", workdir=f"{tmp_path}/ours/in") == "written", "a link of root's leads on"
+
+
 @pytest.mark.parametrize("field", ["workdir", "mounts", "project"])
 def test_a_link_leads_each_run_where_it_leads_then(field: str, tmp_path: Path) -> None:
     shown, inside = str(tmp_path / "shown"), {"workdir": "/work", "mounts": "/data", "project": "/project"}[field]

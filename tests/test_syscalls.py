@@ -148,7 +148,7 @@ def test_moderate_has_processes_and_programs_and_plain_sockets(bpf):
 
 def test_what_the_jail_itself_calls_last_is_told_apart_where_the_program_may_not_call_it():
     late = set(syscalls.compile_filter(policyfile.load("untrusted").syscalls).late)
-    assert late == {syscalls._number(name) for name in ("execveat", "openat", "fchmod", "landlock_restrict_self", "prlimit64")}
+    assert late == {syscalls._number(name) for name in ("execveat", "fcntl", "openat", "fchmod", "landlock_restrict_self", "prlimit64")}
     least = syscalls.compile_filter(Syscalls(exec=False)).late
     assert {syscalls._number(name) for name in syscalls.LATE} == set(least)
     assert not set(least) & {NR[name] for name in ("read", "write", "munmap")}, "the kernel's own table answers for these"

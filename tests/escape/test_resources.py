@@ -29,7 +29,8 @@ M = 1 << 20
 STARTED = pytest.mark.parametrize("start", ["", "/warm"], ids=["exec", "warm"])
 HAS_CGROUP = launcher.current().claim.kind != "none"
 TOUCH = "for i in range(0, len(m), 4096): m[i] = 1\nwon()"
-SOCKETS = "pairs = [socket.socketpair() for _ in range(300)]\nfor a, b in pairs:\n  a.setsockopt(1, 7, 1 << 20)\n  a.setblocking(False)\n  try:\n    for _ in range(200): a.send(bytes(65536))\n  except OSError: pass\nwon()"
+SOCKETS = "pairs = [socket.socketpair() for _ in range(400)]\nfor end in [end for pair in pairs for end in pair]:\n  end.setblocking(False)\n  try:\n    for _ in range(200): end.send(bytes(65536))\n  except OSError: pass\nwon()"
+TCP = "s = socket.create_server(('127.0.0.1', 0))\nheld, sent = [], 0\nwhile sent < 120 << 20 and len(held) < 600:\n  c = socket.create_connection(s.getsockname())\n  c.setblocking(False)\n  held += [c, s.accept()[0]]\n  try:\n    while sent < 120 << 20: sent += c.send(bytes(65536))\n  except BlockingIOError: pass\nif sent < 120 << 20: raise MemoryError\nwon()"
 
 # What is nobody's mapped memory needs a control group; where there is none, the result says so.
 MEMORY: dict[str, tuple[str, str, bool]] = {
@@ -44,6 +45,7 @@ MEMORY: dict[str, tuple[str, str, bool]] = {
     "in files in memory": ("moderate", "fd = os.memfd_create('m')\nfor _ in range(120): os.write(fd, bytes(1 << 20))\nwon()", True),
     "of System V": ("moderate", "i = call(29, 0, 120 << 20, 0o1600)\nlibc.shmat.restype = ctypes.c_long\na = libc.shmat(i, None, 0)\nlibc.shmctl(i, 0, None)\nlibc.memset(ctypes.c_void_p(a), 1, ctypes.c_size_t(120 << 20))\nwon()", False),
     "in sockets": ("moderate", SOCKETS, True),
+    "in TCP's buffers": ("moderate", TCP, True),
 }  # fmt: skip
 
 

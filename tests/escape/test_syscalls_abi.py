@@ -195,6 +195,12 @@ TRICKS = {
     "huge pages": ("mmap", (0, 1 << 21, 3, 0x40022, 0, 0)),
     "a huge file in memory": ("memfd_create", (0, 4)),
     "huge shared memory": ("shmget", (0, 1 << 21, 0o5600)),
+    "a lease on a file": ("fcntl", (0, 1024, 1)),
+    "news of a directory": ("fcntl", (0, 1026, 1)),
+    "larger buffers": ("setsockopt", (0, 1, 7, 0, 0)),
+    "larger buffers by force": ("setsockopt", (0, 1, 33, 0, 0)),
+    "a program for a socket": ("setsockopt", (0, 1, 26, 0, 0)),
+    "a device for a socket": ("setsockopt", (0, 1, 25, 0, 0)),
     "a set-user-id node": ("mknod", (0, 0o104755, 0)),
 }  # fmt: skip
 
