@@ -105,6 +105,42 @@ def test_an_image_takes_no_other_machine_s_away(cache: Path) -> None:
     assert images.root("debian13").exists() and all(other.exists() for other in others)
 
 
+PIECES = {
+    "apt-get": "",
+    "apt-cache": "echo Depends: linux-image-6.1-fake",
+    "dpkg-deb": "mkdir -p $3/bin $3/boot $3/lib/modules/6.1-fake/kernel; touch $3/bin/busybox $3/boot/vmlinuz",
+    "depmod": "",
+    "mke2fs": "",
+    "modprobe": "case $6 in ext4) echo builtin ext4 ;; *) touch $2/$6.ko; echo insmod $2/$6.ko ;; esac",
+    "cpio": "sed 's,^[.]/,,'",  # an archive that is the list of its files
+    "gzip": "cat",
+}
+
+
+@pytest.mark.parametrize(
+    ("piece", "text", "said"),
+    [
+        ("true", "", ""),
+        ("modprobe", "case $6 in virtio_blk) echo no virtio_blk >&2; exit 1 ;; esac", "no virtio_blk"),
+        ("modprobe", "", "the initrd has no virtio_pci"),
+        ("cpio", "case $1 in -o) echo no space >&2; exit 1 ;; esac", "no space"),
+        ("cpio", "grep -vx ./init", "the initrd has no init"),
+        ("gzip", "case $1 in -1) echo no space >&2; exit 1 ;; esac; cat", "no space"),
+    ],
+)
+def test_a_kernel_whose_initrd_is_not_whole_is_not_kept(tmp_path: Path, piece: str, text: str, said: str) -> None:
+    folder, out = tmp_path / "bin", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    for name, body in {**PIECES, piece: text}.items():
+        script(folder / name, body)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    command = ["sh", ROOT / "tests/vm/build-kernel.sh", "bookworm", out]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode != 0, done.stderr.strip()) == (said != "", said)
+    assert {file.name for file in out.iterdir()} >= ({"vmlinuz", "initrd", "modules.img", "release"} if not said else set())
+
+
 def test_a_boot_that_hangs_is_given_up(cache: Path, qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(qemu, "exec sleep 1000")
     monkeypatch.setattr(machine, "BOOT_SECONDS", 1)

@@ -41,15 +41,24 @@ initrd=$work/initrd
 mkdir "$initrd/proc" "$initrd/dev" "$initrd/root"
 cp "$(find_one '*/bin/busybox')" "$initrd/bin/busybox"
 install -m755 "$here/guest/init" "$initrd/init"
-for module in virtio_pci virtio_blk virtio_console virtio_net ext4; do
-    modprobe -d "$work/disk" -S "$release" --show-depends "$module" | sed -n 's/^insmod //p'
-done | while read -r file; do
+needed="virtio_pci virtio_blk virtio_console virtio_net ext4"
+for module in $needed; do modprobe -d "$work/disk" -S "$release" --show-depends "$module"; done >"$work/loads" # insmod FILE, or builtin NAME
+sed -n 's/^insmod //p' "$work/loads" >"$work/files"
+while read -r file; do
     name=$(basename "$file" | sed 's/\.ko.*/.ko/')
     [ ! -e "$initrd/modules/$name" ] || continue
     case $file in *.xz) xz -dc "$file" ;; *.zst) zstd -dc "$file" ;; *) cat "$file" ;; esac >"$initrd/modules/$name"
     echo "$name" >>"$initrd/modules/order"
+done <"$work/files"
+# No pipe, whose beginning may fail unseen. What was packed is read again: a machine that finds no disk could not say why.
+(cd "$initrd" && find . >"$work/names" && cpio -o -H newc -R 0:0 --quiet <"$work/names" >"$work/initrd.cpio")
+gzip -1 <"$work/initrd.cpio" >"$out/initrd"
+gzip -dc <"$out/initrd" >"$work/again"
+cpio -it --quiet <"$work/again" >"$work/packed"
+for file in init bin/busybox; do grep -qxF "$file" "$work/packed" || { echo "the initrd has no $file" >&2; exit 1; }; done
+for module in $needed; do
+    grep -qx -e "builtin $module" -e "modules/$module\.ko" "$work/loads" "$work/packed" || { echo "the initrd has no $module" >&2; exit 1; }
 done
-(cd "$initrd" && find . | cpio -o -H newc -R 0:0 --quiet) | gzip -1 >"$out/initrd"
 
 size=$(du -sk "$work/disk/lib/modules" | cut -f1)
 truncate -s "$((size * 12 / 10 + 16384))K" "$out/modules.img"
