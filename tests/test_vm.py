@@ -141,6 +141,20 @@ def test_a_kernel_whose_initrd_is_not_whole_is_not_kept(tmp_path: Path, piece: s
     assert {file.name for file in out.iterdir()} >= ({"vmlinuz", "initrd", "modules.img", "release"} if not said else set())
 
 
+def test_an_image_of_another_suite_is_another_image(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = images.root("debian-testing").parent, images.kernel("testing")
+    monkeypatch.setitem(images.DISTROS, "debian-testing", "duke")
+    monkeypatch.setitem(images.KERNELS, "testing", "duke")
+    assert images.root("debian-testing").parent != before[0] and images.kernel("testing") != before[1]
+
+
+def test_all_of_an_image_is_on_the_disk_before_it_has_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.readlink(f"/proc/self/fd/{descriptor}")))
+    whole = images.kernel("6.1")
+    assert synced == {f"{whole}.part", *(f"{whole}.part/{file.name}" for file in whole.iterdir())}
+
+
 def test_a_boot_that_hangs_is_given_up(cache: Path, qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(qemu, "exec sleep 1000")
     monkeypatch.setattr(machine, "BOOT_SECONDS", 1)

@@ -57,7 +57,7 @@ def root(distro: str) -> Path:
         *_files(TOP / "vagrant" / "provision", "debian.sh"),
     ]
     made_from += _files(TOP / "vagrant" / "provision", "systemd.sh", "venv.sh")
-    return _image("root", distro, [repr(packages), *map(Path.read_text, made_from)], _build_root) / "root.img"
+    return _image("root", distro, [DISTROS[distro], repr(packages), *map(Path.read_text, made_from)], _build_root) / "root.img"
 
 
 def security(distro: str) -> str:
@@ -68,7 +68,7 @@ def security(distro: str) -> str:
 def kernel(name: str) -> Path:
     """The directory of a kernel: `vmlinuz`, `initrd`, `modules.img` and `release`."""
     made_from = [HERE / "build-kernel.sh", HERE / "guest" / "init"]
-    return _image("kernel", name, [*map(Path.read_text, made_from)], _build_kernel)
+    return _image("kernel", name, [KERNELS[name], *map(Path.read_text, made_from)], _build_kernel)
 
 
 def copy_checkout(target: Path) -> None:
@@ -125,6 +125,7 @@ def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Pat
             began = time.monotonic()
             _run(build(name, part), part / "log")
             shutil.rmtree(part / "checkout", ignore_errors=True)
+            _sync(part)
             part.rename(place)
             say(f"built in {time.monotonic() - began:.0f} s")
         finally:
@@ -132,6 +133,14 @@ def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Pat
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
     return place
+
+
+def _sync(folder: Path) -> None:
+    """Or a host that loses its power may keep the name and not what it stands for."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _run(command: list[str], log: Path) -> None:
