@@ -105,6 +105,39 @@ def test_an_image_takes_no_other_machine_s_away(cache: Path) -> None:
     assert images.root("debian13").exists() and all(other.exists() for other in others)
 
 
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "checkout"
+    (place / "folder").mkdir(parents=True)
+    (place / "folder" / "file").touch()
+    monkeypatch.setattr(images, "TOP", place)
+    return place
+
+
+def test_a_file_of_the_checkout_that_cannot_be_copied_is_named_with_the_reason(checkout: Path, tmp_path: Path) -> None:
+    os.mkfifo(checkout / "folder" / "pipe")
+    with pytest.raises(TroubleError, match=r"cannot copy .*/checkout/folder/pipe: .*named pipe"):
+        images.copy_checkout(tmp_path / "copy")
+
+
+def test_what_vanishes_from_the_checkout_while_it_is_copied_is_left_out(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "gone").mkdir()
+
+    def ignore(folder: str, names: list[str]) -> set[str]:  # asked when a folder was listed, and before its files are copied
+        if folder == str(checkout):
+            (checkout / "gone").rmdir()
+        else:
+            (checkout / "folder" / "other").unlink()
+        return set()
+
+    (checkout / "folder" / "other").touch()
+    monkeypatch.setattr(images, "NOT_SOURCE", ignore)
+    images.copy_checkout(tmp_path / "copy")
+    assert [str(path.relative_to(tmp_path / "copy")) for path in sorted((tmp_path / "copy").rglob("*"))] == ["folder", "folder/file"]
+
+
 PIECES = {
     "apt-get": "",
     "apt-cache": "echo Depends: linux-image-6.1-fake",

@@ -72,8 +72,13 @@ def kernel(name: str) -> Path:
 
 
 def copy_checkout(target: Path) -> None:
-    """The checkout without what was made in it."""
-    shutil.copytree(TOP, target, ignore=NOT_SOURCE, symlinks=True)
+    """The checkout without what was made in it, and without what vanished meanwhile."""
+    try:
+        shutil.copytree(TOP, target, ignore=NOT_SOURCE, symlinks=True)
+    except shutil.Error as error:
+        for source, _, why in error.args[0]:
+            if os.path.lexists(source):
+                raise TroubleError(f"cannot copy {source}: {why}") from None
 
 
 def _files(folder: Path, *patterns: str) -> list[Path]:
