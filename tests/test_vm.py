@@ -6,6 +6,7 @@ No machine is booted here; `./dev vm-smoke` does that.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,36 @@ def test_a_build_that_fails_leaves_no_image_and_says_its_last_words(cache: Path,
     with pytest.raises(TroubleError, match=r"broken.sh failed \(3\): no such suite"):
         images.root("debian12")
     assert not list(cache.glob("root-*"))
+
+
+def test_a_build_that_outlives_its_tool_is_waited_for(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    slow = script(tmp_path / "slow.sh", f"echo >{tmp_path}/begun; sleep 2; touch $1/half {tmp_path}/ended")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import images; images.CACHE, images.NEEDED = images.Path(sys.argv[2]), 0; images._image('root', 'debian12', [], lambda name, part: ['sh', sys.argv[3], str(part)])"
+    with subprocess.Popen([sys.executable, "-c", code, ROOT / "tests/vm", cache, slow]) as tool:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        tool.kill()
+    assert images.root("debian12").exists()
+    assert (tmp_path / "ended").exists() and "waiting for another build" in capfd.readouterr().err
+    assert not list(cache.glob("*.part"))
+
+
+def test_what_root_left_of_a_killed_build_is_removed_by_root(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "root-debian12-0.part").mkdir(parents=True)
+    sudo = script(tmp_path / "sudo", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    remove = shutil.rmtree
+
+    def refused(path: Path, **options: bool) -> None:
+        if path.name == "root-debian12-0.part":
+            raise PermissionError
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.raises(TroubleError, match=r"sudo rm -rf --one-file-system .*/root-debian12-0.part"):
+        images.root("debian12")
+    script(sudo, 'shift; exec "$@"')
+    assert images.root("debian12").exists() and not list(cache.glob("*.part"))
 
 
 def test_what_a_killed_build_left_is_not_taken_for_an_image(cache: Path) -> None:

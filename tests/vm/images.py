@@ -18,6 +18,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
@@ -98,16 +99,19 @@ def _build_kernel(name: str, part: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _lock() -> Iterator[None]:
-    """One build at a time; whoever waited finds it done."""
+def _lock() -> Iterator[IO[str]]:
+    """One build at a time; whoever waited finds it done. It is a build's standard input, too, which sudo passes on: one that outlives us keeps it."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as file:
+    with open(CACHE / "lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("waiting for another build")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield file
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for whoever inherited it
 
 
 def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Path], list[str]]) -> Path:
@@ -115,11 +119,11 @@ def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Pat
     place = CACHE / f"{kind}-{name}-{digest}"
     if place.is_dir():
         return place
-    with _lock():
+    with _lock() as lock:
         if place.is_dir():
             return place
         for half in CACHE.glob("*.part"):  # of a build that was killed
-            shutil.rmtree(half)
+            _remove(half)
         if (free := shutil.disk_usage(CACHE).free) < NEEDED:
             raise TroubleError(f"{CACHE} has {free >> 20} MiB free, and building the {kind} {name} needs {NEEDED >> 20}")
         older = [path for path in CACHE.iterdir() if path.name.rpartition("-")[0] == f"{kind}-{name}"]
@@ -128,7 +132,7 @@ def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Pat
         try:
             say(f"building the {kind} {name}, once ({'about two minutes' if kind == 'root' else 'a few seconds'}): {place}")
             began = time.monotonic()
-            _run(build(name, part), part / "log")
+            _run(build(name, part), part / "log", lock)
             shutil.rmtree(part / "checkout", ignore_errors=True)
             _sync(part)
             part.rename(place)
@@ -140,6 +144,15 @@ def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Pat
     return place
 
 
+def _remove(half: Path) -> None:
+    """Also what root's part of a build has left there."""
+    try:
+        shutil.rmtree(half)
+    except PermissionError:
+        if subprocess.run(["sudo", "-n", "rm", "-rf", "--one-file-system", half], capture_output=True, check=False).returncode:
+            raise TroubleError(f"a build that was killed has left root's files: sudo rm -rf --one-file-system {half}") from None
+
+
 def _sync(folder: Path) -> None:
     """Or a host that loses its power may keep the name and not what it stands for."""
     for path in (*folder.iterdir(), folder):
@@ -148,12 +161,12 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _run(command: list[str], log: Path) -> None:
+def _run(command: list[str], log: Path, lock: IO[str]) -> None:
     """Runs a build; its stages go to standard error, the rest to the log. Whatever ends us ends it."""
     if command[0] == "sudo":
         subprocess.run(["sudo", "-v"], check=False)
     with open(log, "wb") as file:
-        build = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=file, process_group=0)
+        build = subprocess.Popen(command, stdin=lock, stdout=sys.stderr, stderr=file, process_group=0)
     try:
         status = build.wait()
     except BaseException:
