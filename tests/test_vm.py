@@ -83,6 +83,17 @@ def test_a_build_that_fails_leaves_no_image_and_says_its_last_words(cache: Path,
     assert not list(cache.glob("root-*"))
 
 
+def test_a_build_that_ran_out_of_space_says_so_when_its_files_are_gone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy = script(tmp_path / "greedy.sh", "touch $1/full; sleep 1; rm $1/full; exit 1")
+    monkeypatch.setattr(images, "_build_root", lambda name, part: ["sh", str(greedy), str(part)])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if list(path.glob("*.part/full")) else 1 << 40))
+    with pytest.raises(TroubleError, match=r"^greedy.sh failed \(1\): the disk was full$"):
+        images.root("debian12")
+
+
 def test_a_build_that_outlives_its_tool_is_waited_for(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     slow = script(tmp_path / "slow.sh", f"echo >{tmp_path}/begun; sleep 2; touch $1/half {tmp_path}/ended")
     code = "import sys; sys.path.insert(0, sys.argv[1]); import images; images.CACHE, images.NEEDED = images.Path(sys.argv[2]), 0; images._image('root', 'debian12', [], lambda name, part: ['sh', sys.argv[3], str(part)])"

@@ -165,10 +165,14 @@ def _run(command: list[str], log: Path, lock: IO[str]) -> None:
     """Runs a build; its stages go to standard error, the rest to the log. Whatever ends us ends it."""
     if command[0] == "sudo":
         subprocess.run(["sudo", "-v"], check=False)
+    least = shutil.disk_usage(CACHE).free
     with open(log, "wb") as file:
         build = subprocess.Popen(command, stdin=lock, stdout=sys.stderr, stderr=file, process_group=0)
     try:
-        status = build.wait()
+        while (status := build.poll()) is None:
+            least = min(least, shutil.disk_usage(CACHE).free)  # afterwards its files are gone
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                build.wait(0.2)
     except BaseException:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(build.pid, signal.SIGTERM)
@@ -176,6 +180,6 @@ def _run(command: list[str], log: Path, lock: IO[str]) -> None:
         raise
     if status:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        space = "; the disk is full" if shutil.disk_usage(CACHE).free < 64 << 20 else ""
+        space = ["the disk was full"] if least < 64 << 20 else []
         script = next(Path(word).name for word in command if word.endswith(".sh"))
-        raise TroubleError(f"{script} failed ({status}){space}: {''.join(last)}")
+        raise TroubleError(": ".join([f"{script} failed ({status})", *space, *last]))
