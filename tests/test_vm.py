@@ -202,6 +202,7 @@ PIECES = {
         ("cpio", "grep -vx ./init", "the initrd has no init"),
         ("gzip", "case $1 in -1) echo no space >&2; exit 1 ;; esac; cat", "no space"),
     ],
+    ids=["whole", "module refused", "no modules", "archive refused", "no init", "disk full"],
 )
 def test_a_kernel_whose_initrd_is_not_whole_is_not_kept(tmp_path: Path, piece: str, text: str, said: str) -> None:
     folder, out = tmp_path / "bin", tmp_path / "out"
@@ -272,6 +273,11 @@ def test_a_command_that_does_not_end_is_given_up(cache: Path, qemu: Path) -> Non
     script(qemu, status_port("up 3.2\\n") + "; exec sleep 1000")
     with pytest.raises(TroubleError, match="did not end within 1 s"):
         boot(seconds=1)
+
+
+def test_the_time_for_the_command_begins_when_it_does(cache: Path, qemu: Path) -> None:
+    script(qemu, "sleep 1.5; " + status_port("up 3.2\\nstatus 0\\n"))
+    assert boot(seconds=1).status == 0
 
 
 def test_a_killed_tool_takes_its_machine_along(cache: Path, qemu: Path, tmp_path: Path) -> None:
