@@ -39,6 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "cache"
     monkeypatch.setattr(images, "CACHE", place)
     monkeypatch.setattr(images, "NEEDED", 0)
+    monkeypatch.setattr(machine, "NEEDED", 0)
     builder = script(tmp_path / "build.sh", "touch $1/root.img $1/vmlinuz $1/initrd $1/modules.img; echo 6.1-fake >$1/release")
     monkeypatch.setattr(images, "_build_root", lambda name, part: ["sh", str(builder), str(part)])
     monkeypatch.setattr(images, "_build_kernel", lambda name, part: ["sh", str(builder), str(part)])
@@ -278,6 +279,21 @@ def test_a_command_that_does_not_end_is_given_up(cache: Path, qemu: Path) -> Non
 def test_the_time_for_the_command_begins_when_it_does(cache: Path, qemu: Path) -> None:
     script(qemu, "sleep 1.5; " + status_port("up 3.2\\nstatus 0\\n"))
     assert boot(seconds=1).status == 0
+
+
+def test_without_space_no_machine_is_booted(cache: Path, qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(qemu, f"touch {tmp_path}/booted")
+    monkeypatch.setattr(machine, "NEEDED", 1 << 60)
+    with pytest.raises(TroubleError, match=r"MiB free, and a machine needs"):
+        boot()
+    assert not (tmp_path / "booted").exists()
+
+
+def test_a_machine_sees_that_a_disk_fails_and_is_not_stopped(cache: Path, qemu: Path, tmp_path: Path) -> None:
+    script(qemu, status_port("status 0\\n") + f"; echo $* >{tmp_path}/words")
+    boot()
+    drives = [word for word in (tmp_path / "words").read_text().split() if word.startswith("file=")]
+    assert len(drives) == 3 and all("werror=report,rerror=report" in drive for drive in drives)
 
 
 def test_a_killed_tool_takes_its_machine_along(cache: Path, qemu: Path, tmp_path: Path) -> None:

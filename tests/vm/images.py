@@ -82,6 +82,11 @@ def copy_checkout(target: Path) -> None:
                 raise TroubleError(f"cannot copy {source}: {why}") from None
 
 
+def require_space(needed: int, purpose: str) -> None:
+    if (free := shutil.disk_usage(CACHE).free) < needed:
+        raise TroubleError(f"{CACHE} has {free >> 20} MiB free, and {purpose} needs {needed >> 20}")
+
+
 def _files(folder: Path, *patterns: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
@@ -124,8 +129,7 @@ def _image(kind: str, name: str, made_from: list[str], build: Callable[[str, Pat
             return place
         for half in CACHE.glob("*.part"):  # of a build that was killed
             _remove(half)
-        if (free := shutil.disk_usage(CACHE).free) < NEEDED:
-            raise TroubleError(f"{CACHE} has {free >> 20} MiB free, and building the {kind} {name} needs {NEEDED >> 20}")
+        require_space(NEEDED, f"building the {kind} {name}")
         older = [path for path in CACHE.iterdir() if path.name.rpartition("-")[0] == f"{kind}-{name}"]
         part = place.with_name(place.name + ".part")
         part.mkdir()

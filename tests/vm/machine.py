@@ -30,6 +30,8 @@ USERS: tuple[User, ...] = get_args(User)
 QEMU = "qemu-system-x86_64"
 BOOT_SECONDS = int(os.environ.get("DEV_VM_BOOT_SECONDS", "300"))
 """A boot takes 10 to 30 seconds under emulation, and several times as long on a loaded machine."""
+NEEDED = 1 << 30
+"""Bytes that must be free before a boot: more than what the suite writes to the machine's disks."""
 PROBE_SECONDS = 20
 TCG = ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "Nehalem"]  # x86-64-v2, which numpy wants, and quicker to boot than `max`
 KVM = ["-accel", "kvm", "-cpu", "host"]
@@ -64,6 +66,7 @@ def run(machine: Machine, user: User, command: list[str], out: BinaryIO, seconds
         raise TroubleError(f"no {QEMU}: install the package qemu-system-x86")
     disk, kernel = images.root(machine.distro), images.kernel(machine.kernel)
     accelerator = _accelerator(kernel)
+    images.require_space(NEEDED, "a machine")
     with tempfile.TemporaryDirectory(prefix="run-", dir=images.CACHE) as name:
         work = Path(name)
         _remove_abandoned()
@@ -106,11 +109,12 @@ def _must(command: list[str]) -> None:
 
 
 def _drives(drives: list[tuple[Path, str]]) -> list[str]:
+    """An error is the machine's to see: qemu would stop it when our disk is full, and we would wait for it."""
     arguments = []
     for number, (path, options) in enumerate(drives):
         arguments += [
             "-drive",
-            f"file={path},format=raw,if=none,id=disk{number},{options}",
+            f"file={path},format=raw,if=none,id=disk{number},werror=report,rerror=report,{options}",
             "-device",
             f"virtio-blk-pci,drive=disk{number}",
         ]
