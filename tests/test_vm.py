@@ -5,19 +5,23 @@ No machine is booted here; `./dev vm-smoke` does that.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "vm"))
 
+import box
 import hosts
 import images
 import machine
@@ -294,6 +298,64 @@ def test_a_machine_sees_that_a_disk_fails_and_is_not_stopped(cache: Path, qemu: 
     boot()
     drives = [word for word in (tmp_path / "words").read_text().split() if word.startswith("file=")]
     assert len(drives) == 3 and all("werror=report,rerror=report" in drive for drive in drives)
+
+
+def console(text: str) -> str:
+    """A stand-in for qemu that writes `text` where the machine would have its console."""
+    return f"for word; do case $word in file:*) echo {text} >${{word#file:}} ;; esac; done"
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kernel, on a host with a /dev/kvm that opens."""
+    monkeypatch.setattr(images, "CACHE", tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path == "/dev/kvm")
+    (tmp_path / "kernel").mkdir()
+    return tmp_path / "kernel"
+
+
+@pytest.mark.parametrize(
+    ("probe", "answer"),
+    [
+        (console("vm: alive"), machine.KVM),
+        (f"{console('Linux version')}; exec sleep 1000", machine.TCG),
+        ("echo no such accelerator >&2; exit 1", machine.TCG),
+    ],
+    ids=["runs", "hangs", "ends"],
+)
+def test_a_host_has_kvm_when_a_kernel_was_seen_to_run_under_it_and_is_asked_once(
+    kernel: Path, qemu: Path, probe: str, answer: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "PROBE_SECONDS", 1)
+    (kernel / "kvm-of-another-boot").write_text("maybe")
+    script(qemu, probe)
+    assert machine._accelerator(kernel) is answer
+    script(qemu, console("vm: alive" if answer is machine.TCG else "another answer"))
+    assert machine._accelerator(kernel) is answer
+    assert len(list(kernel.iterdir())) == 1, "what was said of another boot is gone"
+
+
+def test_where_dev_kvm_does_not_open_nothing_is_asked(kernel: Path, qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert machine._accelerator(kernel) is machine.TCG and not list(kernel.iterdir())
+
+
+def test_a_box_has_the_image_its_kernel_and_how_to_boot_it(cache: Path, qemu: Path, tmp_path: Path) -> None:
+    script(qemu.with_name("qemu-img"), 'for last; do :; done; echo converted >"$last"')
+    assert box.make(WHICH, tmp_path / "a.box") == 0
+    with tarfile.open(tmp_path / "a.box") as made:
+        files = {name: cast(BinaryIO, made.extractfile(name)).read().decode() for name in made.getnames()}
+    assert set(files) == {"metadata.json", "Vagrantfile", "box.img", "vmlinuz", "initrd"}
+    assert files["box.img"] == "converted\n" and json.loads(files["metadata.json"])["provider"] == "libvirt"
+    assert "systemd.wants=ssh.service" in files["Vagrantfile"] and "audit=0" in files["Vagrantfile"]
+
+
+def test_a_box_that_cannot_be_made_leaves_what_was_there(cache: Path, qemu: Path, tmp_path: Path) -> None:
+    script(qemu.with_name("qemu-img"), "echo no space >&2; exit 1")
+    (tmp_path / "a.box").write_text("the one before")
+    with pytest.raises(TroubleError, match="qemu-img failed: no space"):
+        box.make(WHICH, tmp_path / "a.box")
+    assert [file.read_text() for file in tmp_path.glob("*.box*")] == ["the one before"] and not list(cache.glob("run-*"))
 
 
 def test_a_killed_tool_takes_its_machine_along(cache: Path, qemu: Path, tmp_path: Path) -> None:
