@@ -22,6 +22,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "vm"))
 
 import box
+import cli
 import hosts
 import images
 import machine
@@ -418,6 +419,24 @@ def test_a_machine_that_is_given_up_has_its_row_all_the_same(cache: Path, qemu: 
     with pytest.raises(TroubleError, match="did not end within 1 s"):
         hosts.suite(WHICH, "root", [], 1, document)
     assert "| 1 | 1: " in document.read_text()
+
+
+def test_a_machine_that_hangs_is_no_reason_to_leave_out_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = []
+
+    def suite(which: machine.Machine, user: str, words: list[str], seconds: float) -> int:
+        tried.append((which.distro, user))
+        if tried[-1] == ("debian12", "delegated"):
+            raise TroubleError("it did not boot")
+        return 137
+
+    monkeypatch.setattr(hosts, "suite", suite)
+    arguments = cli.parser().parse_args(["vm-test"])
+    assert arguments.do(arguments) == 125
+    assert tried == [(distro, user) for distro in images.DISTROS for user in machine.USERS]
+    assert capsys.readouterr().err == "vm: debian12, kernel 6.1, delegated: it did not boot\n"
 
 
 def test_a_row_takes_the_place_of_its_predecessor_and_of_no_other() -> None:

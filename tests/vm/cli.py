@@ -15,6 +15,7 @@ import machine
 from images import TroubleError
 from machine import Machine
 
+TROUBLE = 125
 DEFAULT_KERNELS = {"debian12": "6.1", "debian13": "6.12", "debian13-selinux": "6.12", "debian-testing": "testing"}
 
 
@@ -30,7 +31,17 @@ def _test(arguments: argparse.Namespace) -> int:
     if arguments.kernel:
         chosen = [Machine(arguments.distro or "debian12", arguments.kernel)]
     users = [arguments.user] if arguments.user else machine.USERS
-    return max(hosts.suite(each, user, words, arguments.timeout) for each in chosen for user in users)
+    statuses = [_suite(each, user, words, arguments.timeout) for each in chosen for user in users]
+    return TROUBLE if TROUBLE in statuses else max(statuses)
+
+
+def _suite(which: Machine, user: machine.User, words: list[str], seconds: float) -> int:
+    """One that hangs is no reason to leave out the others."""
+    try:
+        return hosts.suite(which, user, words, seconds)
+    except TroubleError as error:
+        images.say(f"{which.distro}, kernel {which.kernel}, {user}: {error}")
+        return TROUBLE
 
 
 def _smoke(arguments: argparse.Namespace) -> int:
@@ -95,7 +106,7 @@ def main(words: list[str]) -> int:
         images.say(f"{error.filename or 'this machine'}: {error.strerror}")
     except KeyboardInterrupt:
         return 130
-    return 125
+    return TROUBLE
 
 
 if __name__ == "__main__":
