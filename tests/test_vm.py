@@ -383,6 +383,12 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
+def test_what_runs_without_a_command_is_said() -> None:
+    for command in (["sh", ROOT / "dev", "help"], [sys.executable, CLI, "vm", "--help"]):
+        said = subprocess.run(command, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, check=True).stdout
+        assert "uname -a" in said
+
+
 # ---------------------------------------------------------------- docs/hosts.md
 
 SAID = """..F.s

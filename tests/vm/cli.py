@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     vm.add_argument(
         "--user", choices=machine.USERS, default="root", help="root in a delegated unit, or a user with or without such a group"
     )
-    vm.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    vm.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="without one: uname -a. There is no terminal")
     vm.set_defaults(do=_vm)
 
     test = commands.add_parser(
