@@ -389,6 +389,12 @@ def test_what_runs_without_a_command_is_said() -> None:
         assert "uname -a" in said
 
 
+@pytest.mark.parametrize("words", [["chaos", "x"], ["chaos", "9", "1.5"], ["fuzz", "-1"]])
+def test_a_number_that_is_none_is_said_in_one_line_before_anything_is_set_up(words: list[str]) -> None:
+    done = subprocess.run(["sh", ROOT / "dev", *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"dev: not a whole number: {words[-1]}\n")
+
+
 # ---------------------------------------------------------------- docs/hosts.md
 
 SAID = """..F.s
