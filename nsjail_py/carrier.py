@@ -1,8 +1,9 @@
 """A caller's own file, carried through a pipe.
 
-Where the program runs as the caller's user, a descriptor of his file is more than its bytes: its mode can be changed, and through
-/proc/self/fd it can be opened again, for writing or without O_APPEND. So such a file stays outside. And an OCI runtime gives what it is
-passed to the container's user, be it /dev/null: it is passed pipes only.
+A descriptor is more than what is written to it. Whoever has it can move where the caller goes on writing, take O_APPEND from it, and cut the
+file off; where the program runs as the caller's user, it can also change the file's mode, and open it again through /proc/self/fd. So a file
+that takes output stays outside, and one that gives input where the program would own it. And an OCI runtime gives what it is passed to the
+container's user, be it /dev/null: it is passed pipes only.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ TOLD_MS = 1000
 """How long a program may take to die of SIGXFSZ. One that ignores it finds its pipe closed after that."""
 
 
-def would_own(descriptor: int) -> bool:
-    """Whether a program inside would be the owner of this file. Root gives each run a user of its own."""
+def stays_outside(descriptor: int, *, output: bool) -> bool:
+    """Whether it is a file that no program is given. Root gives each run a user of its own, who owns no file of the caller's."""
     status = os.fstat(descriptor)
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() != 0
+    return stat.S_ISREG(status.st_mode) and (output or status.st_uid == os.geteuid() != 0)
 
 
 class Bound:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
-from .carrier import Bound, Carrier, would_own
+from .carrier import Bound, Carrier, stays_outside
 from .errors import PolicyError, during
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class Ends:
             return self._keep(theirs)
         descriptor = stream if isinstance(stream, int) else stream.fileno()
         no_directory(descriptor)
-        return self._carried(number, descriptor) if self.only_pipes or would_own(descriptor) else descriptor
+        carried = self.only_pipes or stays_outside(descriptor, output=number > 0)
+        return self._carried(number, descriptor) if carried else descriptor
 
     def _carried(self, number: int, descriptor: int) -> int:
         self.carriers.append(Carrier(descriptor, to_program=number == 0))

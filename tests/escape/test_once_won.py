@@ -63,6 +63,16 @@ def test_files_as_streams_are_read_and_written_to_their_end(given: Path) -> None
         assert target.read() == data
 
 
+@pytest.mark.parametrize("start", ["exec", "warm"])
+def test_a_file_that_takes_output_keeps_what_is_in_it(start: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("before\n")
+    source = "import fcntl, os\nprint('said', flush=True)\nfor act in (lambda: fcntl.fcntl(1, fcntl.F_SETFL, 0), lambda: os.ftruncate(1, 0), lambda: os.lseek(1, 0, 0), lambda: os.pread(1, 9, 0)):\n  try: act()\n  except OSError: pass\nprint('FORGED')"  # fmt: skip
+    with open(tmp_path / "log", "a") as log:
+        nsjail_py.Jail("moderate", **({"preload": []} if start == "warm" else {})).run_python(source, stdout=log).check()
+        print("after", file=log)
+    assert (tmp_path / "log").read_text() == "before\nsaid\nFORGED\nafter\n"
+
+
 @pytest.mark.parametrize("mode", ["wb", "ab", "r+b"])
 @pytest.mark.parametrize("size", [(1 << 20) + 1, 3 << 20], ids=["a byte", "much"])
 def test_a_file_as_a_stream_becomes_no_larger_than_a_file_may(size: int, mode: str, given: Path) -> None:
