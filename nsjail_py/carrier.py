@@ -1,9 +1,9 @@
 """A caller's own file, carried through a pipe.
 
-A descriptor is more than what is written to it. Whoever has it can move where the caller goes on writing, take O_APPEND from it, and cut the
-file off; where the program runs as the caller's user, it can also change the file's mode, and open it again through /proc/self/fd. So a file
-that takes output stays outside, and one that gives input where the program would own it. And an OCI runtime gives what it is passed to the
-container's user, be it /dev/null: it is passed pipes only.
+A descriptor is more than what is written to it. Whoever has it can move where the caller goes on writing, take O_APPEND from it, and cut
+the file off; where the program runs as the caller's user, it can also change the file's mode, and open it again through /proc/self/fd. So
+a file that takes output stays outside, and one that gives input where the program would own it. And an OCI runtime gives what it is passed
+to the container's user, be it /dev/null: it is passed pipes only.
 """
 
 from __future__ import annotations
