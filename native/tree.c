@@ -168,19 +168,42 @@ static int lines_add(int file, const char *const names[LINES], uint64_t sums[LIN
 	return size < 0 && !gone() ? -1 : 0;
 }
 
-static int pids_memory(const struct pids *pids, const char *name, const char *const names[LINES], uint64_t sums[LINES]) {
+static int file_add(int directory, const char *name, const char *const names[LINES], uint64_t sums[LINES]) {
+	int file = openat(directory, name, O_RDONLY | O_CLOEXEC);
+	if (file < 0)
+		return gone() ? 0 : -1;
+	int result = lines_add(file, names, sums), error = errno;
+	close(file);
+	errno = error;
+	return result;
+}
+
+/* What a process has when its first thread has ended: that one's file tells nothing, and each of the others' tells all. */
+static int threads_add(pid_t pid, const char *file, const char *const names[LINES], uint64_t sums[LINES]) {
+	char path[64], name[64];
+	const struct dirent *thread;
+	const uint64_t before = sums[0];
+	int result = 0;
+	snprintf(path, sizeof path, "/proc/%d/task", pid);
+	DIR *threads = opendir(path);
+	if (!threads)
+		return gone() ? 0 : -1;
+	while (result == 0 && sums[0] == before && (thread = readdir(threads))) {
+		snprintf(name, sizeof name, "%.20s/%s", thread->d_name, file);
+		result = thread->d_name[0] == '.' ? 0 : file_add(dirfd(threads), name, names, sums);
+	}
+	int error = errno;
+	closedir(threads);
+	errno = error;
+	return result;
+}
+
+static int pids_memory(const struct pids *pids, const char *file, const char *const names[LINES], uint64_t sums[LINES]) {
 	for (size_t i = 1; i < pids->count; i++) {
 		char path[64];
-		snprintf(path, sizeof path, "/proc/%d/%s", pids->list[i], name);
-		int file = open(path, O_RDONLY | O_CLOEXEC);
-		if (file < 0 && gone())
-			continue;
-		if (file < 0)
-			return -1;
-		int result = lines_add(file, names, sums), error = errno;
-		close(file);
-		errno = error;
-		if (result < 0)
+		uint64_t before = sums[0]; /* page tables, or what is not shared: a process that has memory has some */
+		snprintf(path, sizeof path, "/proc/%d/%s", pids->list[i], file);
+		if (file_add(AT_FDCWD, path, names, sums) < 0 || (sums[0] == before && threads_add(pids->list[i], file, names, sums) < 0))
 			return -1;
 	}
 	return 0;

@@ -49,7 +49,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     file_size: int | None = None
     """Bytes in one written file (RLIMIT_FSIZE), also in a file of the caller's that is a standard stream."""
     disk: int | None = 64 * 1024**2
-    """Bytes in /work, /tmp and /dev/shm together (one tmpfs; it is memory, and counts there too)."""
+    """Bytes in /work, /tmp and /dev/shm together (one tmpfs; it is memory, and counts there too). What the policy shows writable of the
+    host is not among them: a file system of its own, or a quota, limits that."""
     files: int | None = 65536
     """Files and directories in /work, /tmp and /dev/shm together (inodes of that tmpfs)."""
     output: int | None = 16 * 1024**2
