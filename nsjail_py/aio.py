@@ -1,4 +1,7 @@
-"""The same for asyncio: nothing blocks the event loop, and cancelling a task kills its jail."""
+"""The same for asyncio: nothing blocks the event loop, and cancelling `run` kills its jail.
+
+A Process that you started yourself stays yours: who is cancelled in `communicate` or `stream` has it still.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import select
+import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
@@ -14,15 +18,18 @@ from .errors import JailError, PolicyError, SetupError
 from .jail import Jail, Process, worth_another
 from .policy import Policy
 from .process import LINGER_S
-from .result import Result
+from .result import Result, Verdict
 from .streams import captured, split
 
+LATE_S = 0.02
+"""How late the loop may be with a timeout before a thread of its own sees to it."""
 Where = Policy | str | os.PathLike[str] | Jail
 """A policy, or a Jail that is there already: its stock, its warm interpreter."""
 
 
 async def run(args: Any, *, policy: Where = "untrusted", **options: Any) -> Result:
-    """As nsjail_py.run. A Jail as policy is used as it is, and options that would change its policy are an error."""
+    """As nsjail_py.run. A Jail as policy is used as it is, and options that would change its policy are an error. timeout: seconds from the
+    call on; then the run is killed, also while something blocks the event loop, and TimeoutError raised, as by asyncio.timeout."""
     streams, changes = split(options)
     data, timeout = streams.pop("input", None), streams.pop("timeout", None)
     jail = _jail(policy, changes)
@@ -50,24 +57,52 @@ def _jail(policy: Where, changes: dict[str, Any]) -> Jail:
 async def _to_end(start: Callable[[], Process], data: bytes | None, timeout: float | None) -> Result:
     # Building a root for the first time takes seconds, so the start has a thread; what follows only waits.
     used, process = launcher.peek(), None
-    try:
-        process = await asyncio.to_thread(start)
-        return await _within(timeout, process, data)
-    except SetupError as error:
-        if not worth_another(error, used, process):
-            raise
-    return await _within(timeout, await asyncio.to_thread(start), data)
+    async with asyncio.timeout(timeout) as bound:
+        try:
+            process = await asyncio.to_thread(start)
+            return await _within(bound, process, data)
+        except SetupError as error:
+            if not worth_another(error, used, process):
+                raise
+        return await _within(bound, await asyncio.to_thread(start), data)
 
 
-async def _within(timeout: float | None, process: Process, data: bytes | None) -> Result:
+async def _within(bound: asyncio.Timeout, process: Process, data: bytes | None) -> Result:
     try:
-        async with asyncio.timeout(timeout):
-            return await communicate(process, data)
+        with _killed_at(bound.when(), process) as late:
+            result = await communicate(process, data)
+            if late.is_set() and result.verdict is Verdict.killed:
+                raise TimeoutError
+            return result
     except (Exception, asyncio.CancelledError):
         await _ended(process)
         raise
     finally:
         process.let_go()  # a traceback may keep the handle
+
+
+@contextlib.contextmanager
+def _killed_at(when: float | None, process: Process) -> Iterator[threading.Event]:
+    """Kills the run a moment after that time of the loop's clock, if the loop has not: something keeps it from looking. What it gives is
+    set then."""
+    late = threading.Event()
+    if when is None:
+        yield late
+        return
+
+    def kill() -> None:
+        late.set()
+        with contextlib.suppress(OSError, JailError):
+            process.kill()
+
+    timer = threading.Timer(max(0.0, when - asyncio.get_running_loop().time()) + LATE_S, kill)
+    timer.daemon = True
+    with contextlib.suppress(RuntimeError):  # where no thread can be had, the loop alone keeps the time
+        timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
 
 
 async def _ended(process: Process) -> None:

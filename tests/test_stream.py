@@ -7,6 +7,8 @@ import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PATIENCE
@@ -114,6 +116,50 @@ def test_leaving_the_iterator_early_kills_the_run(leaves_nothing: None) -> None:
     with Jail("untrusted").start(["/usr/bin/yes"], stdout=PIPE) as process:
         next(process.stream())
     assert process.wait().verdict is Verdict.killed
+
+
+@pytest.mark.parametrize("limit", ["timeout", "wall_time"])
+def test_a_limit_of_time_holds_while_something_blocks_the_event_loop(limit: str, tmp_path: Path) -> None:
+    """The program would write another line each 10 ms."""
+    source = "import sys, time\nwhile True: print(end='.', flush=True); time.sleep(0.01)"
+    ended: list[int] = []
+
+    async def main() -> None:
+        with open(tmp_path / "out", "wb") as out:
+            run = asyncio.create_task(aio.run_python(source, stdout=out, **{limit: 0.3 * PATIENCE}))  # type: ignore[arg-type]
+            while not out.tell() and not (tmp_path / "out").stat().st_size:
+                await asyncio.sleep(0.01)
+            time.sleep(1.5 * PATIENCE)
+            ended.append((tmp_path / "out").stat().st_size)
+            time.sleep(0.3)
+            ended.append((tmp_path / "out").stat().st_size)
+            if limit == "timeout":
+                with pytest.raises(TimeoutError):
+                    await run
+            else:
+                assert (await run).verdict is Verdict.wall_time
+
+    asyncio.run(main())
+    assert 0 < ended[0] == ended[1], "it wrote nothing more"
+
+
+def test_a_timeout_of_asyncio_is_for_the_start_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    jail = Jail("untrusted")
+    start = jail.start
+
+    def slowly(*args: Any, **options: Any) -> Process:
+        time.sleep(0.6 * PATIENCE)
+        return start(*args, **options)
+
+    monkeypatch.setattr(jail, "start", slowly)
+    began = time.monotonic()
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            await aio.run(["/bin/true"], policy=jail, timeout=0.1)
+        assert time.monotonic() - began < 0.5 * PATIENCE
+
+    asyncio.run(main())
 
 
 def test_cancelling_a_stream_kills_the_run() -> None:
