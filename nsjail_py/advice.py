@@ -35,7 +35,10 @@ ROWS: dict[tuple[str, int], str] = {
     ): "no right to mount: AppArmor or a filter refuses it (systemd unit: SystemCallFilter= as `nsjail-py systemd unit` has it)",
     ("mount source", E.ENOENT): "the source does not exist on the host",
     ("mount target", E.EROFS): "the target lies in a read-only tree and is not there: choose one outside of it",
-    ("mount bind", E.ENOENT): "the target does not exist inside: it lies below a directory that is shown read-only",
+    (
+        "mount bind",
+        E.ENOENT,
+    ): "the target is not there, and cannot be made in what the jail shows of the host or an image: make it there, or choose another",
     ("mount bind", E.ENOTDIR): "source and target must both be files or both be directories",
     ("mount idmap", E.EPERM): "a writable directory must not belong to root: chown it to the user who is to own the files",
     ("mount idmap", E.EINVAL): "this file system cannot be mounted with other ids: use ext4, xfs, btrfs, or tmpfs on Linux 6.3 or later",

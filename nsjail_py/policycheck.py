@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 ALWAYS_MADE = ("user", "mount", "pid")
 ROOTS = ("minimal", "system", "host")
-OWN_TREES = ("/proc", "/dev")
-"""Filled by the jail itself, all the way down."""
-OWN_PLACES = ("/", "/work", "/tmp", "/app")
+OWN_TREES = ("/work", "/tmp", "/app", "/proc", "/dev")
+"""Filled by the jail itself, all the way down; but a `workdir` has what its owner put there."""
 HOST_NAME_MAX = 64
 """_SC_HOST_NAME_MAX on Linux; sethostname(2)"""
 MOST = {"processes": 4 * 1024**2, "open_files": 1024**2, "cpus": cpuset.MOST}
@@ -154,9 +153,11 @@ def _mounts(policy: Policy) -> Iterator[str]:
         target = str(PurePosixPath(mount.target))
         if target.startswith("//"):  # POSIX lets exactly two slashes mean something else; Linux does not
             target = target[1:]
-        if target in OWN_PLACES or any(_below(target, tree) for tree in OWN_TREES):
-            own = ", ".join(OWN_PLACES[1:]) + ", and all of " + " and ".join(OWN_TREES)
-            yield f"{place}: {_shown(mount.target)} is the jail's own ({own} cannot be mounted over)"
+        in_workdir = policy.workdir is not None and target.startswith("/work/")
+        if target == "/" or (not in_workdir and any(_below(target, tree) for tree in OWN_TREES)):
+            instead = _shown(str(PurePosixPath("/data", PurePosixPath(target).name)))
+            own = f"nothing can be shown at or below {', '.join(OWN_TREES)}"
+            yield f"{place}: {_shown(mount.target)} is the jail's own ({own}): choose another place, such as {instead} (--bind SRC:DST)"
             continue
         for other, owner in taken:
             if _below(target, other) or _below(other, target):

@@ -129,7 +129,20 @@ def test_a_long_chain_of_policies_is_told_in_one_line(write):
         ("/a\0b", "NUL"),
         *(
             (own, "is the jail's own")
-            for own in ("/", "/proc", "/proc/sys", "//proc/", "/./dev/shm", "/work", "/work/", "/tmp", "/app", "/dev")
+            for own in (
+                "/",
+                "/proc",
+                "/proc/sys",
+                "//proc/",
+                "/./dev/shm",
+                "/dev",
+                "/work",
+                "/work/",
+                "/work/x",
+                "/tmp",
+                "/tmp/a/b",
+                "/app/x",
+            )
         ),
         ("/taken", "collides with /taken of $.mounts[0]"),
         ("/taken//below/", "collides"),

@@ -33,6 +33,17 @@ def write(name: str, **shown: object) -> str:
     return nsjail_py.run(["/bin/sh", "-c", f"echo > {name} && echo written"], policy="moderate", **shown).stdout.decode().strip()
 
 
+def test_a_mount_may_lie_in_a_work_directory_that_has_a_place_for_it(tmp_path: Path) -> None:
+    (tmp_path / "work" / "data").mkdir(parents=True)
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown" / "name").write_text("here")
+    jail = Jail("moderate", workdir=str(tmp_path / "work"), mounts=[Mount(source=str(tmp_path / "shown"), target="/work/data")])
+    assert jail.run(["/bin/cat", "data/name"]).check().stdout == b"here"
+    (tmp_path / "work" / "data").rmdir()
+    with pytest.raises(nsjail_py.SetupError, match=r"on /work/data\); .* make it there, or choose another"):
+        jail.run(["/bin/true"])
+
+
 def test_a_work_directory_that_is_made_anew_is_the_work_directory(tmp_path: Path) -> None:
     """A server's, that makes one for each request under the same name."""
     for _ in range(3):
