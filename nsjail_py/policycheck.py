@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from importlib.machinery import FrozenImporter
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ HOST_NAME_MAX = 64
 """_SC_HOST_NAME_MAX on Linux; sethostname(2)"""
 MOST = {"processes": 4 * 1024**2, "open_files": 1024**2, "cpus": cpuset.MOST}
 """PID_MAX_LIMIT, what fs.nr_open begins with, and CONFIG_NR_CPUS: the kernel refuses more."""
+STARTS_WITH = ("encodings",)
+"""The one module of the standard library that an interpreter loads from a file, whatever it runs."""
 LEAST_CPUS = 0.01
 """A thousandth of a second in each tenth: the kernel refuses less."""
 TYPE_NAMES: dict[type, str] = {
@@ -228,18 +231,22 @@ def _python(policy: Policy) -> Iterator[str]:
         yield "$.python.stdlib: only a minimal root is made of chosen modules"
     if policy.python.without and policy.root != "minimal":
         yield "$.python.without: only a minimal root is made of chosen modules"
-    for index, name in enumerate(policy.python.without):
-        if name not in sys.stdlib_module_names:
-            near = did_you_mean(name, sys.stdlib_module_names)
-            yield f"$.python.without[{index}]: {_shown(name)} is no module of the standard library{near}"
-        elif name in sys.builtin_module_names:
-            yield f"$.python.without[{index}]: {_shown(name)} is built into the interpreter and cannot be left out"
+    yield from _without(policy.python.without)
     if policy.python.scan_ignore:
         from .layers.rules import known
 
         for index, name in enumerate(policy.python.scan_ignore):
             if name not in known():
                 yield f"$.python.scan_ignore[{index}]: the scan has no rule {_shown(name)}{did_you_mean(name, known())}"
+
+
+def _without(modules: tuple[str, ...]) -> Iterator[str]:
+    for index, name in enumerate(modules):
+        if name not in sys.stdlib_module_names:
+            near = did_you_mean(name, sys.stdlib_module_names)
+            yield f"$.python.without[{index}]: {_shown(name)} is no module of the standard library{near}"
+        elif name in STARTS_WITH or name in sys.builtin_module_names or FrozenImporter.find_spec(name):
+            yield f"$.python.without[{index}]: {_shown(name)} is built into the interpreter, or what it starts with, and cannot be left out"
 
 
 def _syscalls(policy: Policy) -> Iterator[str]:

@@ -118,6 +118,15 @@ def test_what_cannot_be_left_out_is_a_fault_of_the_policy(name: str) -> None:
         nsjail_py.Jail(without=[name])
 
 
+def test_what_an_interpreter_starts_with_cannot_be_left_out() -> None:
+    """Frozen modules would be there all the same, and without `encodings` no run gets as far as its script."""
+    source = "import sys\nprint(*{name.partition('.')[0] for name in sys.modules} & sys.stdlib_module_names, 'runpy')"
+    names = nsjail_py.run_python(source).check().stdout.decode().split()
+    with pytest.raises(nsjail_py.PolicyError) as caught:
+        nsjail_py.Jail(without=names)
+    assert {"os", "io", "codecs", "encodings"} <= set(names) and len(caught.value.problems) == len(set(names))
+
+
 LINE = b'only the needed part of the standard library is visible; [python] imports = [..., "%s"]'
 
 
