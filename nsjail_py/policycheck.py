@@ -44,11 +44,18 @@ TYPE_NAMES: dict[type, str] = {
 }
 
 
-def type_problems(table: Any) -> list[str]:
-    """Unknown fields and values of a wrong type, at any depth, each with its place."""
+def type_problems(table: Any) -> list[tuple[str, str]]:
+    """Unknown fields and values of a wrong type, at any depth: the place of each, and what is wrong there."""
     from .policy import Policy
 
     return list(_walk(table, msgspec.inspect.type_info(Policy), "$"))
+
+
+def mended(table: Any) -> Any:
+    """The table with each value of a wrong type left out, or empty where something has to stand, so that all the others can be judged."""
+    from .policy import Policy
+
+    return _mended(table, msgspec.inspect.type_info(Policy))
 
 
 def value_problems(policy: Policy) -> list[str]:
@@ -63,39 +70,72 @@ def value_problems(policy: Policy) -> list[str]:
     return found
 
 
-def _walk(value: Any, kind: Any, place: str) -> Iterator[str]:
+def _walk(value: Any, kind: Any, place: str) -> Iterator[tuple[str, str]]:
     info = msgspec.inspect
-    if isinstance(kind, info.UnionType):
-        # A union here is "something or nothing"; the something gives the better message.
-        kinds = [part for part in kind.types if not isinstance(part, info.NoneType)]
-        if value is not None:
-            yield from _walk(value, kinds[0], place)
-    elif isinstance(kind, info.LiteralType):
-        if value not in kind.values:
-            yield f"{place}: {_shown(value)} is not one of its values{did_you_mean(value, map(str, kind.values))}"
-    elif isinstance(kind, info.StructType) and isinstance(value, dict):
+    kind = _something(kind, value)
+    if not _fits(value, kind):
+        if isinstance(kind, info.LiteralType):
+            yield place, f"{_shown(value)} is not one of its values{did_you_mean(value, map(str, kind.values))}"
+        else:
+            yield place, f"must be {TYPE_NAMES[type(kind)]}, not {_shown(value)}"
+    elif isinstance(kind, info.StructType):
         yield from _walk_struct(value, kind, place)
-    elif isinstance(kind, info.DictType) and isinstance(value, dict):
+    elif isinstance(kind, info.DictType):
         for name, item in value.items():
             yield from _walk(name, kind.key_type, f"{place}.{one_line(str(name))}")
             yield from _walk(item, kind.value_type, f"{place}.{one_line(str(name))}")
-    elif isinstance(kind, info.VarTupleType) and isinstance(value, (list, tuple)):
+    elif isinstance(kind, info.VarTupleType):
         for index, item in enumerate(value):
             yield from _walk(item, kind.item_type, f"{place}[{index}]")
-    elif not _is(value, kind):
-        yield f"{place}: must be {TYPE_NAMES[type(kind)]}, not {_shown(value)}"
 
 
-def _walk_struct(table: dict[Any, Any], kind: msgspec.inspect.StructType, place: str) -> Iterator[str]:
+def _walk_struct(table: dict[Any, Any], kind: msgspec.inspect.StructType, place: str) -> Iterator[tuple[str, str]]:
     fields = {field.name: field for field in kind.fields}
     for name, value in table.items():
         if name in fields:
             yield from _walk(value, fields[name].type, f"{place}.{name}")
         else:
-            yield f"{place}.{one_line(str(name))}: there is no such field{did_you_mean(name, fields)}"
+            yield f"{place}.{one_line(str(name))}", f"there is no such field{did_you_mean(name, fields)}"
     for name, field in fields.items():
         if field.required and name not in table:
-            yield f"{place}.{name}: is missing"
+            yield f"{place}.{name}", "is missing"
+
+
+def _mended(value: Any, kind: Any) -> Any:
+    info = msgspec.inspect
+    kind = _something(kind, value)
+    if isinstance(kind, info.StructType):
+        given = value if isinstance(value, dict) else {}
+        return {
+            field.name: _mended(given.get(field.name), field.type)
+            for field in kind.fields
+            if field.required or (field.name in given and _fits(given[field.name], field.type))
+        }
+    if isinstance(kind, info.DictType):
+        return {name: item for name, item in value.items() if _fits(name, kind.key_type) and _fits(item, kind.value_type)}
+    if isinstance(kind, info.VarTupleType):
+        return [_mended(item, kind.item_type) for item in value]
+    if _fits(value, kind):
+        return value
+    return kind.values[0] if isinstance(kind, info.LiteralType) else ""
+
+
+def _something(kind: Any, value: Any) -> Any:
+    """A union here is "something or nothing"; the something gives the better message."""
+    if not isinstance(kind, msgspec.inspect.UnionType):
+        return kind
+    return next(part for part in kind.types if isinstance(part, msgspec.inspect.NoneType) == (value is None))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether the value is of this kind, whatever is in it."""
+    info = msgspec.inspect
+    kind = _something(kind, value)
+    if isinstance(kind, info.LiteralType):
+        return value in kind.values
+    if isinstance(kind, info.StructType | info.DictType):
+        return isinstance(value, dict)
+    return isinstance(value, (list, tuple)) if isinstance(kind, info.VarTupleType) else _is(value, kind)
 
 
 def _is(value: Any, kind: Any) -> bool:

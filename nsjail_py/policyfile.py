@@ -18,7 +18,7 @@ import msgspec
 from .errors import PolicyError, during
 from .oneline import one_line
 from .policy import Limits, Policy, Python
-from .policycheck import type_problems, value_problems
+from .policycheck import mended, type_problems, value_problems
 from .suggest import did_you_mean
 from .units import parse_size, parse_time
 
@@ -202,10 +202,10 @@ def _build(table: Table, prefix: str = "", also: Iterable[str] = ()) -> Policy:
         policy = msgspec.convert(table, Policy)
     except (msgspec.ValidationError, UnicodeError):
         misshapen = type_problems(table)
-        wrong += misshapen
+        wrong += [f"{place}: {fault}" for place, fault in misshapen]
         # What has the right shape is judged all the same: people want to see every fault at once.
-        rest = {key: value for key, value in table.items() if not type_problems({key: value})}
-        wrong += value_problems(msgspec.convert(rest, Policy)) if len(rest) < len(table) else []
+        told = tuple(f"{place}{end}" for place, _ in misshapen for end in ":.[")
+        wrong += [problem for problem in value_problems(msgspec.convert(mended(table), Policy)) if not problem.startswith(told)]
     else:
         wrong += value_problems(policy)
         if not wrong:

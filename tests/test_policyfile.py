@@ -173,6 +173,35 @@ def test_all_faults_are_told_at_once(write):
     ]
 
 
+def test_a_wrong_shape_hides_no_other_fault_of_its_table(write):
+    path = write("""
+namespaces = ["net", "usr"]
+[limits]
+processes = 0
+files = "many"
+[syscalls]
+allow = [3, "@fils"]
+[env]
+A = 1
+"B=" = ""
+[python]
+imports = ["", 4]
+project = "here"
+colour = 1
+[[mounts]]
+source = "a"
+[[mounts]]
+source = 1
+target = "/proc"
+""")
+    places = [problem.removeprefix(f"{path}: ").split(":")[0] for problem in policyfile.check(path)]
+    assert sorted(places) == sorted([
+        "$.namespaces[1]", "$.namespaces", "$.limits.processes", "$.limits.files", "$.syscalls.allow[0]", "$.syscalls.allow[1]",
+        "$.env.A", "$.env.B=", "$.python.imports[0]", "$.python.imports[1]", "$.python.project", "$.python.colour",
+        "$.mounts[0].source", "$.mounts[0].target", "$.mounts[1].source", "$.mounts[1].target",
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize("path", ["/nowhere.toml", "/", "/a\0b", "untrust", ""])
 def test_a_policy_that_cannot_be_read_is_one_error(path):
     with pytest.raises(PolicyError) as caught:
