@@ -95,10 +95,23 @@ def _walk_struct(table: dict[Any, Any], kind: msgspec.inspect.StructType, place:
         if name in fields:
             yield from _walk(value, fields[name].type, f"{place}.{name}")
         else:
-            yield f"{place}.{one_line(str(name))}", f"there is no such field{did_you_mean(name, fields)}"
+            yield (
+                f"{place}.{one_line(str(name))}",
+                f"there is no such field{_home(name) or did_you_mean(name, ('extends', *fields) if place == '$' else fields)}",
+            )
     for name, field in fields.items():
         if field.required and name not in table:
             yield f"{place}.{name}", "is missing"
+
+
+def _home(name: Any) -> str:
+    """Where a field belongs that stands in another table."""
+    from .policy import Limits, Mount, Policy, Python, Syscalls
+
+    homes = {"[limits]": Limits, "[python]": Python, "[syscalls]": Syscalls, "[[mounts]]": Mount}
+    if name in ("extends", *Policy.__struct_fields__):
+        return " (write it above the first [table])"
+    return next((f" (write it under {home})" for home, kind in homes.items() if name in kind.__struct_fields__), "")
 
 
 def _mended(value: Any, kind: Any) -> Any:

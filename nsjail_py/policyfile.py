@@ -30,6 +30,14 @@ UNLIMITED = "unlimited"
 NOT_POLICIES = ("syscalls",)
 OWN_FIELDS = ("name", "description")
 """What is said of one policy and not passed on to those that extend it."""
+OF_SUBPROCESS = {
+    **dict.fromkeys(("text", "encoding", "errors", "universal_newlines"), "output is bytes: result.stdout.decode()"),
+    "capture_output": "output is captured unless stdout and stderr say otherwise",
+    "check": "result.check() raises on anything but ok",
+    "cwd": "it begins in /work, which is empty; workdir= names the directory of the host that is to be there",
+    "shell": 'a shell is a program like any other: ["/bin/sh", "-c", "..."], under a policy that lets it start programs',
+}
+"""What people bring from subprocess.run, and what there is instead."""
 PLAIN = (str, int, float, bool)
 MAX_FILE = 1024**2
 DEEPEST = 32
@@ -103,7 +111,8 @@ def override(policy: Policy, /, **changes: Any) -> Policy:
             table[name] = plain
         else:
             known = (*Limits.__struct_fields__, *Python.__struct_fields__, *Policy.__struct_fields__)
-            wrong.append(f"$.{name}: there is no such setting{did_you_mean(name, known)}")
+            hint = f" ({OF_SUBPROCESS[name]})" if name in OF_SUBPROCESS else did_you_mean(name, known)
+            wrong.append(f"$.{name}: there is no such setting{hint}")
     return _build(table, also=wrong)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsjail_py import policyfile
+from nsjail_py import policyfile, run
 from nsjail_py.errors import PolicyError
 from nsjail_py.policy import Limits, Mount, Policy, Python, Syscalls
 
@@ -74,6 +74,12 @@ def test_a_file_extends_a_file_beside_it(write):
         ("extends = 3", "$.extends: must be the name"),
         ("memry = 3", "$.memry: there is no such field"),
         ("[limits]\nmemry = 3", '$.limits.memry: there is no such field (did you mean \"memory\"?)'),
+        ("memory = '1G'", "$.memory: there is no such field (write it under [limits])"),
+        ('imports = ["numpy"]', "$.imports: there is no such field (write it under [python])"),
+        ('[limits]\nextends = "untrusted"\nloopback = true', "$.limits.extends: there is no such field (write it above the first [table])"),
+        ("[limits]\nloopback = true", "$.limits.loopback: there is no such field (write it above the first [table])"),
+        ('extend = "untrusted"', '$.extend: there is no such field (did you mean "extends"?)'),
+        ('best_effort = ["cgroups"]', 'did you mean "cgroup"?'),
         ("[limits]\nmemory = '64MB'", "$.limits.memory: size '64MB' is ambiguous"),
         ("[limits]\nprocesses = 0", "$.limits.processes: must be more than 0"),
         ("[limits]\nprocesses = true", "$.limits.processes: must be a whole number, not True"),
@@ -255,6 +261,19 @@ def test_override_refuses_unknown_names_and_knows_near_ones():
     assert len(caught.value.problems) == 3
     assert 'did you mean "memory"?' in str(caught.value)
     assert 'did you mean "processes"?' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("capture_output", "captured unless"), ("text", "bytes"), ("encoding", "bytes"), ("check", "result.check()"),
+        ("cwd", "/work"), ("shell", '"/bin/sh", "-c"'),
+    ],
+)  # fmt: skip
+def test_what_subprocess_takes_and_we_do_not_is_told_with_what_there_is_instead(name, instead):
+    with pytest.raises(PolicyError, match=f"{name}: there is no such setting") as caught:
+        run(["/bin/true"], **{name: True})
+    assert instead in str(caught.value)
 
 
 def test_a_policy_made_by_hand_is_checked_by_the_same_rules():
