@@ -64,14 +64,14 @@ def _script(path: str) -> tuple[bytes, str]:
 def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Process]) -> int:
     """Starts the run, carries its streams, and turns its result into a report and an exit status."""
     from .jail import PIPE
+    from .outfile import Output
     from .relay import Relay, writer
 
     _standard_input(options.stdin)
     kept = bytearray(), bytearray()
     stdout, stderr = (kept[0].extend, kept[1].extend) if options.json else (writer(1), writer(2))
     with contextlib.ExitStack() as open_files:
-        # Opened before the run: afterwards it is too late to fail.
-        report = open_files.enter_context(open(options.report, "w")) if options.report else None
+        report = open_files.enter_context(Output(options.report)) if options.report else None
         try:
             with start(stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -83,7 +83,7 @@ def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Pro
         except PermissionError as error:
             return _say(f"{error.filename}: {error.strerror}", CANNOT_EXECUTE)
         if report:
-            report.write(_json(_record(result)) + "\n")
+            report.write((_json(_record(result)) + "\n").encode())
     if options.json:
         over = result.verdict is Verdict.output
         result = replace(result, stdout=bytes(kept[0]), stderr=bytes(kept[1]), stdout_cut=over, stderr_cut=over)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .process import Process
 
 CHUNK = 65536
+STANDARD = {1: "standard output", 2: "standard error"}
 Sink = Callable[[bytes], object]
 """Takes a piece of output. Raises BrokenPipeError when nobody wants more."""
 
@@ -110,8 +111,9 @@ class Relay:
         return bool(data)
 
 
-def writer(descriptor: int) -> Sink:
-    """Writes to a descriptor of the caller, which may be one that does not wait."""
+def writer(descriptor: int, name: str = "") -> Sink:
+    """Writes to a descriptor of the caller, which may be one that does not wait. Errors have its name."""
+    name = name or STANDARD[descriptor]
 
     def write(data: bytes) -> None:
         view = memoryview(data)
@@ -122,5 +124,7 @@ def writer(descriptor: int) -> Sink:
                 poll = select.poll()
                 poll.register(descriptor, select.POLLOUT)
                 poll.poll()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, name) from None
 
     return write

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from .cli import _print, _say, _script
 from .errors import PolicyError
 from .options import Parser, bind, variable
+
+if TYPE_CHECKING:
+    from .observe import Observation
 
 DENIED, FAILED = 1, 1
 MAX_SEEN = 64 * 1024**2
@@ -70,19 +74,13 @@ def parser() -> Parser:
 
 def command_learn(options: argparse.Namespace) -> int:
     from .learn import learn
-    from .observe import dump, load
+    from .observe import dump
+    from .outfile import Output
     from .policy import Mount
+    from .relay import writer
 
     source, name = _script(options.script)
-    kept = Path(options.seen) if options.seen else None
-    earlier = []
-    if kept and kept.exists():
-        with kept.open("rb") as file:
-            data = file.read(MAX_SEEN)
-        try:
-            earlier.append(load(data))
-        except msgspec.DecodeError as error:
-            raise PolicyError(f"{kept}: is not what an earlier run has written: {error}") from None
+    earlier = _earlier(options.seen)
     changes: dict[str, object] = {}
     if options.project:
         changes["project"] = os.path.realpath(options.project)
@@ -92,17 +90,33 @@ def command_learn(options: argparse.Namespace) -> int:
         changes["env"] = dict(pair for text in options.env if "=" in text and (pair := variable(text)))
         changes["env_pass"] = [text for text in options.env if "=" not in text]  # what it is, is not for a file
     input = Path(options.stdin).read_bytes() if options.stdin else None
-    learned = learn(source, options.arguments, name=name, python=options.interpreter, input=input, earlier=earlier, **changes)
-    for stream in (learned.result.stdout, learned.result.stderr):
-        sys.stderr.buffer.write(stream)
-    sys.stderr.buffer.flush()
-    if options.output:
-        Path(options.output).write_text(learned.text, encoding="utf-8")
-    else:
-        _print(learned.text, end="")
-    if kept:
-        kept.write_bytes(dump(learned.seen))
+    with contextlib.ExitStack() as opened:
+        policy = opened.enter_context(Output(options.output)) if options.output else None
+        seen = opened.enter_context(Output(options.seen)) if options.seen else None
+        learned = learn(source, options.arguments, name=name, python=options.interpreter, input=input, earlier=earlier, **changes)
+        with contextlib.suppress(BrokenPipeError):
+            writer(2)(learned.result.stdout + learned.result.stderr)
+        if policy:
+            policy.write(learned.text.encode())
+        else:
+            _print(learned.text, end="")
+        if seen:
+            seen.write(dump(learned.seen))
     return 0 if learned.result.ok else _say(f"the sample failed, and so the policy is for that: {learned.result.summary}", FAILED)
+
+
+def _earlier(path: str | None) -> list[Observation]:
+    """What --seen has of other runs, if it is there at all."""
+    from .observe import load
+
+    if not path or not os.path.exists(path):
+        return []
+    with open(path, "rb") as file:
+        data = file.read(MAX_SEEN)
+    try:
+        return [load(data)]
+    except msgspec.DecodeError as error:
+        raise PolicyError(f"{path}: is not what an earlier run has written: {error}") from None
 
 
 def command_why(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from conftest import IS_ROOT, PATIENCE, ROOT
 
 import nsjail_py
 from nsjail_py.options import bind as split
+from nsjail_py.relay import writer
 
 Cli = list[str]
 
@@ -261,6 +262,40 @@ def test_json_holds_the_result_and_says_how_output_is_written(cli: Cli, script: 
 def test_report_is_written_when_the_program_fails_too(cli: Cli, script: Path, tmp_path: Path) -> None:
     assert call(cli, "run", "--report", str(tmp_path / "r.json"), str(script), "4").returncode == 4
     assert json.loads((tmp_path / "r.json").read_text())["exit_code"] == 4
+
+
+def test_a_report_is_what_it_was_when_no_jail_is_made(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    for name in ("old.json", "new.json"):
+        assert call(cli, "exec", "--report", str(tmp_path / name), "--workdir", "/nonexistent", "--", "true").returncode == 125
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.json", "old")]
+
+
+def test_a_report_goes_through_links_and_into_pipes_and_leaves_both(cli: Cli, script: Path, tmp_path: Path) -> None:
+    (tmp_path / "target.json").write_text("an older and much longer report" * 1000)
+    (tmp_path / "link.json").symlink_to("target.json")
+    assert call(cli, "run", "--report", str(tmp_path / "link.json"), str(script)).returncode == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "target.json").read_text())["verdict"] == "ok"
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    assert call(cli, "run", "--report", str(tmp_path / "fifo"), str(script)).returncode == 0
+    assert json.loads(os.read(reader, 1 << 16))["verdict"] == "ok" and (tmp_path / "fifo").is_fifo()
+    os.close(reader)
+
+
+def test_a_report_on_standard_output_follows_what_the_program_wrote(cli: Cli, script: Path, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out:
+        done = subprocess.run([*cli, "run", "--report", "/dev/stdout", str(script)], stdout=out, stderr=subprocess.DEVNULL, check=True)
+    said, report = (tmp_path / "out").read_text().split("\n", 1)
+    assert said == "hello []" and json.loads(report)["exit_code"] == done.returncode == 0
+
+
+def test_an_error_of_writing_names_what_was_to_be_written(cli: Cli, tmp_path: Path) -> None:
+    command = f"ulimit -f 0; exec {' '.join(cli)} policy list > {tmp_path / 'out'}"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert (done.returncode, done.stderr) == (125, b"nsjail-py: standard output: File too large\n")
+    with open(os.devnull, "rb") as nothing, pytest.raises(OSError, match="'the report'"):
+        writer(nothing.fileno(), "the report")(b"x")
 
 
 def test_bind_project_and_workdir_show_what_they_say(cli: Cli, tmp_path: Path) -> None:

@@ -292,6 +292,30 @@ def test_the_command_writes_a_policy_and_merges(cli: list[str], tmp_path: Path) 
     assert done.returncode == 1 and b"the sample failed" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["-o", "--seen"])
+@pytest.mark.parametrize("place", ["nowhere/file", "."])
+def test_where_nothing_can_be_written_the_sample_is_not_run(option: str, place: str, tmp_path: Path, cli: list[str]) -> None:
+    (tmp_path / "s.py").write_text("print('it runs')")
+    done = subprocess.run([*cli, "learn", option, tmp_path / place, tmp_path / "s.py"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (125, "", 1)
+    assert str(tmp_path / place) in done.stderr and "it runs" not in done.stderr
+
+
+def test_a_policy_that_was_there_outlives_an_error_of_the_next(tmp_path: Path, cli: list[str]) -> None:
+    (tmp_path / "policy").write_text("before")
+    options = ["-o", tmp_path / "policy", "--project", "/nonexistent"]
+    done = subprocess.run([*cli, "learn", *options, "/dev/null"], capture_output=True, check=False)
+    assert done.returncode == 125 and (tmp_path / "policy").read_text() == "before"
+
+
+def test_a_policy_is_learned_without_a_standard_error(tmp_path: Path, cli: list[str]) -> None:
+    (tmp_path / "s.py").write_text("print('out')")
+    (tmp_path / "link").symlink_to("policy.toml")
+    command = f"{' '.join(cli)} learn -o {tmp_path / 'link'} --seen {tmp_path / 'seen'} {tmp_path / 's.py'} 2>&-"
+    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 0
+    assert (tmp_path / "link").is_symlink() and policyfile.load(tmp_path / "policy.toml").syscalls and (tmp_path / "seen").stat().st_size
+
+
 # ---------------------------------------------------------------- why
 
 
