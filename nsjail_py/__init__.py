@@ -22,6 +22,7 @@ __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "Cell",
     "Jail",
     "JailError",
     "JailExecutor",
@@ -49,13 +50,13 @@ __all__ = [
     "run_python",
 ]
 
-LATE = {"JailExecutor": "executor", "Session": "session", "aio": "aio"}
+LATE = {"Cell": "session", "JailExecutor": "executor", "Session": "session", "aio": "aio"}
 """By their modules: what is imported when it is asked for, since most users start programs."""
 
 if TYPE_CHECKING:  # a type checker that saw the function would take any name for one of ours
     from . import aio
     from .executor import JailExecutor
-    from .session import Session
+    from .session import Cell, Session
 else:
 
     def __getattr__(name: str) -> Any:

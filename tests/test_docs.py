@@ -32,7 +32,7 @@ def shell_examples() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-@pytest.mark.parametrize("page", ["policy-reference.md", "reference/commands.md"])
+@pytest.mark.parametrize("page", ["policy-reference.md", "reference/commands.md", "reference/api.md"])
 def test_what_is_generated_is_of_this_code(page: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
     assert (ROOT / "docs" / page).read_text() == pages[page]()
@@ -42,6 +42,13 @@ def test_the_page_of_commands_has_every_command() -> None:
     page = (ROOT / "docs/reference/commands.md").read_text()
     (listed,) = parser()._subparsers._group_actions
     assert [name for name in listed.choices if f"## nsjail-py {name}" not in page] == []
+
+
+def test_the_page_of_the_api_has_every_name_that_is_exported() -> None:
+    page = (ROOT / "docs/reference/api.md").read_text()
+    names = {*nsjail_py.__all__, *(f"aio.{name}" for name in ("run", "run_python", "communicate", "stream")), "systemd.Resident"} - {"aio"}
+    assert [name for name in names if not re.search(rf"`(async )?{re.escape(name)}[`(]", page)] == []
+    assert nsjail_py.Cell.__name__ in nsjail_py.__all__
 
 
 @pytest.mark.parametrize("block", PYTHON)
