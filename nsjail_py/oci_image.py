@@ -30,6 +30,7 @@ PREFIX = "oci:"
 FORMAT = 2
 """Raised whenever the same image gives another tree."""
 REF_NAME = "org.opencontainers.image.ref.name"
+NO_IMAGE = "is neither an OCI image layout, which has an index.json, nor the archive that `docker save` writes"
 MAX_JSON = 4 * 1024**2
 MAX_LAYERS = 200
 MAX_FILES = 10_000
@@ -151,10 +152,16 @@ def _source(place: Place) -> Iterator[tuple[str, list[Layer]]]:
         return
     with _open(place.path) as file:
         members: dict[str, tarfile.TarInfo] = {}
-        for count, member in enumerate(entries(Bounded(file))):
-            if count >= MAX_FILES:
-                refuse(member.name, f"more than {MAX_FILES} entries")
-            members[member.name] = member
+        try:
+            for count, member in enumerate(entries(Bounded(file))):
+                if count >= MAX_FILES:
+                    refuse(member.name, f"more than {MAX_FILES} entries")
+                members[member.name] = member
+        except (tarfile.TarError, Refused):
+            if members:
+                raise
+        if not members:
+            raise Refused(NO_IMAGE)
         yield _saved(file, members, place.tag)
 
 
@@ -187,6 +194,8 @@ def _layout(top: Path, tag: str | None) -> tuple[str, list[Layer]]:
             refuse(f"blobs/sha256/{path.name}", "is not what its digest says")
         return _json(data, path.name, kind)
 
+    if not os.path.lexists(top / "index.json"):
+        raise Refused(NO_IMAGE)
     with _open(top / "index.json") as file:
         found = _choose(_json(file.read(MAX_JSON + 1), "index.json", Index), tag)
     for _ in range(3):

@@ -229,6 +229,15 @@ def test_a_damaged_image_is_one_line(damage: str, tmp_path: Path) -> None:
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"no archive"), lambda path: path.touch()])
+def test_what_is_no_image_at_all_is_told_what_would_be_one(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / "i")
+    with pytest.raises(
+        nsjail_py.PolicyError, match=f"{tmp_path}/i: is neither an OCI image layout, which has an index.json, nor the archive"
+    ):
+        oci_image.unpacked(f"oci:{tmp_path}/i")
+
+
 @pytest.mark.parametrize("name", ["index.json", "blobs/sha256/" + sha(b"[]")[7:], "i.tar"])
 def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(name: str, cli: list[str], tmp_path: Path) -> None:
     top = layout(tmp_path, [])
