@@ -20,6 +20,7 @@ import msgspec
 from . import distributions, elf, interpreter, syscalls, tree
 from .errors import PolicyError
 from .observe import START, Call, Observation, merge, observe, readable
+from .oneline import one_line
 from .result import Result
 from .rootfs import PRIVATE, is_below
 from .toml import array, comment, string
@@ -243,7 +244,7 @@ def text(seen: Observation, shown: View) -> str:
     lines += [f"#   {_comment(one)}" for one in seen.outcome]
     lines += ["# Read it before you use it. What other input needs is not in it: learn from more runs (--seen), or ask `nsjail-py why`."]
     lines += [f"# - {_comment(one)}" for one in [*shown.notes, *refused]]
-    lines += ["", 'extends = "untrusted"', f"description = {string(f'Learned from {chr(44).join(seen.samples)}')}"]
+    lines += ["", 'extends = "untrusted"', f"description = {string(one_line(f'Learned from {chr(44).join(seen.samples)}'))}"]
     if own:
         lines.append(f"exec_in_writable = true # it executed {_comment(own[0])}")
     if inet:

@@ -256,6 +256,15 @@ def test_what_was_seen_may_have_any_name(tmp_path: Path, cli: list[str]) -> None
     policyfile.load(tmp_path / "p.toml")
 
 
+def test_a_script_may_have_any_name(tmp_path: Path, cli: list[str]) -> None:
+    path = bytes(tmp_path) + b"/\xff.py"
+    with open(path, "w") as script:
+        script.write("print('seen')")
+    done = subprocess.run([*cli, "learn", "-o", tmp_path / "p.toml", path], capture_output=True, check=False, timeout=60 * PATIENCE)
+    assert (done.returncode, done.stderr) == (0, b"seen\n")
+    assert policyfile.load(tmp_path / "p.toml").description == r"Learned from \udcff.py"
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 100_000, b"{}x", b"[]", b'{"files": 1}', b'{"files": {"x": {"y": 1}}}'])
 def test_what_no_run_has_written_is_an_error_of_one_line(data: bytes, tmp_path: Path, cli: list[str]) -> None:
     (tmp_path / "seen").write_bytes(data)
