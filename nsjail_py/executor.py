@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from . import launcher
 from .errors import JailError, PolicyError, RunFailed, during
 from .executor_inside import CALL_FD, LENGTH, RESULT_FD
-from .jail import DEVNULL, PIPE, Jail
+from .jail import DEVNULL, PIPE, Jail, modules
 from .plan import sealed
 from .policy import Policy
 from .unpack import decode
@@ -130,7 +130,9 @@ class JailExecutor(Executor):
         workers = max_workers if max_workers is not None else os.cpu_count() or 1
         if workers < 1 or pending < 1:
             raise ValueError("max_workers and pending must be 1 or more")
-        self._jail = Jail(policy, preload=tuple(dict.fromkeys((*preload, "cloudpickle", "msgspec"))), stock=min(workers, 64), **changes)
+        self._jail = Jail(
+            policy, preload=tuple(dict.fromkeys((*modules(preload), "cloudpickle", "msgspec"))), stock=min(workers, 64), **changes
+        )
         if self._jail.policy.python.scan != "off":
             raise PolicyError('$.python.scan: a function has no text to look at: scan = "off", or single runs')
         self._workers, self._pending = workers, pending

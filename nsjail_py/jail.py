@@ -37,7 +37,7 @@ __all__ = ["DEVNULL", "PIPE", "STDOUT", "Jail", "Process", "run", "run_python"]
 STOCK = 2
 """How many jails wait for the next runs of one program under one policy, where a Jail does not say."""
 MAX_STOCK = 64
-Args = Sequence[str | os.PathLike[str]]
+Args = Sequence[str | bytes | os.PathLike[str]]
 
 
 class Jail:
@@ -63,7 +63,7 @@ class Jail:
             raise PolicyError(f"stock = {stock}: from 0 to {MAX_STOCK}")
         self.stock = stock
         self.policy = resolve(policy, **changes)
-        self.preload = None if preload is None else tuple(preload)
+        self.preload = None if preload is None else modules(preload)
         self._sessions: dict[float | None, Jail] = {}
         self._templates: Templates | None = None
         self._known_host: tuple[Claim, Host] | None = None
@@ -72,16 +72,16 @@ class Jail:
             from .oci_backend import check
 
             check(self.policy, preload is not None)
-        if preload is not None and self.policy.python.audit != "off":
+        if self.preload is not None and self.policy.python.audit != "off":
             raise PolicyError('$.python.audit: a warm interpreter tells nothing: audit = "off", or no preload')
-        if preload is not None:
+        if self.preload is not None:
             from .warm import Templates, with_imports
 
             if self.policy.apparmor or self.policy.selinux:
                 raise PolicyError("preload: a label comes with exec, and the jobs of a warm interpreter have none: leave one of them out")
-            self.policy = with_imports(self.policy, tuple(preload))
+            self.policy = with_imports(self.policy, self.preload)
             if self.policy.python.aslr == "shared":
-                self._templates = Templates(self.policy, tuple(preload))
+                self._templates = Templates(self.policy, self.preload)
 
     def __enter__(self) -> Self:
         return self
@@ -247,7 +247,14 @@ def listed(args: Args) -> list[str]:
     """Raises PolicyError for one text, which would be taken for a list of letters."""
     if isinstance(args, str | bytes | os.PathLike):
         raise PolicyError(f"args = {args!r}: a list of arguments, not one text")
-    return [os.fspath(arg) for arg in args]
+    return [os.fsdecode(arg) for arg in args]
+
+
+def modules(preload: Sequence[str]) -> tuple[str, ...]:
+    """Raises PolicyError for one text, as `listed` does."""
+    if isinstance(preload, str):
+        raise PolicyError(f"preload = {preload!r}: a list of modules, not one text")
+    return tuple(preload)
 
 
 @functools.cache

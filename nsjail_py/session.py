@@ -204,7 +204,7 @@ class Session:
         with self._lock, self._whole():
             answer, _ = self._ask({"do": "restore", "id": operator.index(number)}, PATIENCE)
             if answer.unknown:
-                raise SessionError(f"no checkpoint {number}")
+                raise SessionError("there is no checkpoint" if number == -1 else f"there is no checkpoint {number}")
             if answer.died:
                 raise SessionError(f"checkpoint {number} has ended")
             self._need_room(answer)

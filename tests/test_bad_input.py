@@ -141,6 +141,25 @@ def test_one_text_is_no_list_of_arguments(text: Any) -> None:
                 call()
 
 
+def test_a_path_is_no_source_and_one_text_no_list_of_modules() -> None:
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("the text of a script, not its path", lambda: nsjail_py.run_python(Path("a.py"))),  # type: ignore[arg-type]
+        ("the text of a script, not its path", lambda: asyncio.run(aio.run_python(Path("a.py")))),  # type: ignore[arg-type]
+        ("preload = 'numpy': a list of modules", lambda: Jail(preload="numpy")),
+        ("preload = 'numpy': a list of modules", lambda: JailExecutor(preload="numpy")),
+    ]
+    for said, call in calls:
+        with pytest.raises(PolicyError, match=said):
+            call()
+
+
+def test_a_program_may_be_named_in_bytes_as_an_argument_may(tmp_path: Path) -> None:
+    path = bytes(tmp_path) + b"/\xff"
+    os.symlink("/bin/echo", path)
+    for program in (b"/bin/echo", b"echo", path):
+        assert nsjail_py.run([program, b"a\xff"]).check().stdout == b"a\xff\n"
+
+
 def test_an_argument_list_beyond_the_kernels_limit_is_exec_failed() -> None:
     for arguments in (["x" * 200_000], ["x" * 100_000] * 30, ["x"] * 500_000):  # one, all together, and their pointers
         results = nsjail_py.run(["/bin/true", *arguments]), nsjail_py.run_python("print(1)", args=arguments)
