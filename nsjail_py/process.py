@@ -302,6 +302,7 @@ class Process:
             begin_ns=self._begin_ns,
             heard_ns=self._heard_ns,
             file_cut=self._bound.exceeded,
+            program=self.compiled.program,
         )
         if done is None:
             return context

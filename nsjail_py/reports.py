@@ -34,6 +34,7 @@ class Context(NamedTuple):
     stderr_cut: bool = False
     file_cut: bool = False
     """A file that was carried for the program had no room for all that it wrote."""
+    program: str = ""
     begin_ns: int = 0
     """When the start was asked for, and when the end was heard of; CLOCK_MONOTONIC."""
     heard_ns: int = 0
@@ -144,7 +145,7 @@ def judge(report: Any, context: Context, denied: dict[str, int]) -> tuple[Verdic
     failed = report.exit_code != 0
     outside = met_outside(report) if failed else {}
     if report.kind == lib.REPORT_FAILED:
-        evidence = {"errno": report.error, "error": os.strerror(report.error), **outside}
+        evidence = {"errno": report.error, "error": os.strerror(report.error), "program": context.program, **outside}
         return (Verdict.memory, {"limit": limits.memory, **evidence}) if report.oom_kills else (Verdict.exec_failed, evidence)
     if report.cause in clocks:
         verdict, limit = clocks[report.cause]

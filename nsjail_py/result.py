@@ -6,6 +6,7 @@ A `Result` is about the program. When *we* failed there is none: an exception of
 from __future__ import annotations
 
 import enum
+import errno
 import signal as signals
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,7 +61,7 @@ SENTENCES: dict[Verdict, str] = {
     Verdict.output: "wrote more than {limit} bytes",
     Verdict.disk: "filled its disk space, limit {limit} bytes",
     Verdict.syscall: "made a denied system call: {syscall}",
-    Verdict.exec_failed: "could not be executed: {error}",
+    Verdict.exec_failed: "could not be executed: {error}{named}",
     Verdict.killed: "was killed by the caller",
 }
 
@@ -145,7 +146,9 @@ class Result(Struct, frozen=True):
     def summary(self) -> str:
         """One line that says how the run ended."""
         name = signals.Signals(self.signal).name if self.signal in set(signals.Signals) else f"signal {self.signal}"
-        facts = {"exit_code": self.exit_code, "signal_name": name, **self.evidence}
+        or_else = ", or the interpreter that it names" if self.evidence.get("errno") == errno.ENOENT else ""
+        named = f" ({self.evidence['program']}{or_else})" if "program" in self.evidence else ""
+        facts = {"exit_code": self.exit_code, "signal_name": name, "named": named, **self.evidence}
         outside = f", and {self.evidence['outside']} ran out around the jail, not by its policy" if "outside" in self.evidence else ""
         return f"{self.verdict}: the program {SENTENCES[self.verdict].format(**facts)}{outside}"
 

@@ -160,6 +160,14 @@ def test_a_program_may_be_named_in_bytes_as_an_argument_may(tmp_path: Path) -> N
         assert nsjail_py.run([program, b"a\xff"]).check().stdout == b"a\xff\n"
 
 
+def test_a_program_whose_interpreter_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text("#!/nowhere\n")
+    (tmp_path / "script").chmod(0o755)
+    result = nsjail_py.run([tmp_path / "script"], policy="moderate", root="system")
+    assert result.verdict is Verdict.exec_failed and result.evidence["program"] == "/app/script"
+    assert result.summary.endswith("No such file or directory (/app/script, or the interpreter that it names)")
+
+
 def test_an_argument_list_beyond_the_kernels_limit_is_exec_failed() -> None:
     for arguments in (["x" * 200_000], ["x" * 100_000] * 30, ["x"] * 500_000):  # one, all together, and their pointers
         results = nsjail_py.run(["/bin/true", *arguments]), nsjail_py.run_python("print(1)", args=arguments)
