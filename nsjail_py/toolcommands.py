@@ -48,7 +48,7 @@ def parser() -> Parser:
     learn.add_argument("--stdin", metavar="FILE", help="standard input comes from FILE")
     learn.add_argument("--python", dest="interpreter", metavar="PATH", help="which interpreter; by default the one that runs nsjail-py")
     learn.add_argument("script", metavar="SCRIPT")
-    learn.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
+    learn.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS").required = False
     learn.set_defaults(act=command_learn)
     why = commands.add_parser("why", description=WHY)
     why.add_argument("report", metavar="REPORT", help="a file that --report or --json wrote")

@@ -203,6 +203,10 @@ def test_bad_input_is_125_with_one_line_and_no_traceback(cli: Cli, args: tuple[s
     assert b"Traceback" not in done.stderr
 
 
+def test_only_what_has_to_be_there_is_required(cli: Cli) -> None:
+    assert call(cli, "learn").stderr == b"nsjail-py: the following arguments are required: SCRIPT (see nsjail-py learn --help)\n"
+
+
 FAULTY = {
     "no TOML": ("a = [", "is not TOML"),
     "a circle": ('extends = "./p.toml"', "circle"),
