@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import __version__
 from .errors import PolicyError
 
 COUNTS = ("processes", "open_files")
@@ -44,9 +45,11 @@ TOOLS = {
 """Commands of toolcommands.py, in the same way."""
 
 EPILOG = """\
-exit status: the program's own; 128+n after signal n; 124 a limit was reached; 125 the jail could not be set up;
-126 the program could not be executed; 127 it was not found. With 124 to 127 one line on standard
-error says why; without that line the status is the program's own.
+exit status: the program's own; 128+n after signal n; 124 a limit was reached; 126 the program could not be
+executed; 127 it was not found; 125 anything else that kept it from running, or its result from being told: a jail
+that could not be set up, a wrong option, policy or script, a report or output that could not be written. With
+124 to 127 one line on standard error says why; without that line the status is the program's own. The other
+commands: 0; 1 for what they found, where their help says so; 125 where they could not do it.
 
 examples:
   nsjail-py run hello.py
@@ -72,11 +75,28 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
+DOCTOR = """Says what this host can give a jail, and how to get the rest.
+0: the default policy can be applied in full; 1: it cannot."""
+SELFTEST = """Attacks a jail of a policy on this machine, and shows what held. 0: every promise held; 1: one did not."""
+CHECK = """Tells all faults of a policy file. 0: it has none; 1: it has some."""
+
+
 class Parser(argparse.ArgumentParser):
     """One line for a fault, as for every other; no option is guessed from its beginning, for a guess may be a wrong limit."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False, formatter_class=_formatter)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A command refuses what it does not know itself, so that the line names its own help."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
+    def rest(self, metavar: str) -> None:
+        """What follows is the program's own; there may be nothing, which argparse would call missing."""
+        self.add_argument("arguments", nargs=argparse.REMAINDER, metavar=metavar).required = False
 
     def error(self, message: str) -> NoReturn:
         raise PolicyError(f"{message} (see {self.prog} --help)")
@@ -85,6 +105,7 @@ class Parser(argparse.ArgumentParser):
 def parser(only: str = "", listed: bool = True) -> Parser:
     """only: the command of COMMANDS that is asked for; a run does without the time that all take. listed: with those of layers/."""
     top = Parser(prog="nsjail-py", description="Run code that nobody trusts in a jail made by the Linux kernel.", epilog=EPILOG)
+    top.add_argument("--version", action="version", version=f"nsjail-py {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=top.prog)
     for name, (text, options) in COMMANDS.items():
         if only in ("", name):
@@ -109,20 +130,22 @@ def _run_options(run: Parser) -> None:
     run.add_argument("--python", dest="interpreter", metavar="PATH", help="which interpreter; by default the one that runs nsjail-py")
     run.add_argument("--scan", metavar="HOW", help="off, warn or refuse: what to do about what the script's text shows")
     run.add_argument("script", metavar="SCRIPT", help="the script; - reads it from standard input")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
+    run.rest("ARGS")
 
 
 def _exec_options(execute: Parser) -> None:
     execute.usage, execute.epilog = "nsjail-py exec [OPTIONS] -- CMD [ARGS...]", STREAMS
     _jail_options(execute)
-    execute.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CMD [ARGS...]")
+    execute.rest("CMD [ARGS...]")
 
 
 def _doctor_options(doctor: Parser) -> None:
+    doctor.description = DOCTOR
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _selftest_options(selftest: Parser) -> None:
+    selftest.description = SELFTEST
     selftest.add_argument("--policy", default="untrusted", metavar="NAME|FILE", help="trusted, moderate, untrusted (default), or a file")
     selftest.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -132,7 +155,7 @@ def _policy_options(policy: Parser) -> None:
     actions.add_parser("list", help="the shipped policies")
     for name, text in (("show", "print a policy file"), ("explain", "say it in sentences")):
         actions.add_parser(name, help=text).add_argument("name", metavar="NAME|FILE")
-    check = actions.add_parser("check", help="all faults of a policy file")
+    check = actions.add_parser("check", help="all faults of a policy file", description=CHECK)
     check.add_argument("file", metavar="FILE")
 
 
@@ -143,10 +166,10 @@ def _systemd_options(systemd: Parser) -> None:
     )
     unit.add_argument("--name", default="jail", help="of the unit's files, without .service (default: jail)")
     unit.add_argument("--user", default="", help="who runs it; by default root, who gives each run a user id of its own")
-    unit.add_argument("--listen", default="", metavar="ADDRESS", help="a path or HOST:PORT: each connection is one run")
+    unit.add_argument("--listen", default="", metavar="ADDRESS", help="a path, PORT or HOST:PORT: each connection is one run")
     unit.add_argument("--output", metavar="DIR", help="write the files there (/etc/systemd/system) instead of printing them")
     unit.add_argument("policy", metavar="POLICY")
-    unit.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- CMD [ARGS...]")
+    unit.rest("-- CMD [ARGS...]")
 
 
 def _apparmor_options(apparmor: Parser) -> None:

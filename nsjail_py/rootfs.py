@@ -171,7 +171,7 @@ def sources(policy: Policy) -> Sources:
     return Sources(
         None if policy.workdir is None else _workdir(policy.workdir),
         tuple(_source(mount.source, f"mount on {mount.target}") for mount in policy.mounts),
-        _source(project, "mount on /project") if project else None,
+        _directory(project, "$.python.project") if project else None,
     )
 
 
@@ -207,10 +207,15 @@ def _left_link(path: str, real: str, owner: int) -> str:
     return ""
 
 
-def _workdir(path: str) -> str:
-    found = _source(path, "$.workdir")
+def _directory(path: str, where: str) -> Source:
+    found = _source(path, where)
     if not found.is_directory:
-        raise PolicyError(f"$.workdir: {path!r} is not a directory")
+        raise PolicyError(f"{where}: {path!r} is not a directory")
+    return found
+
+
+def _workdir(path: str) -> str:
+    found = _directory(path, "$.workdir")
     if found.is_roots and not os.geteuid():
         if found.path in SYSTEMS_OWN or any(is_below(found.path, top) for top in SYSTEMS_TREES):
             raise PolicyError(f"$.workdir: {path!r} is the system's, and would be given to the run: make a directory for it")

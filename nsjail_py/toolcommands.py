@@ -48,7 +48,7 @@ def parser() -> Parser:
     learn.add_argument("--stdin", metavar="FILE", help="standard input comes from FILE")
     learn.add_argument("--python", dest="interpreter", metavar="PATH", help="which interpreter; by default the one that runs nsjail-py")
     learn.add_argument("script", metavar="SCRIPT")
-    learn.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS").required = False
+    learn.rest("ARGS")
     learn.set_defaults(act=command_learn)
     why = commands.add_parser("why", description=WHY)
     why.add_argument("report", metavar="REPORT", help="a file that --report or --json wrote")
@@ -59,7 +59,7 @@ def parser() -> Parser:
     bundle.add_argument("--runtime", choices=("crun", "runc", "runsc"), default="", help="for which runtime, where that matters")
     bundle.add_argument("policy", metavar="POLICY", help="the name of a shipped policy, or a file")
     bundle.add_argument("directory", metavar="DIR")
-    bundle.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CMD [ARGS...]")
+    bundle.rest("CMD [ARGS...]")
     bundle.set_defaults(act=command_bundle)
     seccomp = commands.add_parser("seccomp", description=SECCOMP)
     seccomp.add_argument("profile", metavar="FILE")

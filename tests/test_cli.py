@@ -203,8 +203,27 @@ def test_bad_input_is_125_with_one_line_and_no_traceback(cli: Cli, args: tuple[s
     assert b"Traceback" not in done.stderr
 
 
-def test_only_what_has_to_be_there_is_required(cli: Cli) -> None:
-    assert call(cli, "learn").stderr == b"nsjail-py: the following arguments are required: SCRIPT (see nsjail-py learn --help)\n"
+@pytest.mark.parametrize("command", ["run", "learn"])
+def test_only_what_has_to_be_there_is_required(command: str, cli: Cli) -> None:
+    said = f"nsjail-py: the following arguments are required: SCRIPT (see nsjail-py {command} --help)\n"
+    assert call(cli, command).stderr.decode() == said
+
+
+@pytest.mark.parametrize("command", ["run", "policy check", "learn", "scan"])
+def test_what_a_command_does_not_know_is_looked_up_in_its_own_help(command: str, cli: Cli) -> None:
+    done = call(cli, *command.split(), "--unknown", "x")
+    assert done.stderr.decode() == f"nsjail-py: unrecognized arguments: --unknown (see nsjail-py {command} --help)\n"
+
+
+def test_the_version_is_told(cli: Cli) -> None:
+    assert call(cli, "--version").stdout.decode() == f"nsjail-py {nsjail_py.__version__}\n"
+    assert b"--version" in call(cli, "--help").stdout
+
+
+@pytest.mark.parametrize("command", [["run", "--project"], ["learn", "--project"], ["run", "--workdir"]], ids=" ".join)
+def test_a_file_in_the_place_of_a_directory_is_an_error(command: list[str], cli: Cli, script: Path) -> None:
+    done = call(cli, *command, str(script), str(script))
+    assert done.returncode == 125 and f"{str(script)!r} is not a directory".encode() in done.stderr
 
 
 FAULTY = {
