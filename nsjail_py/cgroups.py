@@ -32,7 +32,7 @@ V1_CONTROLLERS = {"memory": "memory", "pids": "pids", "cpu": "cpuacct", "quota":
 REQUIRED = ("memory", "pids")
 COUNTED = (*REQUIRED, "cpu")
 """The launcher's groups that count what a run uses; the others only limit it."""
-WANTED = ("cpu", "cpuset")
+WANTED = ("cpu", "cpuset", "io")
 DELEGATE = "systemd-run --user --scope -p Delegate=yes COMMAND"
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """These say nothing about the host's control groups."""
@@ -61,6 +61,8 @@ class Claim(msgspec.Struct, frozen=True):
     """The directory that says which processors they are."""
     processors: str = ""
     """Those that are ours, as the kernel lists them."""
+    disks: tuple[str, ...] = ()
+    """Numbers (`8:0`) of the disks whose use can be limited."""
 
     @property
     def reason(self) -> str:
@@ -218,8 +220,29 @@ def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
     processors = _read_line(unified / "cpuset.cpus.effective")
     cpuset = "unified" if processors else ""
     return Claim(
-        "v2", "root" if root else "delegated", {"unified": unified}, why, remedy, swap, quota=quota, cpuset=cpuset, processors=processors
+        "v2",
+        "root" if root else "delegated",
+        {"unified": unified},
+        why,
+        remedy,
+        swap,
+        quota=quota,
+        cpuset=cpuset,
+        processors=processors,
+        disks=_disks(unified),
     )
+
+
+def _disks(unified: Path) -> tuple[str, ...]:
+    """Whole ones that hold something; of a part of one the kernel takes no number. Asked by a limit that is none."""
+    limits, found = unified / "io.max", []
+    for disk in Path("/sys/block").iterdir() if limits.exists() else ():
+        if _read_line(disk / "size") not in ("", "0"):
+            with contextlib.suppress(OSError):
+                number = _read_line(disk / "dev")
+                limits.write_text(f"{number} rbps=max wbps=max")
+                found.append(number)
+    return tuple(sorted(found))
 
 
 def _read_line(file: Path) -> str:

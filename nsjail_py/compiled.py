@@ -59,12 +59,14 @@ class Host(NamedTuple):
     """Those that are ours."""
     tcp: bool = False
     """Whether buffers of TCP have a limit of their own."""
+    disks: tuple[str, ...] = ()
+    """Those whose use can be limited."""
 
     @classmethod
     def of(cls, claim: Claim) -> Host:
         """This one, with the control groups and the rights of one launcher: this process may have others by now."""
         groups = (claim.quota, claim.cpuset, claim.processors)
-        return cls(claim.kind, claim.reason, claim.swap, claim.mode == "root", landlock_abi(), *groups, claim.tcp)
+        return cls(claim.kind, claim.reason, claim.swap, claim.mode == "root", landlock_abi(), *groups, claim.tcp, claim.disks)
 
 
 def for_python(policy: Policy, host: Host) -> Compiled:
@@ -259,12 +261,13 @@ def _cgroup(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
         if host.swap and limits.memory is not None:
             writes.append((lib.GROUP_UNIFIED, "memory.swap.max", 0))
         writes.append((lib.GROUP_UNIFIED, "memory.oom.group", 1))
-    return [*(plan.CgroupWrite(group, file, str(value)) for group, file, value in writes if value is not None), *_processors(policy, host)]
+    return [*(plan.CgroupWrite(group, file, str(value)) for group, file, value in writes if value is not None), *_shares(policy, host)]
 
 
-def _processors(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
-    """How many processors, and which: what the host has no control group for, `protections` has refused, or the policy can do without."""
-    limits, lacks, writes = policy.limits, _processor_lacks(policy, host), list[plan.CgroupWrite]()
+def _shares(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
+    """How many processors, and which, and how much of the disks: what the host has no control group for, `protections` has refused, or the
+    policy can do without."""
+    limits, lacks, writes = policy.limits, _share_lacks(policy, host), list[plan.CgroupWrite]()
     if limits.cpus is not None and "cpus" not in lacks:
         quota, period = str(round(limits.cpus * plan.PERIOD)), str(plan.PERIOD)
         v1, v2 = {"cpu.cfs_period_us": period, "cpu.cfs_quota_us": quota}, {"cpu.max": f"{quota} {period}"}
@@ -272,10 +275,12 @@ def _processors(policy: Policy, host: Host) -> list[plan.CgroupWrite]:
         writes += [plan.CgroupWrite(plan.GROUPS[host.quota], file, value) for file, value in values.items()]
     if limits.cpuset is not None and "cpuset" not in lacks:
         writes.append(plan.CgroupWrite(plan.GROUPS[host.cpuset], "cpuset.cpus", limits.cpuset))
+    if limits.io is not None:
+        writes += [plan.CgroupWrite(lib.GROUP_UNIFIED, "io.max", f"{disk} rbps={limits.io} wbps={limits.io}") for disk in host.disks]
     return writes
 
 
-def _processor_lacks(policy: Policy, host: Host) -> dict[str, str]:
+def _share_lacks(policy: Policy, host: Host) -> dict[str, str]:
     """A processor that is not ours is not refused by version 2: it would then say nothing, and let the cell run on all of them."""
     lacks = {}
     for name, group, controller in (("cpus", host.quota, "cpu"), ("cpuset", host.cpuset, "cpuset")):
@@ -285,6 +290,9 @@ def _processor_lacks(policy: Policy, host: Host) -> dict[str, str]:
         strange = cpuset.parse(policy.limits.cpuset) - cpuset.parse(host.processors)
         if strange:
             lacks["cpuset"] = f"processors {cpuset.write(strange)} are not ours, which are {host.processors}"
+    if not host.disks:
+        reasons = {"none": host.cgroup_reason, "v1": "control groups of version 1 count direct writes only"}
+        lacks["io"] = reasons.get(host.cgroup, "our control group has no io controller")
     return lacks
 
 
@@ -313,9 +321,9 @@ def protections(policy: Policy, host: Host, *, judged: bool = False) -> tuple[Pr
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
     wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)
     wanted |= {"cgroup": True, "swap": policy.limits.memory is not None}
-    wanted |= {"cpus": policy.limits.cpus is not None, "cpuset": policy.limits.cpuset is not None}
+    wanted |= {"cpus": policy.limits.cpus is not None, "cpuset": policy.limits.cpuset is not None, "io": policy.limits.io is not None}
     wanted |= {"apparmor": policy.apparmor is not None, "selinux": policy.selinux is not None}
-    lacks = {name: why for name, why in label.lacks().items() if why} | _processor_lacks(policy, host)
+    lacks = {name: why for name, why in label.lacks().items() if why} | _share_lacks(policy, host)
     if not host.root:
         lacks["own_uid"] = "only root can give a run a user of its own; it runs as the caller's"
         lacks["groups"] = "only root can leave the caller's supplementary groups"

@@ -21,6 +21,7 @@ LIMITS: dict[str, tuple[str, Callable[..., str]]] = {
     "idle_time": ("It may go on for {} without using the processor.", format_time),
     "cpus": ("Its processes together may keep {} processors busy; beyond that they wait.", "{:g}".format),
     "cpuset": ("It runs on the processors {} only.", str),
+    "io": ("Its processes together may read {} a second from each disk, and write as much; beyond that they wait.", format_size),
     "memory": ("It may use {} of memory; files that it writes count.", format_size),
     "processes": ("It may have {} processes and threads at one time.", str),
     "open_files": ("Each process may have {} files open.", str),
@@ -54,6 +55,7 @@ BEST_EFFORT = {
     "selinux": "the SELinux context",
     "cpus": "the share of the processors",
     "cpuset": "the choice of processors",
+    "io": "the share of the disks",
 }
 
 

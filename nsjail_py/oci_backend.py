@@ -105,6 +105,7 @@ def _missing(policy: Policy, warm: bool) -> dict[str, str]:
             any(getattr(policy, name) is not None and name not in policy.best_effort for name in LABELS),
             "no apparmor or selinux",
         ),
+        "a share of the disks": (policy.limits.io is not None and "io" not in policy.best_effort, "no io in [limits]"),
         "refusal of user namespaces within": ("nested_userns" not in policy.best_effort, 'best_effort = ["nested_userns"]'),
         "telemetry of the interpreter": (policy.python.audit != "off", '[python] audit = "off"'),
         "preload": (warm, "no preload"),
@@ -154,7 +155,7 @@ class OciProcess(Process):
 def told(policy: Policy, protections: Iterable[Protection]) -> tuple[Protection, ...]:
     """Protections, as the policy's runtime gives them."""
     lacks = {
-        **{name: oci_bundle.BEYOND[name] for name in ("own_uid", "nested_userns")},
+        **{name: oci_bundle.BEYOND[name] for name in ("own_uid", "nested_userns", "io")},
         **dict.fromkeys(LABELS, oci_bundle.BEYOND["label"]),
         **dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), oci_bundle.BEYOND["landlock"]),
     }

@@ -48,6 +48,7 @@ BEYOND = {
     "nested_userns": "a runtime sets no limit on user namespaces within; only a filter refuses them",
     "time_namespace": "version 1.0 of the specification has no word for it",
     "label": "no runtime is asked for AppArmor's profile or SELinux's context",
+    "io": "a limit for a disk names it by its number, which another host gives to another",
     "place": "scheduling, nice value, I/O class, OOM score and personality are those of whoever runs it",
     "denied": "which calls were denied is not told",
     "on_denied": "a denied call fails, and does not end the run",
@@ -269,6 +270,7 @@ def _unavailable(policy: Policy, runtime: str) -> dict[str, str]:
         "no_exec": policy.syscalls is not None and not policy.syscalls.exec,
         "time_namespace": "time" in policy.namespaces,
         "label": policy.apparmor is not None or policy.selinux is not None,
+        "io": policy.limits.io is not None,
         "denied": policy.syscalls is not None,
         "on_denied": policy.syscalls is not None and policy.syscalls.on_denied == "kill",
     }

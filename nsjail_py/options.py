@@ -19,6 +19,7 @@ LIMITS = {
     "--cpu-time": "seconds of processor time of all its processes",
     "--cpus": "processors that it may keep busy (1.5)",
     "--cpuset": "processors that it may run on (0-1,4)",
+    "--io": "bytes a second from each disk, and to it (20M)",
     "--memory": "bytes of memory of all its processes (64M, 1GiB)",
     "--disk": "bytes in /work, /tmp and /dev/shm",
     "--output": "bytes written to standard output and error",

@@ -15,7 +15,7 @@ from .prepared import prepared
 
 Namespace = Literal["user", "mount", "pid", "net", "ipc", "uts", "cgroup", "time"]
 BestEffort = Literal[
-    "own_uid", "groups", "cgroup", "swap", "landlock_net", "landlock_scope", "nested_userns", "apparmor", "selinux", "cpus", "cpuset"
+    "own_uid", "groups", "cgroup", "swap", "landlock_net", "landlock_scope", "nested_userns", "apparmor", "selinux", "cpus", "cpuset", "io"
 ]
 
 
@@ -24,7 +24,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """How much of each resource one run may use. Reaching one ends the run, and the verdict names it; `cpus` and `cpuset` slow it down."""
+    """How much of each resource one run may use. Reaching one ends the run, and the verdict names it; `cpus`, `cpuset` and `io` slow it down."""
 
     wall_time: float | None = 60.0
     """Seconds from the start of the program to its end, whatever it does meanwhile."""
@@ -38,6 +38,10 @@ class Limits(Struct, frozen=True, kw_only=True):
     cpuset: str | None = None
     """Processors that it may run on, by their numbers: `"0-1,4"` (cpuset.cpus; cpuset(7)). It cannot leave them by sched_setaffinity. Only
     where there is a control group with the cpuset controller, and all of them are ours."""
+    io: int | None = None
+    """Bytes a second that all its processes together may read from each disk, and as many that they may write to it; beyond that they wait
+    (io.max; at least 1 MiB). Of the disks that there are when the first run begins; what is in the host's cache is free. Only where there
+    is a control group of version 2 with the io controller."""
     memory: int | None = 512 * 1024**2
     """Bytes of memory of all processes together, files in /work, /tmp and /dev/shm included; swap counts as memory.
     Where the host gives no cgroup, and the result says so: bytes of private memory of each process (RLIMIT_DATA), and of mapped memory of
@@ -174,7 +178,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     """How Python scripts are run."""
     best_effort: tuple[BestEffort, ...] = ()
     """Protections that may be missing where the host cannot give them, of `own_uid`, `groups`, `cgroup`, `swap`, `landlock_net`,
-    `landlock_scope`, `nested_userns`, `apparmor`, `selinux`, `cpus` and `cpuset`. The result lists each as unavailable, with the reason;
+    `landlock_scope`, `nested_userns`, `apparmor`, `selinux`, `cpus`, `cpuset` and `io`. The result lists each as unavailable, with the reason;
     every other protection that cannot be had is an error."""
 
     def __hash__(self) -> int:

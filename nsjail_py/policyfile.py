@@ -25,7 +25,7 @@ from .units import parse_size, parse_time
 Table = dict[str, Any]
 
 TIMES = ("wall_time", "cpu_time", "idle_time")
-SIZES = ("memory", "file_size", "disk", "output", "stack")
+SIZES = ("io", "memory", "file_size", "disk", "output", "stack")
 UNLIMITED = "unlimited"
 NOT_POLICIES = ("syscalls",)
 OWN_FIELDS = ("name", "description")
