@@ -24,7 +24,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """How much of each resource one run may use. Reaching one ends the run, and the verdict names it; `cpus`, `cpuset` and `io` slow it down."""
+    """How much of each resource one run may use. Reaching one ends the run, and the verdict names it; `cpus`, `cpuset` and `io` slow it."""
 
     wall_time: float | None = 60.0
     """Seconds from the start of the program to its end, whatever it does meanwhile."""
@@ -178,8 +178,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     """How Python scripts are run."""
     best_effort: tuple[BestEffort, ...] = ()
     """Protections that may be missing where the host cannot give them, of `own_uid`, `groups`, `cgroup`, `swap`, `landlock_net`,
-    `landlock_scope`, `nested_userns`, `apparmor`, `selinux`, `cpus`, `cpuset` and `io`. The result lists each as unavailable, with the reason;
-    every other protection that cannot be had is an error."""
+    `landlock_scope`, `nested_userns`, `apparmor`, `selinux`, `cpus`, `cpuset` and `io`. The result lists each as unavailable, with the
+    reason; every other protection that cannot be had is an error."""
 
     def __hash__(self) -> int:
         values = msgspec.structs.astuple(self)

@@ -31,7 +31,7 @@ MOST = {"processes": 4 * 1024**2, "open_files": 1024**2, "cpus": cpuset.MOST}
 STARTS_WITH = ("encodings",)
 """The one module of the standard library that an interpreter loads from a file, whatever it runs."""
 LEAST_IO = 1024**2
-"""Less lets a program wait for seconds: the kernel hands out a tenth of a second's share at one time, in pieces as large as were asked for."""
+"""Less lets a program wait for seconds: it hands out a tenth of a second at one time, in pieces as large as it was asked for."""
 LEAST_CPUS = 0.01
 """A thousandth of a second in each tenth: the kernel refuses less."""
 TYPE_NAMES: dict[type, str] = {
