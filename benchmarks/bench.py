@@ -83,8 +83,14 @@ def rate(once: Once, seconds: float) -> float:
 def rates(module: ModuleType, rounds: int) -> list[Row]:
     with ExitStack() as stack:
         return [
-            Row("sustained", name, [rate(once, 1.0) for _ in tqdm(range(max(3, rounds // 40)), desc=name, leave=False)], "a second")
-            for name, once in module.rates(stack).items()
+            Row(
+                "sustained",
+                name,
+                [rate(peer.once, 1.0) for _ in tqdm(range(max(3, rounds // 40)), desc=name, leave=False)],
+                "a second",
+                peer.protections,
+            )
+            for name, peer in module.rates(stack).items()
         ]
 
 

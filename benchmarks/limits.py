@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rows import Row, Target
+from rows import Row, Target, protections
 
 from nsjail_py import Jail
 
@@ -50,4 +50,4 @@ def lateness(rounds: int, step: Callable[[], object]) -> Iterator[Row]:
                 assert result.verdict == limit, result.summary
                 late.append((getattr(result, limit) - seconds) * 1000)
                 step()
-        yield Row("late by", name_of(limit, source, seconds), late)
+        yield Row("late by", name_of(limit, source, seconds), late, "ms", protections(result))

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from nsjail_py import Result
+
 
 class Row(msgspec.Struct):
     """The samples of one thing that was measured."""
@@ -14,8 +16,8 @@ class Row(msgspec.Struct):
     part: str
     name: str
     samples: list[float]
-    unit: str = "ms"
-    protections: str = ""
+    unit: str
+    protections: str
     """What really stood between the program and the host."""
 
     @property
@@ -25,6 +27,12 @@ class Row(msgspec.Struct):
     @property
     def p99(self) -> float:
         return sorted(self.samples)[min(len(self.samples) - 1, int(len(self.samples) * 0.99))]
+
+
+def protections(result: Result) -> str:
+    """Those that a run really had, as its result tells."""
+    applied = [one.name for one in result.protections if one.state == "applied"]
+    return f"{len(applied)}: {', '.join(applied)}"
 
 
 class Target(NamedTuple):
@@ -68,9 +76,9 @@ def table(rows: list[Row], targets: tuple[Target, ...]) -> str:
             if row.part == part:
                 lines.append(f"  {row.name:52}{row.median:10.2f}{row.p99:10.2f} {row.unit}")
                 lines += [f"      {text}" for one in targets if one.row == row.name and (text := one.text(named))]
-    protections = {row.name: row.protections for row in rows if row.protections}
     lines += ["", "what stood between the program and the host"]
-    lines += [f"  {name:52}{text}" for name, text in protections.items()]
+    for text in dict.fromkeys(row.protections for row in rows):
+        lines += ["  " + "; ".join(row.name for row in rows if row.protections == text), f"      {text}"]
     return "\n".join(lines)
 
 

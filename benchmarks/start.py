@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from peers import Once, Peer, programs, spawn, timed
-from rows import Target
+from rows import Target, protections
 
 import nsjail_py
 from nsjail_py import Jail
@@ -46,12 +46,6 @@ RARE = {COMMAND, PYTHON, "firejail", "crun, by our backend", "runsc, by our back
 """Slow ones take their turn in every tenth round."""
 
 
-def protections(jail: Jail, command: list[str] = TRUE) -> str:
-    """Those that a run of this jail really had, as its result tells."""
-    applied = [one.name for one in jail.run(command).protections if one.state == "applied"]
-    return f"{len(applied)}: {', '.join(applied)}"
-
-
 def alone(stack: ExitStack) -> Once:
     """A saved plan, run without Python."""
     plan = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "plan"
@@ -77,22 +71,22 @@ def installed(stack: ExitStack) -> str:
 def contestants(stack: ExitStack) -> dict[str, Peer]:
     """The jails of this project differ in a name, so that one's stock is not the other's."""
     stocked, cold = Jail("untrusted", stock=2), Jail("untrusted", stock=0, hostname="cold")
-    all_of_them = protections(cold)
+    all_of_them = protections(cold.run(TRUE))
     # As installed: with the compiled modules that the first run leaves.
     compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {
         BARE: Peer(spawn(TRUE), "nothing"),
         STOCK: Peer(lambda: stocked.run(TRUE).check() and None, all_of_them),
-        EMPTY: Peer(lambda: cold.run(TRUE).check() and None, "the same"),
-        LARGE: Peer(timed(stack, HEAVY), "the same"),
-        ALONE: Peer(alone(stack), "the same"),
+        EMPTY: Peer(lambda: cold.run(TRUE).check() and None, all_of_them),
+        LARGE: Peer(timed(stack, HEAVY), all_of_them),
+        ALONE: Peer(alone(stack), all_of_them),
         **programs(TRUE),
         PYTHON: Peer(spawn([sys.executable, "-c", "pass"]), "nothing"),
-        COMMAND: Peer(spawn([installed(stack), "-m", "nsjail_py", "exec", "--", *TRUE], compiled), "the same as from stock"),
+        COMMAND: Peer(spawn([installed(stack), "-m", "nsjail_py", "exec", "--", *TRUE], compiled), all_of_them),
     }
 
 
-def rates(stack: ExitStack) -> dict[str, Once]:
+def rates(stack: ExitStack) -> dict[str, Peer]:
     """What several threads do at once."""
     cells = stack.enter_context(Jail("untrusted", stock=16, hostname="rate"))
-    return {RATE: lambda: cells.run(TRUE).check()}
+    return {RATE: Peer(lambda: cells.run(TRUE).check() and None, protections(cells.run(TRUE)))}

@@ -7,7 +7,7 @@ import sys
 from contextlib import ExitStack
 
 from peers import Once, Peer
-from rows import Target
+from rows import Target, protections
 
 from nsjail_py import Jail
 
@@ -35,7 +35,7 @@ def contestants(stack: ExitStack) -> dict[str, Peer]:
     found = {}
     for name, source in PROGRAMS.items():
         found[f"{name}, no jail"] = Peer(_bare(source), "nothing")
-        found[f"{name}, jailed"] = Peer(_jailed(jail, source), "every protection of `untrusted`")
+        found[f"{name}, jailed"] = Peer(_jailed(jail, source), protections(jail.run_python("pass")))
     return found
 
 

@@ -8,9 +8,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from peers import FORKED, FORKSERVER, Once, Peer, spawn, timed
-from rows import Row, Target
-from start import protections
+from peers import FORKED, FORKSERVER, Peer, spawn, timed
+from rows import Row, Target, protections
 
 from nsjail_py import Jail, launcher
 
@@ -48,41 +47,41 @@ def contestants(stack: ExitStack) -> dict[str, Peer]:
     large = stack.enter_context(numpy.session())
     large.run(HEAP).check()
     large.checkpoint()
-    names = protections(cold)
+    of_job, of_numpy, of_pandas, of_unparked = (protections(jail.run_python("pass")) for jail in (bare, numpy, pandas, unparked))
     return {
         BARE: Peer(spawn([sys.executable, "-I", "-S", "-c", "pass"]), "nothing"),
         IMPORT: Peer(spawn([sys.executable, "-c", "import numpy"]), "nothing"),
         "CPython's forkserver, no jail": Peer(timed(stack, FORKSERVER), "nothing"),
         "a fork that waits, no jail": Peer(timed(stack, FORKED, "pass"), "nothing"),
         "a fork with numpy that waits, no jail": Peer(timed(stack, FORKED, NUMPY), "nothing"),
-        "run_python, no warm interpreter": Peer(lambda: cold.run_python("pass").check() and None, names),
-        JOB: Peer(lambda: bare.run_python("pass").check() and None, "the same"),
-        NUMPY_JOB: Peer(lambda: numpy.run_python(NUMPY).check() and None, "the same"),
-        PANDAS_JOB: Peer(lambda: pandas.run_python(PANDAS).check() and None, "the same"),
-        UNPARKED: Peer(lambda: unparked.run_python(NUMPY).check() and None, "the same"),
-        "cell of a session": Peer(lambda: session.run("1 + 1").check() and None, "the same; its cells share an interpreter"),
-        CHECKPOINT: Peer(large.checkpoint, "the same"),
-        RESTORE: Peer(large.restore, "the same"),
+        "run_python, no warm interpreter": Peer(lambda: cold.run_python("pass").check() and None, protections(cold.run_python("pass"))),
+        JOB: Peer(lambda: bare.run_python("pass").check() and None, of_job),
+        NUMPY_JOB: Peer(lambda: numpy.run_python(NUMPY).check() and None, of_numpy),
+        PANDAS_JOB: Peer(lambda: pandas.run_python(PANDAS).check() and None, of_pandas),
+        UNPARKED: Peer(lambda: unparked.run_python(NUMPY).check() and None, of_unparked),
+        "cell of a session": Peer(lambda: session.run("1 + 1").check() and None, f"{of_numpy}; its cells share an interpreter"),
+        CHECKPOINT: Peer(large.checkpoint, of_numpy),
+        RESTORE: Peer(large.restore, of_numpy),
     }
 
 
-def rates(stack: ExitStack) -> dict[str, Once]:
+def rates(stack: ExitStack) -> dict[str, Peer]:
     warm = stack.enter_context(Jail("untrusted", preload=["numpy"], stock=16, hostname="rate"))
-    return {RATE: lambda: warm.run_python(NUMPY).check()}
+    return {RATE: Peer(lambda: warm.run_python(NUMPY).check() and None, protections(warm.run_python(NUMPY)))}
 
 
 def memory(parked: int = 32) -> list[Row]:
     """Of parked numpy jobs: all their processes, the two of each."""
 
-    def held(stock: int) -> float:
+    def held(stock: int) -> tuple[float, str]:
         with Jail("untrusted", preload=["numpy"], stock=stock, hostname=f"memory{stock}") as jail:
-            for _ in range(2):
-                jail.run_python("pass").check()
+            results = [jail.run_python("pass").check() for _ in range(2)]
             time.sleep(2)
-            return sum(map(private, descendants(launcher.current().pid)))
+            return sum(map(private, descendants(launcher.current().pid))), protections(results[-1])
 
-    few = held(1)
-    return [Row("memory", PARKED, [(held(parked) - few) / (parked - 1) / 1024], "MiB")]
+    few, _ = held(1)
+    many, had = held(parked)
+    return [Row("memory", PARKED, [(many - few) / (parked - 1) / 1024], "MiB", had)]
 
 
 def descendants(pid: int) -> list[int]:
