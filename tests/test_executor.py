@@ -122,7 +122,7 @@ def test_threads_that_submit_at_one_time_all_send_their_own_modules(tmp_path: Pa
 
 NUMBERS = [sign * (1 << bits) + more for bits in (7, 8, 62, 63, 64, 71, 127, 5000) for sign in (1, -1) for more in (-1, 0, 1)]
 VALUES = [None, True, 1, 1.5, "täxt", b"\0bytes\xff", [1, [2, {}]], {"a": {"b": [None]}}, date(2026, 11, 24), "x" * 5_000_000]
-VALUES += [1 << 64, NUMBERS, {"a": [{1: 1 << 70, 2: b"x"}, 3]}]
+VALUES += [1 << 64, NUMBERS, {"a": [{1: 1 << 70, 2: b"x"}, 3]}, {(1, (2.5, "x")): 1, None: 2, -1: 3, b"": 4}]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20])
@@ -465,3 +465,106 @@ def test_bad_arguments_are_told() -> None:
         JailExecutor("no such policy")
     with pytest.raises(PolicyError, match="no installed distribution"):
         JailExecutor("untrusted", preload=["no_such_module"])
+
+
+def reply(value: bytes) -> bytes:
+    return b"\x92\x00" + value
+
+
+def with_keys(keys: list[bytes]) -> bytes:
+    return reply(b"\xdf" + len(keys).to_bytes(4, "big") + b"".join(key + b"\xc0" for key in keys))
+
+
+def tuples_of_one_hash(count: int) -> list[bytes]:
+    """Pairs that lead Objects/tupleobject.c to one state after their second number."""
+    bits, first, second, start = 1 << 64, 11400714785074694791, 14029467366897019727, 2870177450012600261
+    keys, number = [], 0
+    while len(keys) < count:
+        number += 1
+        state = (start + number * second) % bits
+        state = (state << 31 | state >> 33) * first % bits
+        other = (77 - state) * pow(second, -1, bits) % bits
+        if other < sys.hash_info.modulus:
+            keys.append(msgspec.msgpack.encode((number, other)))
+    assert len({hash(msgspec.msgpack.decode(key, type=tuple)) for key in keys}) == 1
+    return keys
+
+
+def numbers_that_lead_through_each_other() -> list[bytes]:
+    """Each has a hash of its own: 20,000 take the places of a table that follow each other, and the rest begins at the first of them."""
+    mask = (1 << 15) - 1
+    chain = [1]
+    while len(chain) < 20_000:
+        chain.append((5 * chain[-1] + 1) & mask)
+    taken, late = set(chain), list[int]()
+    for number in range(1 << 15, 1 << 20):
+        place, rest = number & mask, number
+        while place in taken and rest:
+            rest >>= 5
+            place = (5 * place + rest + 1) & mask
+        if place in taken:
+            late.append(number)
+    return [msgspec.msgpack.encode(number) for number in (*chain, *late[:1_800])]
+
+
+def wide(number: int) -> bytes:
+    data = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
+    return b"\xc7" + bytes([len(data), executor_inside.INTEGER]) + data
+
+
+COLLIDING: dict[str, Callable[[], list[bytes]]] = {
+    "tuples": lambda: tuples_of_one_hash(2000),
+    "tuples beside text": lambda: [b"\xa5%05d" % n for n in range(2000)] + tuples_of_one_hash(2000),
+    "wide numbers": lambda: [wide(n * sys.hash_info.modulus) for n in range(1, 2000)],
+    "numbers": numbers_that_lead_through_each_other,
+    "one number": lambda: [b"\x07"] * 2000,
+}
+
+
+@pytest.mark.parametrize("what", COLLIDING)
+def test_keys_that_a_dictionary_would_be_slow_with_are_no_result(what: str) -> None:
+    with pytest.raises(JailError, match="keys of a dictionary that collide"):
+        unpack.decode(with_keys(COLLIDING[what]()))
+
+
+HONEST: dict[str, Callable[[], Any]] = {
+    "a million numbers": lambda: {number: number for number in range(1_000_000)},
+    "numbers far apart": lambda: dict.fromkeys(number * 0x9E3779B97F4A7C15 % (1 << 63) for number in range(50_000)),
+    "numbers with zeros at their end": lambda: {number << 44: None for number in range(50_000)},
+    "negative numbers": lambda: dict.fromkeys(range(-50_000, 0)),
+    "a grid": lambda: {(x, y, 0.5): x * y for x in range(-100, 100) for y in range(-100, 100)},
+    "fractions": lambda: {number / 1024: number for number in range(50_000)},
+    "powers of two": lambda: {2.0**number: number for number in range(-1074, 1024)},
+    "text and numbers": lambda: {key: None for number in range(20_000) for key in (number, str(number), b"%d" % number)},
+}
+
+
+@pytest.mark.parametrize("what", HONEST)
+def test_keys_as_people_have_them_come_back_as_they_were(what: str) -> None:
+    value = HONEST[what]()
+    assert list(unpack.decode(msgspec.msgpack.encode((executor_inside.RESULT, value))).items()) == list(value.items())
+
+
+@pytest.mark.parametrize("level", [b"\x91", b"\x81\xa1x", b"\xdc\x00\x01", b"\x81\x91"], ids=["lists", "maps", "large lists", "keys"])
+def test_a_result_is_nested_as_deep_as_any_callers_stack_bears(level: bytes) -> None:
+    read = "import sys\nfrom nsjail_py import unpack\nsys.setrecursionlimit(10**8)"
+    read += "\ntry: unpack.decode(sys.stdin.buffer.read())\nexcept unpack.JailError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", read], input=reply(level * 1_000_000), capture_output=True, timeout=60 * PATIENCE)
+    assert b"more than 200 levels" in done.stdout, (done.returncode, done.stderr[-300:])
+
+
+def test_what_is_nested_two_hundred_times_comes_back_as_it_was() -> None:
+    value: Any = 1
+    for _ in range(199):
+        value = [value]
+    assert unpack.decode(msgspec.msgpack.encode((executor_inside.RESULT, value))) == value
+
+
+def test_what_ends_too_early_is_no_result_and_its_keys_are_not_tried() -> None:
+    whole = msgspec.msgpack.encode((executor_inside.RESULT, [dict.fromkeys(range(20), "x"), b"y" * 300, [1.5] * 256, 1 << 40]))
+    assert unpack.decode(whole)
+    for end in range(len(whole)):
+        with pytest.raises(JailError, match="cannot be read"):
+            unpack.decode(whole[:end])
+    with pytest.raises(JailError, match="too early"):
+        unpack.decode(with_keys([b"\x07"] * 2000)[:-1])
