@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from array import array
 from collections import defaultdict
 from typing import Annotated, Any
@@ -16,8 +17,6 @@ from .executor_inside import ARRAY, INTEGER, RESULT
 
 MOST_VALUES = 4 << 20
 """Of one result. An empty dictionary is one byte there, and eighty here; what a value takes is less than ninety in any case."""
-PLAIN = frozenset("biufcSUmM?")
-"""Kinds of numpy's types that are nothing but their bytes."""
 MOST_LEVELS = 200
 """Of what lies in one another: readers recurse, and a caller may have raised the limit that would stop them before the stack's end."""
 MOST_PROBES = 40
@@ -33,19 +32,22 @@ SIZES[0xC4:0xE0] = 0, 0, 0, 0, 0, 0, 5, 9, 2, 3, 5, 9, 2, 3, 5, 9, 3, 4, 6, 10, 
 LENGTHS = {0xC4: (1, 2), 0xC5: (2, 3), 0xC6: (4, 5), 0xC7: (1, 3), 0xC8: (2, 4), 0xC9: (4, 6), 0xD9: (1, 2), 0xDA: (2, 3), 0xDB: (4, 5)}
 """Bytes of that length, and of all that comes before the data."""
 ARRAYS, MAPS = frozenset([*range(0x90, 0xA0), 0xDC, 0xDD]), frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
-EXTENSIONS = frozenset([0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9)])
+EXTENSIONS = {0xC7: 2, 0xC8: 3, 0xC9: 5, **dict.fromkeys(range(0xD4, 0xD9), 1)}
+"""Where the byte is that says which."""
 TEXTS = frozenset([*range(0xA0, 0xC0), 0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB])
 """And bytes: the hash of such a key is a secret of the caller's process."""
 COUNTS = bytearray(b"\1" * 256)
-"""As how many values a value counts: arrays and maps as one more than what is in them, and extensions as four."""
+"""As how many values a value counts: arrays and maps as one more than what is in them, extensions as four."""
 for _first in (*ARRAYS, *MAPS):
     COUNTS[_first] = 2
 for _first in EXTENSIONS:
     COUNTS[_first] = 4
+NUMPY, NUMPY_COUNT = bytes([ARRAY]), 100
+"""An array of numpy's counts more, however small: it takes so much longer than a number."""
 
 RUN = 256
 _sizes: defaultdict[int, bytes] = defaultdict(bytes)
-for _first in {*range(256)} - ARRAYS - MAPS - EXTENSIONS - LENGTHS.keys():
+for _first in {*range(256)} - ARRAYS - MAPS - EXTENSIONS.keys() - LENGTHS.keys():
     _sizes[SIZES[_first]] += b"\\x%02x" % _first
 SINGLES = re.compile(b"(?s:(?:%s){%d})" % (b"|".join(b"[%s].{%d}" % (_sizes[size], size - 1) for size in sorted(_sizes)), RUN))
 """So many values in a row that hold no others and are short: what is all but all of a large list, at a fifth of the time."""
@@ -73,7 +75,7 @@ def check(data: bytes) -> None:
     around: list[tuple[int, array[int] | None, int]] = []
     while True:
         if found > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES} values: return an array, text or bytes")
+            raise ValueError(f"more than {MOST_VALUES} values (an array counts as {NUMPY_COUNT}): return one array, text or bytes")
         while not left:
             if keys is not None:
                 check_keys(keys)
@@ -93,6 +95,8 @@ def check(data: bytes) -> None:
         first = data[at]
         left -= 1
         found += COUNTS[first]
+        if first in EXTENSIONS and data[at + EXTENSIONS[first] : at + EXTENSIONS[first] + 1] == NUMPY:
+            found += NUMPY_COUNT
         if first in ARRAYS or first in MAPS:
             if len(around) == MOST_LEVELS:
                 raise ValueError(f"more than {MOST_LEVELS} levels")
@@ -156,14 +160,24 @@ def _extension(code: int, data: memoryview) -> Any:
 
 
 def _array(data: memoryview) -> Any:
+    """Only of bytes that numpy could have written: other code behind an array takes them at their word."""
     import numpy as np
 
-    name, shape, raw = msgspec.msgpack.decode(data, type=_Array)
+    name, shape, raw = ARRAY_READER.decode(data)
     dtype = np.dtype(name)
-    if dtype.kind not in PLAIN or dtype.names is not None:
-        raise ValueError(f"an array of {name!r}")
+    if dtype.kind == "U" and raw and np.frombuffer(raw, dtype.byteorder + "u4").max() > sys.maxunicode:
+        raise ValueError("text that is not Unicode")
+    if dtype.kind == "b":
+        return (np.frombuffer(raw, "u1") != 0).reshape(shape)
     return np.frombuffer(raw, dtype).reshape(shape).copy()
 
 
 READER = msgspec.msgpack.Decoder(ext_hook=_extension)
-_Array = tuple[Annotated[str, msgspec.Meta(max_length=100)], Annotated[tuple[int, ...], msgspec.Meta(max_length=64)], bytes]
+ARRAY_READER = msgspec.msgpack.Decoder(
+    tuple[
+        Annotated[str, msgspec.Meta(pattern=r"^[<>|][biufcSUmM][0-9]{1,10}(\[[0-9]{0,10}[a-zA-Z]{1,2}\])?$")],
+        Annotated[tuple[int, ...], msgspec.Meta(max_length=64)],
+        bytes,
+    ]
+)
+"""The types that are nothing but their bytes."""

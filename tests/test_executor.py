@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,9 @@ def test_arrays_come_back_whole(pool: JailExecutor) -> None:
         np.array(["a", "bc"]),
         np.array([1 + 2j]),
         np.array("2026-11-24", "M8[D]").reshape(1),
+        np.array([3], "m8[25us]"),
+        np.array([[True, False]]),
+        np.array(["\U0010ffff"], ">U1"),
     ):
         back = pool.submit(lambda array=array: {"array": array, "n": np.int64(7)}).result()
         assert back["n"] == 7
@@ -568,3 +571,41 @@ def test_what_ends_too_early_is_no_result_and_its_keys_are_not_tried() -> None:
             unpack.decode(whole[:end])
     with pytest.raises(JailError, match="too early"):
         unpack.decode(with_keys([b"\x07"] * 2000)[:-1])
+
+
+def array(kind: str, shape: tuple[int, ...], raw: bytes) -> bytes:
+    data = msgspec.msgpack.encode((kind, shape, raw))
+    return b"\xc7" + bytes([len(data), executor_inside.ARRAY]) + data
+
+
+@pytest.mark.parametrize("one", [array("|u1", (1,), b"a"), b"\xc8\x00\x00\x01", b"\xc9\x00\x00\x00\x00\x01", b"\xd4\x01\x00"])
+def test_arrays_are_counted_by_what_it_takes_to_make_them(one: bytes) -> None:
+    count = unpack.MOST_VALUES // unpack.NUMPY_COUNT
+    with pytest.raises(ValueError, match="an array counts as 100"):
+        unpack.check(reply(b"\xdd" + count.to_bytes(4, "big") + one * count))
+    count = unpack.MOST_VALUES // (2 * unpack.NUMPY_COUNT)
+    unpack.check(reply(b"\xdd" + count.to_bytes(4, "big") + one * count))
+
+
+def test_times_and_wide_numbers_are_not_counted_as_arrays() -> None:
+    for one in (wide(1 << 70), msgspec.msgpack.encode(datetime(2026, 11, 24, tzinfo=UTC))):
+        unpack.check(reply(b"\xdd" + (500_000).to_bytes(4, "big") + one * 500_000))
+
+
+def test_an_array_of_booleans_has_no_third_value(pool: JailExecutor) -> None:
+    def spoof(data: bytes) -> None:
+        os.pwrite(3, len(data).to_bytes(8, "little") + data, 0)
+        os._exit(0)
+
+    back = pool.submit(spoof, reply(array("|b1", (2, 2), b"\x00\x01\x02\xff"))).result()
+    assert back.view("u1").tolist() == [[0, 1], [1, 1]]
+    assert back.flags.writeable
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_an_array_of_text_has_no_character_beyond_unicode(order: str) -> None:
+    for code in (0x110000, 0xFFFFFFFF):
+        with pytest.raises(JailError, match="not Unicode"):
+            unpack.decode(
+                reply(array(f"{order}U2", (1,), b"".join(n.to_bytes(4, "little" if order == "<" else "big") for n in (65, code))))
+            )
