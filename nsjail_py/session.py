@@ -43,6 +43,7 @@ from .result import Result, Verdict
 from .session_inside import CALLER, COUNT
 from .streams import CHUNK, DEVNULL, PIPE
 from .units import MAX_TIME
+from .unpack import check_json
 
 if TYPE_CHECKING:
     from .jail import Jail
@@ -319,7 +320,9 @@ class Session:
             raise _Broken("what it says makes no sense")
         deadline = _within(head + data)
         try:
-            answer = msgspec.json.decode(self._read(head, deadline), type=_Answer)
+            text = self._read(head, deadline)
+            check_json(text)
+            answer = msgspec.json.decode(text, type=_Answer)
         except (msgspec.DecodeError, ValueError, RecursionError):
             raise _Broken("what it says makes no sense") from None
         result = self._read(data, deadline)

@@ -52,6 +52,12 @@ for _first in {*range(256)} - ARRAYS - MAPS - EXTENSIONS.keys() - LENGTHS.keys()
 SINGLES = re.compile(b"(?s:(?:%s){%d})" % (b"|".join(b"[%s].{%d}" % (_sizes[size], size - 1) for size in sorted(_sizes)), RUN))
 """So many values in a row that hold no others and are short: what is all but all of a large list, at a fifth of the time."""
 
+MOST_JSON = 1 << 20
+"""Values, and keys, of one answer in JSON."""
+STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+LEVELS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
 
 def decode(data: bytes) -> Any:
     """What a job has written. Raises JobError if it tells of an exception, and JailError for what is no result."""
@@ -112,6 +118,16 @@ def check(data: bytes) -> None:
         else:
             width, before = LENGTHS[first]
             at += before + int.from_bytes(data[at + 1 : at + 1 + width], "big")
+
+
+def check_json(text: bytes) -> None:
+    """As `check`, for JSON, whose keys are all text."""
+    bare, strings = STRINGS.subn(b"", text, MOST_JSON + 1)
+    if max(strings, sum(map(bare.count, (b",", b":", b"[", b"{")))) > MOST_JSON:
+        raise ValueError(f"more than {MOST_JSON} values")
+    steps = memoryview(bare.translate(LEVELS, NO_BRACKETS)).cast("b")  # one in, or one out
+    if max(itertools.accumulate(steps), default=0) > MOST_LEVELS:
+        raise ValueError(f"more than {MOST_LEVELS} levels")
 
 
 NOBODY_KNOWS = -1

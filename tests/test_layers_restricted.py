@@ -143,3 +143,19 @@ def test_wrapped_builtins_are_no_boundary_and_the_jail_is() -> None:
     escape = "c = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == '_wrap_close'][0]\n"
     answer = execute(escape + "c.__init__.__globals__['system']('true')", wrapped=True)
     assert answer.result.denied, answer
+
+
+OWN_ANSWERS = {
+    "nested deep": """b'{"value":' + b"[" * 100_000 + b"]" * 100_000 + b',"printed":"","error":null}'""",
+    "of many values": """b'{"value":[' + b"{}," * 1_500_000 + b'{}],"printed":"","error":null}'""",
+    "of another kind": """b'{"value":1,"printed":2,"error":null}'""",
+}
+
+
+@pytest.mark.parametrize("what", OWN_ANSWERS)
+def test_an_answer_that_the_program_writes_by_itself_is_read_with_bounds(what: str) -> None:
+    """Who gets out of the guards can write what he likes."""
+    escape = "c = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == '_wrap_close'][0].__init__.__globals__\n"
+    send = f"said = {OWN_ANSWERS[what]}\nwhile said: said = said[c['write'](1, said):]\nc['_exit'](0)"
+    answer = execute(escape + send, wrapped=True)
+    assert (answer.value, answer.error, answer.result.ok, answer.ok) == (None, "the answer is not readable", True, False)
