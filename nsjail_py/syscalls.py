@@ -156,7 +156,7 @@ def compile_filter(syscalls: Syscalls) -> Filter:
     return compiled
 
 
-@cache
+@lru_cache(maxsize=1024)  # there are 470; programs choose others at will
 def name_of(nr: int) -> str:
     """The name of a system call number of this machine, for reports; `syscall 999` when nobody here knows it."""
     try:

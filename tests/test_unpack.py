@@ -1,4 +1,4 @@
-"""Answers in JSON are counted before they are read, whoever reads them."""
+"""What programs say takes a bounded share of whoever hears it: answers in JSON, and numbers of system calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from conftest import PATIENCE
 
+from nsjail_py import syscalls
 from nsjail_py.unpack import MOST_JSON, MOST_LEVELS, check_json
 
 QUOTED = '{"a": "[[[[' + '\\"[[' * 1000 + '\\\\", "b\\u005b": "' + "[,:{" * MOST_JSON + '"}'
@@ -71,3 +72,9 @@ except nsjail_py.SessionError as error: print(error)
 def test_an_answer_of_a_session_is_nested_as_deep_as_any_callers_stack_bears() -> None:
     done = subprocess.run([sys.executable, "-c", SESSION], capture_output=True, timeout=60 * PATIENCE)
     assert b"what it says makes no sense" in done.stdout, (done.returncode, done.stderr[-300:])
+
+
+def test_names_of_calls_that_programs_choose_are_not_kept_for_ever() -> None:
+    for number in range(10_000, 15_000):
+        syscalls.name_of(number)
+    assert syscalls.name_of.cache_info().currsize <= 1024
