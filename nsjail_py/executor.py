@@ -25,7 +25,7 @@ from . import launcher
 from .errors import JailError, PolicyError, RunFailed, during
 from .executor_inside import CALL_FD, LENGTH, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail, modules
-from .plan import sealed
+from .plan import memory_file, sealed
 from .policy import Policy
 from .unpack import decode
 
@@ -192,7 +192,7 @@ def _work(queue: Queue, jail: Jail) -> None:
 
 def _call(jail: Jail, pickled: bytes) -> Any:
     with during("result"):
-        result = os.memfd_create("result", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        result = memory_file("result")
     with open(result, "r+b", 0) as file:
         file.truncate(RESULT_SIZE)  # all holes: what is not written takes no memory
         fcntl.fcntl(result, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)

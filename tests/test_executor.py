@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import gc
 import importlib
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 from conftest import PATIENCE
 
-from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed, executor, executor_inside, launcher, unpack
+from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed, executor, executor_inside, launcher, plan, unpack
 
 
 @pytest.fixture(scope="module")
@@ -609,3 +610,39 @@ def test_an_array_of_text_has_no_character_beyond_unicode(order: str) -> None:
             unpack.decode(
                 reply(array(f"{order}U2", (1,), b"".join(n.to_bytes(4, "little" if order == "<" else "big") for n in (65, code))))
             )
+
+
+def test_what_a_job_writes_as_its_result_is_no_program() -> None:
+    def attack() -> list[int] | None:
+        import fcntl
+
+        os.pwrite(3, b"#!/bin/true\n", 0)
+        found = [os.stat(descriptor).st_mode & 0o111 for descriptor in (3, 4)]
+        if fcntl.fcntl(3, 1034) & 0x20:  # F_GET_SEALS, F_SEAL_EXEC: from Linux 6.3 on
+            for descriptor in (3, 4):
+                try:
+                    os.fchmod(descriptor, 0o700)
+                except PermissionError:
+                    found.append(0)
+        try:
+            os.execv("/proc/self/fd/3", ["x"])
+        except PermissionError:
+            return found
+
+    with JailExecutor("moderate", 1) as pool:
+        assert set(pool.submit(attack).result()) == {0}
+
+
+def test_a_kernel_without_that_seal_gives_a_memory_file_that_is_no_program_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = os.memfd_create
+
+    def older(name: str, flags: int) -> int:
+        if flags & plan.MFD_NOEXEC_SEAL:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", older)
+    with open(plan.sealed("call", b"x"), "rb", 0) as file:
+        assert os.stat(file.fileno()).st_mode & 0o777 == 0o600
+    with JailExecutor("untrusted", 1) as pool:
+        assert pool.submit(add, 1).result() == 2

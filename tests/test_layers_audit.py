@@ -159,3 +159,8 @@ def test_a_session_or_an_executor_that_would_tell_nothing_is_refused() -> None:
         jail.session()
     with pytest.raises(nsjail_py.PolicyError, match=r"\$\.python\.audit"):
         nsjail_py.JailExecutor("untrusted", audit="report")
+
+
+def test_the_page_is_no_program() -> None:
+    page = audit.Page(nsjail_py.Policy())
+    assert os.stat(page.fd).st_mode & 0o111 == 0

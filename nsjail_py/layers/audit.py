@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from nsjail_py._native import ffi, lib
-from nsjail_py.plan import OrderFile
+from nsjail_py.plan import OrderFile, memory_file
 
 from . import audit_inside
 
@@ -64,7 +64,7 @@ class Page:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self._told: Audit | None = None
-        self.fd = os.memfd_create("audit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = memory_file("audit")
         try:
             os.ftruncate(self.fd, SIZE)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
