@@ -113,8 +113,8 @@ class JailExecutor(Executor):
     anew, with workers of its own; the futures of the parent's calls are done in the parent only.
 
     A future's exception is JobError for what the function raised (with its traceback as text), RunFailed for a run that met a limit or a
-    signal, SetupError when there was no jail for it, JailError for a result that cannot be read: it has at most 64 MiB, and four million
-    values.
+    signal, SetupError when there was no jail for it, JailError for a result that cannot be read: it has at most 64 MiB, four million
+    values (an array counts as a hundred), and 200 levels.
     """
 
     def __init__(
