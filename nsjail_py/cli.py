@@ -151,15 +151,17 @@ def command_selftest(options: argparse.Namespace) -> int:
 
 
 def systemd_unit(options: argparse.Namespace) -> int:
-    from .policyfile import load, names
+    from .policyfile import files, load, names
     from .unitfile import unit
 
     command = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     if not command or command[0].startswith("-"):
         raise PolicyError("systemd unit: no program was given: nsjail-py systemd unit [OPTIONS] POLICY -- CMD [ARGS...]")
-    named = options.policy if options.policy in names() else os.path.realpath(options.policy)
-    files = unit(load(options.policy), named, command, options.name, options.user, options.listen)
-    for name, text in files.items():
+    policy = load(options.policy)
+    named = options.policy if options.policy in names() else os.path.abspath(options.policy)
+    if "/" in command[0] and not policy.root.startswith("oci:"):  # a unit begins in /, and an image has paths of its own
+        command = [os.path.abspath(command[0]), *command[1:]]
+    for name, text in unit(policy, named, command, options.name, options.user, options.listen, files(named)).items():
         if options.output:
             (Path(options.output) / name).write_text(text, encoding="utf-8")
             _print(str(Path(options.output) / name))

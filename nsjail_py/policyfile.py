@@ -54,6 +54,14 @@ def load(name_or_path: str | os.PathLike[str]) -> Policy:
     return _build(table, prefix=f"{one_line(str(name_or_path))}: ")
 
 
+def files(name_or_path: str | os.PathLike[str]) -> list[Path]:
+    """The file of a policy that can be loaded, and those that it extends."""
+    found = [locate(name_or_path)]
+    while base := _parsed(found[-1].read_bytes()).get("extends"):
+        found.append(_extended(found[-1], base))
+    return found
+
+
 def names() -> list[str]:
     """Names of the shipped policies."""
     return sorted(path.stem for path in directory().glob("*.toml") if path.stem not in NOT_POLICIES)
@@ -167,12 +175,16 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Table:
     base = table.pop("extends")
     if not isinstance(base, str):
         raise PolicyError(f"{shown}: $.extends: must be the name of a policy or the path of a file")
-    is_file = "/" in base or base.endswith(".toml")
     try:
-        below = _read(path.parent / base if is_file else locate(base), (*extended_by, where))
+        below = _read(_extended(path, base), (*extended_by, where))
     except PolicyError as error:
         raise PolicyError(*(f"{shown}: $.extends: {problem}" for problem in error.problems)) from None
     return _merged({key: value for key, value in below.items() if key not in OWN_FIELDS}, table)
+
+
+def _extended(path: Path, base: str) -> Path:
+    """What `extends` means in a file."""
+    return path.parent / base if "/" in base or base.endswith(".toml") else locate(base)
 
 
 @lru_cache(maxsize=16)

@@ -7,13 +7,16 @@ systemd.resource-control(5), systemd.socket(5)
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import PolicyError
+from .rootfs import is_below
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -24,7 +27,9 @@ TASKS = 16
 """Their processes and threads."""
 LONGEST = 107
 """Bytes of a socket's path."""
+ROOT = ("root", "0")
 HOMES = ("/home", "/root", "/run/user")
+TEMPORARY = ("/tmp", "/var/tmp")
 SET_UP = 35
 """Seconds that a run may take before its own clock begins."""
 CAPABILITIES = "CAP_SYS_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_KILL CAP_NET_ADMIN"
@@ -40,9 +45,18 @@ class Line(NamedTuple):
     why: str
 
 
-def unit(policy: Policy, named: str, command: Sequence[str], name: str, user: str = "", listen: str = "") -> dict[str, str]:
+def unit(
+    policy: Policy,
+    named: str,
+    command: Sequence[str],
+    name: str,
+    user: str = "",
+    listen: str = "",
+    read_from: Iterable[Path] = (),
+) -> dict[str, str]:
     """The files by their names. named: the policy as nsjail-py is told it. listen: an address; then there is a socket, and each connection
-    is one run, with the connection as its standard input and output. Raises PolicyError for what no unit can hold."""
+    is one run, with the connection as its standard input and output. read_from: the policy's files, where it has some. Raises PolicyError
+    for what no unit can hold."""
     if not re.fullmatch(r"[A-Za-z0-9:_.\\-]+", name):
         raise PolicyError(f"name {name!r}: letters, digits and :-_.\\ only")
     if user and not _is_user(user):
@@ -53,7 +67,8 @@ def unit(policy: Policy, named: str, command: Sequence[str], name: str, user: st
     if re.search(r"[\\\"']", sys.executable):
         raise PolicyError(f"the interpreter {sys.executable!r}: systemd starts no program with a quote or backslash in its path")
     head = Line(f"Description=A jail: {_plain(command[0])}", "what systemctl shows")
-    service = [*_start(named, command, listen), *_identity(user), *_limits(policy), *_walls(policy, named, command[0])]
+    needed = _needed(policy, [named, *map(str, read_from)], command[0])
+    service = [*_start(named, command, listen), *_identity("" if user in ROOT else user), *_limits(policy), *_walls(policy, needed)]
     if not listen:
         return {f"{name}.service": _text(Unit=[head], Service=service, Install=[START])}
     return {
@@ -165,13 +180,35 @@ def _limits(policy: Policy) -> list[Line]:
     return lines
 
 
-def _walls(policy: Policy, named: str, program: str) -> list[Line]:
+def _needed(policy: Policy, files: Sequence[str], program: str) -> list[str]:
+    """The paths of the host without which there is no run. Names are among them, which are no paths."""
+    shown = ["/" if policy.root == "host" else policy.root.removeprefix("oci:"), policy.workdir or "", policy.python.project or ""]
+    shown += [mount.source for mount in policy.mounts]
+    return [*files, program, *shown, policy.backend.removeprefix("oci:"), __file__, sys.prefix, sys.base_prefix]
+
+
+def _meet(paths: Iterable[str], places: Iterable[str]) -> bool:
+    """Whether one of the paths lies in one of the places, or has one in it."""
+    return any(is_below(way, place) or is_below(place, way) for way in _ways(paths) for place in _ways(places))
+
+
+def _ways(paths: Iterable[str]) -> set[str]:
+    """Each path as it is written, and where it leads."""
+    return {way for path in paths if path.startswith("/") for way in (os.path.normpath(path), _real(path))}
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # no path can be so, and no line of a unit: _text says it
+        return path
+
+
+def _walls(policy: Policy, needed: Sequence[str]) -> list[Line]:
     lines = list(WALLS)
-    needed = [named, program, policy.root.removeprefix("oci:"), policy.backend.removeprefix("oci:"), policy.workdir or ""]
-    needed += [policy.python.project or "", *(mount.source for mount in policy.mounts), __file__, sys.prefix, sys.base_prefix]
-    if not any(path.startswith(HOMES) for path in needed):
+    if not _meet(needed, HOMES):
         lines.append(Line("ProtectHome=yes", "homes are not there"))
-    if not any(path.startswith(("/tmp", "/var/tmp")) for path in needed):
+    if not _meet(needed, TEMPORARY):
         lines.append(Line("PrivateTmp=yes", "a /tmp of its own"))
     if "net" in policy.namespaces:
         lines.append(Line("PrivateNetwork=yes", "no network for nsjail-py either"))

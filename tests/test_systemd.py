@@ -12,9 +12,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import IS_ROOT, PATIENCE
@@ -282,14 +284,84 @@ def test_a_description_goes_on_in_no_other_line() -> None:
     assert "\nDescription=A jail: /bin/x\\\\\n" in text
 
 
-@pytest.mark.parametrize("changes", [{"root": "oci:/home/me/image.tar"}, {"backend": "oci:/home/me/crun"}], ids=str)
-def test_an_image_or_a_runtime_in_a_home_can_be_reached(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nsjail-py lies in /usr."""
     for name in ("prefix", "base_prefix"):
         monkeypatch.setattr(unitfile.sys, name, "/usr")
     monkeypatch.setattr(unitfile, "__file__", "/usr/lib/unitfile.py")
-    policy = nsjail_py.policy("moderate")
-    assert "\nProtectHome=yes\n" in unitfile.unit(policy, "/etc/p.toml", ["/bin/sh"], "jail")["jail.service"]
-    assert "ProtectHome" not in unitfile.unit(replace(policy, **changes), "/etc/p.toml", ["/bin/sh"], "jail")["jail.service"]
+
+
+def hides(policy: nsjail_py.Policy, **options: Any) -> set[str]:
+    lines = unitfile.unit(policy, "/etc/p.toml", ["/bin/sh"], "jail", **options)["jail.service"].splitlines()
+    return {"ProtectHome=yes", "PrivateTmp=yes"} & set(lines)
+
+
+def shows(source: str) -> dict[str, tuple[nsjail_py.Mount]]:
+    return {"mounts": (nsjail_py.Mount(source=source, target="/srv"),)}
+
+
+HOMES, TEMPORARY = "ProtectHome=yes", "PrivateTmp=yes"
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    ("changes", "hidden"),
+    [
+        ({}, {HOMES, TEMPORARY}),
+        ({"root": "oci:/home/me/image.tar"}, {TEMPORARY}),
+        ({"backend": "oci:/home/me/crun"}, {TEMPORARY}),
+        ({"root": "host"}, set()),
+        (shows("/"), set()),
+        (shows("/run"), {TEMPORARY}),
+        (shows("/var"), {HOMES}),
+        (shows("/usr/../tmp/x"), {HOMES}),
+        (shows("/homework"), {HOMES, TEMPORARY}),
+    ],
+    ids=str,
+)
+def test_a_unit_hides_nothing_that_its_policy_shows(changes: dict[str, Any], hidden: set[str]) -> None:
+    assert hides(replace(nsjail_py.policy("moderate"), **changes)) == hidden
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_unit_hides_nothing_that_a_link_leads_to(tmp_path: Path) -> None:
+    moderate = nsjail_py.policy("moderate")
+    (tmp_path / "link").symlink_to("/root/data")
+    assert hides(replace(moderate, **shows(str(tmp_path / "link")))) == set()
+    assert hides(moderate, read_from=[tmp_path / "link"]) == set()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_unit_hides_no_file_that_its_policy_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unitfile, "HOMES", (str(tmp_path / "home"),))
+    for name, extended in {"etc": "../home/mine.toml", "home": "../srv/ours.toml", "srv": "moderate"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / {"etc": "p.toml", "home": "mine.toml", "srv": "ours.toml"}[name]).write_text(f'extends = "{extended}"\n')
+    (tmp_path / "units").mkdir()
+    for policy, is_hidden in {"etc/p.toml": False, "srv/ours.toml": True}.items():
+        (file,) = written(tmp_path / "units", str(tmp_path / policy), "--", "/bin/cat")
+        assert (HOMES in file.read_text().splitlines()) == is_hidden
+
+
+def test_a_program_is_the_one_that_the_command_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit begins in the root directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image.toml").write_text('extends = "moderate"\nroot = "oci:/srv/image.tar"\n')
+    (tmp_path / "units").mkdir()
+    for policy, program, meant in (
+        ("moderate", "./prog", str(tmp_path / "prog")),
+        ("moderate", "sort", "sort"),
+        ("./image.toml", "bin/prog", "bin/prog"),
+    ):
+        (file,) = written(tmp_path / "units", policy, "--", program, "./x")
+        assert f" -- {meant} ./x\n" in file.read_text()
+
+
+@pytest.mark.parametrize("user", ["root", "0"])
+def test_root_as_the_user_of_a_unit_is_root_as_without(user: str) -> None:
+    arguments = (nsjail_py.policy("untrusted"), "untrusted", ["/bin/cat"], "jail")
+    assert unitfile.unit(*arguments, user=user) == unitfile.unit(*arguments)
 
 
 # ---------------------------------------------------------------- real units
@@ -446,24 +518,36 @@ def journal_of(unit: str, **fields: str) -> list[dict[str, str]]:
 
 @real
 @pytest.mark.parametrize(
-    "options", [[], pytest.param(["--user", USER], marks=pytest.mark.skipif(not USER, reason=NO_USER))], ids=["root", "user"]
+    ("options", "mode"),
+    [
+        ([], "root"),
+        (["--user", "root"], "root"),
+        pytest.param(["--user", USER], "delegated", marks=pytest.mark.skipif(not USER, reason=NO_USER)),
+    ],
+    ids=["root", "root by name", "user"],
 )
 def test_a_written_unit_runs_its_program_in_a_jail_and_the_journal_says_how_it_went(
-    options: list[str], installed: Callable[..., str]
+    options: list[str], mode: str, installed: Callable[..., str]
 ) -> None:
     name = installed(*options, "moderate", "--", "/bin/sh", "-c", "echo out of $(id -u) >&2; exit 3")
     subprocess.run(["systemctl", "start", "--wait", name], check=False)
     entries = journal_of(f"{name}.service", NSJAIL_VERDICT="exit")
     assert entries, subprocess.run(["journalctl", "--quiet", "--unit", name], capture_output=True, text=True, check=True).stdout
     (entry,) = entries
-    assert (entry["NSJAIL_EXIT_CODE"], entry["NSJAIL_POLICY"], entry["NSJAIL_MODE"]) == (
-        "3",
-        "moderate",
-        "delegated" if options else "root",
-    )
+    assert (entry["NSJAIL_EXIT_CODE"], entry["NSJAIL_POLICY"], entry["NSJAIL_MODE"]) == ("3", "moderate", mode)
     assert entry["NSJAIL_MEMORY_SOURCE"] == "cgroup2"
     shown = subprocess.run(["systemctl", "show", "-p", "ExecMainStatus", "--value", name], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "3"
+
+
+@real
+def test_a_unit_of_trusted_reads_a_file_in_a_home(installed: Callable[..., str]) -> None:
+    with tempfile.TemporaryDirectory(dir="/home") as home:
+        os.chmod(home, 0o755)
+        (Path(home) / "status").write_text("exit 7\n")
+        name = installed("trusted", "--", "/bin/sh", f"{home}/status")
+        subprocess.run(["systemctl", "start", "--wait", name], check=False)
+        assert journal_of(f"{name}.service", NSJAIL_EXIT_CODE="7")
 
 
 @real
