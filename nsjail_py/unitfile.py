@@ -7,6 +7,7 @@ systemd.resource-control(5), systemd.socket(5)
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 import sys
@@ -25,6 +26,8 @@ OVERHEAD = 128 * 1024**2
 """Memory of nsjail-py itself and its launcher."""
 TASKS = 16
 """Their processes and threads."""
+PROCESSORS = 1
+"""What they may keep busy. Were it nothing, a program that uses up its share would leave none to the clocks that end it."""
 LONGEST = 107
 """Bytes of a socket's path."""
 ROOT = ("root", "0")
@@ -173,6 +176,11 @@ def _limits(policy: Policy) -> list[Line]:
         lines.append(Line("MemorySwapMax=0", "swap is memory"))
     if limits.processes is not None:
         lines.append(Line(f"TasksMax={limits.processes + TASKS}", "the policy's processes, and nsjail-py's own"))
+    if limits.cpus is not None:
+        quota = math.ceil(100 * (limits.cpus + PROCESSORS))
+        lines.append(Line(f"CPUQuota={quota}%", "the policy's cpus, and nsjail-py's own: it must be awake to end the jail"))
+    if limits.cpuset is not None:
+        lines.append(Line(f"AllowedCPUs={limits.cpuset}", "the policy's cpuset, where nsjail-py has its turn as everybody"))
     if limits.wall_time is not None:
         lines.append(Line(f"RuntimeMaxSec={limits.wall_time + SET_UP:.0f}", "the policy's wall_time, and the making of the jail"))
     lines.append(Line("TimeoutStopSec=5", "the jail is gone at once; nsjail-py needs no longer"))

@@ -165,7 +165,8 @@ def written(to: Path, *words: str) -> list[Path]:
 @pytest.mark.parametrize("policy", ["trusted", "moderate", "untrusted"])
 @pytest.mark.parametrize("options", [[], ["--user", "daemon"], ["--listen", "/run/jail.sock"]], ids=["root", "user", "socket"])
 def test_systemd_finds_no_fault_in_a_unit(policy: str, options: list[str], tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text(f'extends = "{policy}"\nworkdir = \'/srv/100% $HOME "it" \\n\'')
+    limits = '[limits]\ncpus = 1.255\ncpuset = "0-1,4"\n'
+    (tmp_path / "mine.toml").write_text(f'extends = "{policy}"\nworkdir = \'/srv/100% $HOME "it" \\n\'\n{limits}')
     to = tmp_path / "units"
     to.mkdir()
     files = written(to, *options, str(tmp_path / "mine.toml"), "--", "/usr/bin/sort", "-k", "2", '100% $HOME "it\'s" \\n')
@@ -209,13 +210,27 @@ def test_every_line_of_a_unit_has_its_reason(tmp_path: Path) -> None:
         assert [line.startswith("# ") for line in lines] == [True, False] * (len(lines) // 2)
 
 
+def settings_of(file: Path) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line and line[0] != "#")
+
+
 def test_a_units_limits_are_the_policys_and_what_nsjail_py_needs_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "untrusted"\n[limits]\ncpus = 0.255\ncpuset = "0,2-3"\n')
+    (tmp_path / "units").mkdir()
     limits = nsjail_py.policy("untrusted").limits
-    (file,) = written(tmp_path, "untrusted", "--", "/bin/cat")
-    settings = dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line and line[0] != "#")
+    (file,) = written(tmp_path / "units", str(tmp_path / "mine.toml"), "--", "/bin/cat")
+    settings = settings_of(file)
     assert limits.memory < int(settings["MemoryMax"]) < limits.memory + (256 << 20)
     assert limits.processes < int(settings["TasksMax"]) < limits.processes + 32
     assert limits.wall_time < int(settings["RuntimeMaxSec"]) < limits.wall_time + 60
+    assert (settings["CPUQuota"], settings["AllowedCPUs"]) == ("126%", "0,2-3")
+
+
+def test_what_a_policy_does_not_limit_a_unit_does_not() -> None:
+    policy = nsjail_py.policy("untrusted")
+    none = dict.fromkeys(("memory", "processes", "wall_time", "cpus", "cpuset"))
+    (text,) = unitfile.unit(replace(policy, limits=replace(policy.limits, **none)), "p", ["/bin/cat"], "jail").values()
+    assert not [name for name in ("MemoryMax=", "TasksMax=", "RuntimeMaxSec=", "CPUQuota=", "AllowedCPUs=") if name in text]
 
 
 def test_a_unit_hides_no_directory_that_its_program_or_policy_is_in(tmp_path: Path) -> None:
@@ -491,9 +506,11 @@ def installed(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
     def install(*words: str) -> str:
         name = f"nsjail-test-{secrets.token_hex(4)}"
-        made.extend(UNITS / file.name for file in written(tmp_path, "--name", name, *words))
-        for file in made:
-            shutil.copy(tmp_path / file.name, file)
+        to = tmp_path / name
+        to.mkdir()
+        for file in written(to, "--name", name, *words):
+            made.append(UNITS / file.name)
+            shutil.copy(file, UNITS)
         subprocess.run(["systemctl", "daemon-reload"], check=True)
         return name
 
@@ -548,6 +565,17 @@ def test_a_unit_of_trusted_reads_a_file_in_a_home(installed: Callable[..., str])
         name = installed("trusted", "--", "/bin/sh", f"{home}/status")
         subprocess.run(["systemctl", "start", "--wait", name], check=False)
         assert journal_of(f"{name}.service", NSJAIL_EXIT_CODE="7")
+
+
+@real
+def test_a_program_that_uses_up_its_share_leaves_nsjail_py_enough_to_end_it(installed: Callable[..., str], tmp_path: Path) -> None:
+    policy = tmp_path / "mine.toml"
+    policy.write_text('extends = "moderate"\n[limits]\ncpus = 0.2\ncpuset = "0"\nwall_time = "2s"\n')
+    name = installed(str(policy), "--", "/bin/sh", "-c", "while :; do :; done & while :; do :; done")
+    subprocess.run(["systemctl", "start", "--wait", name], check=False)
+    (entry,) = journal_of(f"{name}.service", NSJAIL_VERDICT="wall_time")
+    assert int(entry["NSJAIL_WALL_USEC"]) < 2e6 + 1e6 * PATIENCE
+    assert int(entry["NSJAIL_CPU_USEC"]) < 0.2 * int(entry["NSJAIL_WALL_USEC"]) + 0.2e6
 
 
 @real
