@@ -146,6 +146,7 @@ def _start(named: str, command: Sequence[str], listen: str) -> list[Line]:
     lines = [
         Line("Type=exec", "started when nsjail-py itself is started"),
         Line(f"ExecStart={start}", "the jail; the exit status is the program's own, 124 a limit, 125 a failed set-up"),
+        Line("SuccessExitStatus=143", "that of nsjail-py at SIGTERM: who is told to stop and does has not failed"),
     ]
     if listen:
         lines += [Line("StandardInput=socket", "the connection is what the program reads"), Line("StandardOutput=socket", "and writes")]

@@ -241,6 +241,15 @@ def test_a_unit_hides_no_directory_that_its_program_or_policy_is_in(tmp_path: Pa
     assert not {"ProtectHome=yes", "PrivateTmp=yes"} & set(file.read_text().splitlines())
 
 
+def test_a_unit_that_is_told_to_stop_has_not_failed(tmp_path: Path, cli: list[str]) -> None:
+    (file,) = written(tmp_path, "moderate", "--", "/bin/sleep", "60")
+    words = [*cli, "exec", "--policy", "moderate", "--", "/bin/sh", "-c", "echo; read line"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None and command.stdout.readline()
+        command.terminate()
+        assert settings_of(file)["SuccessExitStatus"] == str(command.wait())
+
+
 @pytest.mark.parametrize("words", [["untrusted", "--"], ["untrusted", "--name", "x", "--", "/bin/cat"]])
 def test_a_unit_without_a_program_is_an_error(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["systemd", "unit", *words]) == 125
@@ -521,6 +530,11 @@ def installed(tmp_path: Path) -> Iterator[Callable[..., str]]:
     subprocess.run(["systemctl", "daemon-reload"], check=True)
 
 
+def shown(unit: str, what: str) -> str:
+    command = ["systemctl", "show", "-p", what, "--value", unit]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def journal_of(unit: str, **fields: str) -> list[dict[str, str]]:
     """The entries that have these fields. journald takes a moment."""
     matches = [f"{name}={value}" for name, value in fields.items()]
@@ -553,8 +567,7 @@ def test_a_written_unit_runs_its_program_in_a_jail_and_the_journal_says_how_it_w
     (entry,) = entries
     assert (entry["NSJAIL_EXIT_CODE"], entry["NSJAIL_POLICY"], entry["NSJAIL_MODE"]) == ("3", "moderate", mode)
     assert entry["NSJAIL_MEMORY_SOURCE"] == "cgroup2"
-    shown = subprocess.run(["systemctl", "show", "-p", "ExecMainStatus", "--value", name], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "3"
+    assert shown(name, "ExecMainStatus") == "3"
 
 
 @real
@@ -593,11 +606,9 @@ def test_a_connection_to_the_socket_is_a_run(installed: Callable[..., str], tmp_
 
 
 def processes_of(unit: str) -> list[str]:
-    group = subprocess.run(["systemctl", "show", "-p", "ControlGroup", "--value", unit], capture_output=True, text=True, check=True)
-    top = Path(f"/sys/fs/cgroup{group.stdout.strip()}")
-    return (
-        [pid for place, _, _ in os.walk(top) for pid in (Path(place) / "cgroup.procs").read_text().split()] if group.stdout.strip() else []
-    )
+    group = shown(unit, "ControlGroup")
+    top = Path(f"/sys/fs/cgroup{group}")
+    return [pid for place, _, _ in os.walk(top) for pid in (Path(place) / "cgroup.procs").read_text().split()] if group else []
 
 
 STUBBORN = "trap '' TERM INT HUP; while true; do sleep 1000; done"
@@ -625,6 +636,7 @@ def test_stop_is_the_end_of_a_jail_within_a_second(installed: Callable[..., str]
     subprocess.run(["systemctl", "stop", name], check=True)
     assert time.monotonic() - began < 1.0 * PATIENCE
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert shown(name, "Result") == "success"
 
 
 @real
