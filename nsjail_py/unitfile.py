@@ -75,7 +75,7 @@ def unit(
     if not listen:
         return {f"{name}.service": _text(Unit=[head], Service=service, Install=[START])}
     return {
-        f"{name}@.service": _text(Unit=[head], Service=service),
+        f"{name}@.service": _text(Unit=[head, COLLECT], Service=service),
         f"{name}.socket": _text(Unit=[head], Socket=_socket(listen), Install=[LISTEN]),
     }
 
@@ -98,6 +98,7 @@ WALLS = (
 
 
 START = Line("WantedBy=multi-user.target", "start it with the machine")
+COLLECT = Line("CollectMode=inactive-or-failed", "each connection is a unit of its own: one that failed must not stay until reset-failed")
 LISTEN = Line("WantedBy=sockets.target", "listen from the start of the machine on")
 
 

@@ -204,6 +204,12 @@ def test_an_interpreter_that_systemd_does_not_start_is_an_error(letter: str, mon
         unitfile.unit(nsjail_py.policy("untrusted"), "untrusted", ["/bin/cat"], "jail")
 
 
+def test_a_unit_of_a_connection_goes_however_it_ended(tmp_path: Path) -> None:
+    listening, template = written(tmp_path, "--listen", "/run/jail.sock", "untrusted", "--", "/bin/cat")
+    assert settings_of(template)["CollectMode"] == "inactive-or-failed"
+    assert "CollectMode" not in settings_of(listening)
+
+
 def test_every_line_of_a_unit_has_its_reason(tmp_path: Path) -> None:
     for file in written(tmp_path, "--listen", "/run/jail.sock", "untrusted", "--", "/bin/cat"):
         lines = [line for line in file.read_text().splitlines() if line and not line.startswith("[")]
@@ -603,6 +609,23 @@ def test_a_connection_to_the_socket_is_a_run(installed: Callable[..., str], tmp_
             client.shutdown(socket.SHUT_WR)
             client.settimeout(30 * PATIENCE)
             assert client.makefile("rb").read() == b"a\nb\n"
+
+
+@real
+def test_a_connection_whose_program_fails_leaves_no_unit(installed: Callable[..., str], tmp_path: Path) -> None:
+    address = tmp_path / "jail.sock"
+    name = installed("--listen", str(address), "moderate", "--", "/bin/sh", "-c", "echo; exit 3")
+    subprocess.run(["systemctl", "start", f"{name}.socket"], check=True)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(address))
+        client.settimeout(30 * PATIENCE)
+        assert client.makefile("rb").read() == b"\n"
+
+    def units() -> list[str]:
+        command = ["systemctl", "list-units", "--all", "--plain", "--no-legend", f"{name}@*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert gone(units)
 
 
 def processes_of(unit: str) -> list[str]:
