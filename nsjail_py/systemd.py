@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from .result import Result
@@ -67,17 +68,23 @@ class Resident:
     """The time in which a service can make jails. Starts the launcher before it says READY; a set-up error is raised, and READY never said.
 
     The watchdog of the unit (WatchdogSec=) is fed by a thread, for as long as a launcher is there or can be started.
+
+    SIGTERM, by which systemd stops a unit, would end Python at once. Entered in the main thread, where nobody has set another action for
+    it, it raises SystemExit there instead, once: the block is left, under asyncio.run by cancelling its tasks, and the process ends with 0.
     """
 
     def __init__(self, status: str = "") -> None:
         self._status = status
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._pid = 0
 
     def __enter__(self) -> Self:
         from . import launcher
 
         launcher.current()
+        self._pid = os.getpid()
+        _replace(signal.SIG_DFL, self._terminated)
         notify("READY=1", f"STATUS={self._status or 'jails can be made'}")
         if interval := watchdog_interval():
             self._thread = threading.Thread(target=self._feed, args=(interval,), name="systemd-watchdog", daemon=True)
@@ -87,11 +94,18 @@ class Resident:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         from . import launcher
 
+        _replace(self._terminated, signal.SIG_DFL)
         notify("STOPPING=1")
         self._over.set()
         if self._thread is not None:
             self._thread.join()
         launcher.shutdown()  # and every jail with it
+
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # for those who ask twice
+        if os.getpid() != self._pid:
+            signal.raise_signal(number)  # a fork, which is no service
+        raise SystemExit(0)  # what systemd takes for a success, as it does the end by this signal
 
     def _feed(self, interval: float) -> None:
         from . import launcher
@@ -103,6 +117,13 @@ class Resident:
                     launcher.lost(current)
                     launcher.current()
                 notify("WATCHDOG=1")
+
+
+def _replace(action: Any, by: Any) -> None:
+    """The action of SIGTERM, where it is this one. In another thread than the main one it stays."""
+    if signal.getsignal(signal.SIGTERM) == action:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, by)
 
 
 def watchdog_interval() -> float:

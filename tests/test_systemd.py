@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,80 @@ def test_ready_is_said_when_there_is_a_launcher_and_stopping_before_it_goes(ear:
         assert nsjail_py.run(["/bin/true"]).ok
     assert ear.recv(999) == b"STOPPING=1"
     assert launcher.peek() is None
+
+
+WAYS = {
+    "asleep": "with systemd.Resident(): time.sleep(60)",
+    "in a run": "with systemd.Resident(): nsjail_py.run(['/bin/sleep', '60'])",
+    "asyncio": "async def main():\n  with systemd.Resident(): await asyncio.sleep(60)\nasyncio.run(main())",
+    "asyncio, in a run": "async def main():\n  with systemd.Resident(): await nsjail_py.aio.run(['/bin/sleep', '60'])\nasyncio.run(main())",
+    "asyncio, at work": "async def main():\n  with systemd.Resident():\n    while True: await asyncio.sleep(0)\nasyncio.run(main())",
+}
+
+
+def resident(ear: socket.socket, code: str) -> subprocess.Popen[str]:
+    """A process that has said READY=1."""
+    lines = f"import asyncio, os, signal, sys, time, nsjail_py\nfrom nsjail_py import systemd\n{code}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", lines], env=os.environ | {"NOTIFY_SOCKET": ear.getsockname()}, stdout=subprocess.PIPE, text=True
+    )
+    assert ear.recv(999).startswith(b"READY=1")
+    return process
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_service_that_is_stopped_leaves_its_block_and_succeeds(way: str, ear: socket.socket) -> None:
+    with resident(ear, f"import atexit; atexit.register(print, 'left')\n{WAYS[way]}") as process:
+        time.sleep(0.3)
+        process.terminate()
+        assert ear.recv(999) == b"STOPPING=1"
+        assert (process.communicate()[0], process.returncode) == ("left\n", 0)
+
+
+def test_a_service_that_is_told_twice_to_stop_ends_at_once(ear: socket.socket) -> None:
+    code = "with systemd.Resident():\n  try: print(1, flush=True); time.sleep(60)\n  finally: print(2, flush=True); time.sleep(60)"
+    with resident(ear, code) as process:
+        assert process.stdout is not None and process.stdout.readline() == "1\n"
+        process.terminate()
+        assert process.stdout.readline() == "2\n"
+        process.terminate()
+        assert process.wait() == -signal.SIGTERM
+
+
+def test_a_fork_of_a_service_ends_by_the_signal_and_says_nothing(ear: socket.socket) -> None:
+    code = (
+        "with systemd.Resident():\n  told, tell = os.pipe()\n  child = os.fork()\n  if not child: os.write(tell, b'.'); time.sleep(60); os._exit(1)\n"
+        "  os.read(told, 1); os.kill(child, signal.SIGTERM); print(os.wait()[1])"
+    )
+    with resident(ear, code) as process:
+        assert process.communicate()[0] == f"{signal.SIGTERM:d}\n"
+    assert ear.recv(999) == b"STOPPING=1"
+    ear.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        ear.recv(999)
+
+
+@pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN, lambda number, frame: None], ids=["default", "ignored", "handled"])
+def test_what_the_caller_does_at_sigterm_is_as_it_was(action: Any) -> None:
+    before = signal.signal(signal.SIGTERM, action)
+    try:
+        with systemd.Resident():
+            assert (signal.getsignal(signal.SIGTERM) == action) == (action != signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) == action
+        with systemd.Resident():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "it is his again when he has set it within"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_in_another_thread_the_action_of_sigterm_stays() -> None:
+    def enter() -> signal.Handlers | int | Callable[..., Any] | None:
+        with systemd.Resident():
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(enter).result() == signal.getsignal(signal.SIGTERM)
 
 
 def test_the_watchdog_is_fed_while_a_launcher_can_be_had(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,9 +738,10 @@ def test_stop_is_the_end_of_a_jail_within_a_second(installed: Callable[..., str]
 
 
 @real
-def test_a_resident_service_is_ready_fed_and_gone_within_a_second() -> None:
+def test_a_resident_service_is_ready_fed_and_gone_within_a_second(tmp_path: Path) -> None:
     name = f"nsjail-test-resident-{os.getpid()}"
-    properties = ["Type=notify", "WatchdogSec=20", "Delegate=yes", "NotifyAccess=main"]
+    ended = f"ExecStopPost=/bin/sh -c 'echo $$SERVICE_RESULT $$EXIT_CODE $$EXIT_STATUS >{tmp_path}/ended'"
+    properties = ["Type=notify", "WatchdogSec=20", "Delegate=yes", "NotifyAccess=main", "KillMode=mixed", ended]
     command = ["systemd-run", "--quiet", "--collect", f"--unit={name}", *(word for one in properties for word in ("-p", one))]
     subprocess.run([*command, "--", sys.executable, "-c", RESIDENT, STUBBORN], check=True)  # returns when READY=1 was said
     try:
@@ -680,6 +756,7 @@ def test_a_resident_service_is_ready_fed_and_gone_within_a_second() -> None:
         subprocess.run(["systemctl", "stop", name], check=True)
     assert time.monotonic() - began < 1.0 * PATIENCE
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert (tmp_path / "ended").read_text() == "success exited 0\n"
 
 
 # ---------------------------------------------------------------- a scope asked of a user's manager
