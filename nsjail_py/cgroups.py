@@ -5,7 +5,8 @@ own, and move processes only inside a subtree that was delegated to us. cgroups(
 systemd's CGROUP_DELEGATION.
 
     v1                      below the group that we run in, in each controller's hierarchy
-    v2, delegated to us     below our own group, whose processes move to its leaf `main`: a group with processes cannot hand controllers on
+    v2, delegated to us     below our own group, whose processes move to its leaf `main`: a group with processes cannot hand controllers on;
+                            or below the one around it that was delegated (DelegateSubgroup=)
     v2, root                below /sys/fs/cgroup/nsjail_py
     v2, a user's manager    below a scope that it makes for the launcher alone (scope.py)
 """
@@ -16,6 +17,7 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -202,8 +204,9 @@ def _claim_v2(groups: list[Membership], mounts: list[mountinfo.Entry], root: boo
     base = _delegated(own, root) if own else None
     if base is None and root:
         base = _make_base(Path(min(mounts, key=lambda mount: mount.read_only).target))
-        if own and own.name.endswith(".service"):
-            why, remedy = f"jails are outside of the limits of {own.name}", "Delegate=yes in the unit"
+        service = next((group.name for group in _to_unit(own) if group.suffix == ".service"), "") if own else ""
+        if service:
+            why, remedy = f"jails are outside of the limits of {service}", "Delegate=yes in the unit"
     else:
         base = base or _scope(own, mounts, launcher)
         _vacate(base)
@@ -272,14 +275,39 @@ def _scope(own: Path | None, mounts: list[mountinfo.Entry], launcher: int) -> Pa
 
 
 def _delegated(own: Path, root: bool) -> Path | None:
-    """Our group, if it and all below it is ours; or its parent, if an earlier claim has moved us to the leaf."""
-    for group in (own.parent, own) if own.name == LEAF else (own,):
-        marked = any(_attribute(group, name) == b"1" for name in ("user.delegate", "trusted.delegate"))
-        writable = all(os.access(group / file, os.W_OK) for file in ("cgroup.procs", "cgroup.subtree_control", "."))
-        # Without systemd's mark ownership tells, but of root everything is writable, and nothing can be told.
-        if writable and (marked or (not root and (_handed_over(group) if _of_a_manager(group) else _lineage_only(group)))):
+    """The group that is ours with all below it: our own, or one around it, where an earlier claim has moved us to its leaf, or systemd has
+    put us below it (DelegateSubgroup=)."""
+    near = (own.parent, own) if own.name == LEAF else (own,)
+    for group in _to_unit(own):
+        given = _is_marked(group) or (not root and _of_a_manager(group) and _handed_over(group))
+        if given and _is_writable(group) and (group in near or _lineage_only(group)):
             return group
-    return None
+    if root:
+        return None  # everything is writable: nothing but a mark tells
+    return next((group for group in near if _is_writable(group) and not _of_a_manager(group) and _lineage_only(group)), None)
+
+
+def _to_unit(own: Path) -> Iterator[Path]:
+    """Our group and those around it, to the unit that we are in. What lies around that is its manager's, and marked as that."""
+    for group in (own, *own.parents):
+        if group.name.startswith("user@"):
+            return
+        yield group
+        if _is_unit(group):
+            return
+
+
+def _is_unit(group: Path) -> bool:
+    return group.suffix in (".service", ".scope", ".slice")
+
+
+def _is_marked(group: Path) -> bool:
+    """Whether systemd has handed it over."""
+    return any(_attribute(group, name) == b"1" for name in ("user.delegate", "trusted.delegate"))
+
+
+def _is_writable(group: Path) -> bool:
+    return all(os.access(group / file, os.W_OK) for file in ("cgroup.procs", "cgroup.subtree_control", "."))
 
 
 def _handed_over(unit: Path) -> bool:
@@ -290,7 +318,7 @@ def _handed_over(unit: Path) -> bool:
 
 def _of_a_manager(group: Path) -> bool:
     """A unit of a user's manager: it belongs to the user, but to the manager in the first place."""
-    return group.suffix in (".service", ".scope", ".slice") and any(part.startswith("user@") for part in group.parts)
+    return _is_unit(group) and any(part.startswith("user@") for part in group.parts)
 
 
 def _attribute(path: Path, name: str) -> bytes:

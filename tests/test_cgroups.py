@@ -356,6 +356,57 @@ def test_a_unit_of_a_users_manager_is_the_managers_unless_it_says_otherwise(tmp_
     assert cgroups._delegated(manager / "app.slice/x.service/mine", root=False) == manager / "app.slice/x.service/mine"
 
 
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """A group like that of a unit, in a slice, and one below it that we are in."""
+    for group, processes in {"system.slice": "", "system.slice/x.service": "", "system.slice/x.service/mine": f"{os.getpid()}\n"}.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "cgroup.procs").write_text(processes)
+        (tmp_path / group / "cgroup.subtree_control").write_text("")
+    return tmp_path / "system.slice/x.service"
+
+
+def marked(*groups: Path) -> Callable[[Path, str], bytes]:
+    return lambda path, name: b"1" if path in groups and name == "trusted.delegate" else b""
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_a_group_below_the_one_that_was_delegated_is_not_what_we_take(root: bool, unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DelegateSubgroup=: the limits and the controllers are those of the unit."""
+    monkeypatch.setattr(cgroups, "_attribute", marked(unit))
+    assert cgroups._delegated(unit / "mine", root) == unit
+    (unit / "cgroup.procs").write_text("1\n")
+    assert cgroups._delegated(unit / "mine", root) == (None if root else unit / "mine"), "a stranger is there, who is not to be moved"
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_what_lies_around_our_unit_is_not_ours_although_it_was_delegated(root: bool, unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's whole hierarchy is, to the systemd in it."""
+    monkeypatch.setattr(cgroups, "_attribute", marked(unit.parent, unit.parent.parent))
+    assert cgroups._delegated(unit / "mine", root) == (None if root else unit / "mine")
+
+
+def test_a_group_that_was_delegated_to_a_users_manager_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = tmp_path / "user@1000.service"
+    for group in (manager / "mine", manager):
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "cgroup.procs").write_text("")
+        (group / "cgroup.subtree_control").write_text("")
+    monkeypatch.setattr(cgroups, "_attribute", marked(manager))
+    assert cgroups._delegated(manager / "mine", root=False) == manager / "mine"
+    assert cgroups._delegated(manager / "mine", root=True) is None
+
+
+def test_a_group_below_a_users_unit_that_was_handed_over_is_not_what_we_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed = tmp_path / "user@1000.service/app.slice/x.service"
+    (handed / "mine").mkdir(parents=True)
+    for group in (handed, handed / "mine"):
+        (group / "cgroup.procs").write_text("")
+        (group / "cgroup.subtree_control").write_text("")
+    monkeypatch.setattr(cgroups, "_handed_over", lambda unit: unit == handed)
+    assert cgroups._delegated(handed / "mine", root=False) == handed
+
+
 def test_a_missing_controller_is_named_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "cgroup.controllers").write_text("cpuset pids hugetlb\n")
     with pytest.raises(cgroups._NoneError) as raised:

@@ -589,6 +589,53 @@ def test_a_jail_runs_as_a_dynamic_user(delegate: str, got: str) -> None:
     assert said.startswith(f"ok: the program exited with 0 {got}")
 
 
+BELOW = """
+import os
+from pathlib import Path
+unit = Path("/sys/fs/cgroup" + open("/proc/self/cgroup").read().split("::")[1].strip())
+if unit.suffix:
+    (unit / "mine").mkdir()
+    (unit / "mine/cgroup.procs").write_text(str(os.getpid()))
+else:
+    unit = unit.parent
+"""
+WHERE = (
+    "\nfrom nsjail_py import launcher\nclaim = launcher.current().claim\nprint(claim.directories['unified'].parent == unit, claim.reason)"
+)
+
+
+def systemd_version() -> int:
+    """0: none runs here."""
+    said = "" if LACK else subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=True).stdout
+    return int(found[1]) if (found := re.match(r"systemd (\d+)", said)) else 0
+
+
+@real
+@pytest.mark.parametrize(
+    "below",
+    [
+        "by hand",
+        pytest.param("DelegateSubgroup=mine", marks=pytest.mark.skipif(systemd_version() < 254, reason=LACK or "systemd before 254")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("user", "mode"),
+    [("root", "root"), pytest.param(USER, "delegated", marks=pytest.mark.skipif(not USER, reason=NO_USER))],
+    ids=["root", "user"],
+)
+def test_jails_are_inside_of_a_delegated_unit_also_when_its_processes_are_below_it(below: str, user: str, mode: str) -> None:
+    settings = ["Delegate=yes", f"User={user}", *([below] if "=" in below else [])]
+    done = in_unit(*settings, code=("-c", BELOW + RUN + WHERE))
+    assert done.stdout.startswith(f"ok: the program exited with 0 {mode} cgroup2"), done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].rstrip() == "True"
+
+
+@real
+def test_jails_outside_of_a_units_limits_are_told_also_when_its_processes_are_below_it() -> None:
+    lines = in_unit("Delegate=no", code=("-c", BELOW + RUN + WHERE)).stdout.splitlines()
+    assert lines[-1].startswith("False jails are outside of the limits of run-") and lines[-1].endswith("Delegate=yes in the unit")
+
+
 @pytest.fixture
 def installed(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Writes a unit for a program, and takes it away again."""
