@@ -1,6 +1,6 @@
 """Talking to systemd: a service that lives on tells when it is ready, alive and going; each run is an entry with fields in the journal.
 
-    with systemd.Resident():          # READY=1 when a jail can be made, WATCHDOG=1 while that is so, STOPPING=1 at the end
+    with systemd.Resident():          # READY=1 when a jail can be made, WATCHDOG=1 while the launcher answers, STOPPING=1 at the end
         ...
         systemd.journal(result)       # journalctl NSJAIL_VERDICT=memory
 
@@ -18,10 +18,13 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from .launcher import Launcher
     from .result import Result
 
 JOURNAL = "/run/systemd/journal/socket"
 INFO, WARNING = 6, 4
+SECONDS = 1.0
+"""That the thread of the watchdog may take to end."""
 
 
 def notify(*assignments: str) -> bool:
@@ -67,7 +70,8 @@ def journal(result: Result, **fields: str) -> bool:
 class Resident:
     """The time in which a service can make jails. Starts the launcher before it says READY; a set-up error is raised, and READY never said.
 
-    The watchdog of the unit (WatchdogSec=) is fed by a thread, for as long as a launcher is there or can be started.
+    The watchdog of the unit (WatchdogSec=) is fed by a thread, once for each answer of the launcher's: one that hangs gives none, and a
+    dead one is replaced. No run waits for that.
 
     SIGTERM, by which systemd stops a unit, would end Python at once. Entered in the main thread, where nobody has set another action for
     it, it raises SystemExit there instead, once: the block is left, under asyncio.run by cancelling its tasks, and the process ends with 0.
@@ -98,8 +102,8 @@ class Resident:
         notify("STOPPING=1")
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
-        launcher.shutdown()  # and every jail with it
+            self._thread.join(SECONDS)
+        launcher.shutdown()  # and every jail with it; whoever still wants to ask one that hangs gets an error
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # for those who ask twice
@@ -110,13 +114,34 @@ class Resident:
     def _feed(self, interval: float) -> None:
         from . import launcher
         from .errors import JailError
+        from .streams import ready
 
-        while not self._over.wait(interval):
+        answer: socket.socket | None = None
+        while not self._over.wait(interval / 2):
             with contextlib.suppress(JailError, OSError):
+                if answer is not None:
+                    if not ready([answer.fileno()], 0):
+                        continue  # it may be busy; the manager says for how long
+                    if answer.recv(1 << 16):
+                        notify("WATCHDOG=1")
+                    answer.close()
+                    answer = None
                 if not (current := launcher.current()).alive:
                     launcher.lost(current)
-                    launcher.current()
-                notify("WATCHDOG=1")
+                answer = _ask(launcher.current())
+
+
+def _ask(current: Launcher) -> socket.socket:
+    """Where the launcher answers. That it is there does not say that it does anything. What it is sent is no request, and is refused by the
+    loop that makes jails: it costs some microseconds, and no jail."""
+    from . import launcher
+
+    answer, its = launcher.pair()
+    with contextlib.ExitStack() as on_error, its:
+        on_error.callback(answer.close)
+        current.send(b"?", [its.fileno()])
+        on_error.pop_all()
+    return answer
 
 
 def _replace(action: Any, by: Any) -> None:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +157,54 @@ def test_the_watchdog_is_fed_while_a_launcher_can_be_had(ear: socket.socket, mon
         time.sleep(0.3)
         with pytest.raises(BlockingIOError):
             ear.recv(999)
+
+
+def test_the_watchdog_is_not_fed_while_the_launcher_hangs(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", ear.getsockname())
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    with systemd.Resident():
+        assert ear.recv(999).startswith(b"READY=1")
+        assert ear.recv(999) == b"WATCHDOG=1"
+        pid = launcher.current().pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(0.2)
+            ear.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while ear.recv(999):  # for what it had answered before
+                    pass
+            time.sleep(0.5)
+            with pytest.raises(BlockingIOError):
+                ear.recv(999)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        ear.settimeout(10)
+        assert ear.recv(999) == b"WATCHDOG=1"
+        assert launcher.current().pid == pid
+        assert nsjail_py.run(["/bin/true"]).ok
+
+
+def test_a_service_can_be_left_while_its_launcher_hangs(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it has taken so little that nobody can ask it any more."""
+    monkeypatch.setenv("NOTIFY_SOCKET", ear.getsockname())
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    monkeypatch.setattr(launcher, "END_S", 0.1)
+
+    def fill() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                launcher.current().send(bytes(60000), [])
+
+    with systemd.Resident():
+        os.kill(launcher.current().pid, signal.SIGSTOP)
+        filling = threading.Thread(target=fill, daemon=True)
+        filling.start()
+        time.sleep(0.3)
+        assert filling.is_alive()
+        began = time.monotonic()
+    assert time.monotonic() - began < 3 * PATIENCE
+    filling.join(10)
+    assert not filling.is_alive()
 
 
 def test_no_run_waits_while_the_watchdogs_thread_looks_at_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
