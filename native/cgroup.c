@@ -248,8 +248,10 @@ static int met_process_limit(const struct launcher *launcher, const struct run *
 void cgroup_report(const struct launcher *launcher, struct run *run) {
 	struct report *report = &run->report;
 	report_cpu(launcher, run);
-	report->peak_memory = number(run->counters[COUNTER_MEMORY]);
-	report->memory_source = launcher->hello.cgroup_kind == CGROUP_V1 ? SOURCE_CGROUP1 : SOURCE_CGROUP2;
+	if (run->counters[COUNTER_MEMORY] >= 0) { /* memory.peak is new in Linux 5.19: without it, the largest process stands */
+		report->peak_memory = number(run->counters[COUNTER_MEMORY]);
+		report->memory_source = launcher->hello.cgroup_kind == CGROUP_V1 ? SOURCE_CGROUP1 : SOURCE_CGROUP2;
+	}
 	report->peak_processes = number(run->counters[COUNTER_PROCESSES]);
 	uint64_t kills = event(run->counters[COUNTER_OOM], "oom_kill"), denials = event(run->counters[COUNTER_FORKS], "max");
 	*(kills && met_memory_limit(launcher, run) ? &report->oom_kills : &report->outer_oom_kills) = kills;

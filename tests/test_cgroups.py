@@ -174,6 +174,29 @@ def test_each_run_has_a_peak_of_its_own() -> None:
     assert modest.peak_memory < 100 << 20
 
 
+def test_where_the_kernel_keeps_no_peak_of_a_group_that_of_its_largest_process_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 2 before Linux 5.19. Here the launcher looks for a file that is not there."""
+    code = launcher.PROGRAM.read_bytes()
+    for name in (b"memory.peak\0", b"memory.max_usage_in_bytes\0"):
+        assert name in code
+        code = code.replace(name, name.upper())
+    (tmp_path / "launcher").write_bytes(code)
+    (tmp_path / "launcher").chmod(0o755)
+    monkeypatch.setattr(launcher, "PROGRAM", tmp_path / "launcher")
+    launcher.shutdown()
+    try:
+        result = nsjail_py.run_python("x = bytearray(100 << 20)", memory="400M")
+        assert result.memory_source == "rusage"
+        assert 100 << 20 < result.peak_memory < 400 << 20
+        found = nsjail_py.run_python("x = bytearray(100 << 20)", memory="50M")
+        assert (found.verdict, found.evidence.get("limit", 0)) in (("memory", 50 << 20), ("exit", 0))  # without a group Python says so
+        assert found.memory_source == "rusage"
+    finally:
+        launcher.shutdown()
+
+
 AROUND = {
     "memory": ("memory.limit_in_bytes memory.max", 60 << 20, "x = bytearray(300 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1"),
     "processes": ("pids.max", 6, "import os, time\nfor n in range(20):\n  if not os.fork(): time.sleep(60)"),
