@@ -267,7 +267,7 @@ def _scope(own: Path | None, mounts: list[mountinfo.Entry], launcher: int) -> Pa
         scope.ask(launcher)
     except scope.RefusedError as error:
         refused, remedy = error.args
-        raise _NoneError(f"{why}, and {refused}", f"{remedy}, or {DELEGATE}" if remedy else DELEGATE) from None
+        raise _NoneError(f"{why}, and {refused}", remedy) from None
     made = _own(memberships(Path(f"/proc/{launcher}/cgroup").read_text(errors="surrogateescape")), mounts)
     if made is None:
         raise _NoneError(f"{why}, and the scope of the launcher cannot be seen", DELEGATE)

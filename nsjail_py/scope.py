@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from . import hostinfo
 from .errors import during
 
 SECONDS = 5.0
@@ -18,6 +19,8 @@ SECONDS = 5.0
 PAUSE = 0.002
 PATH = "/usr/bin:/bin"
 LINGER = "log in, or loginctl enable-linger USER"
+BY_HAND = "have root make a group of your own, with its cgroup.procs and cgroup.subtree_control, and start you in it"
+SEE = "see journalctl --user"
 
 
 class RefusedError(Exception):
@@ -35,10 +38,11 @@ def ask(pid: int) -> None:
     """Has the process moved into a scope of its own. Raises RefusedError."""
     bus = Path(f"/run/user/{os.geteuid()}/bus")
     program = shutil.which("busctl", path=PATH)
-    if program is None:
-        raise RefusedError("systemd is not here", "")
     if not bus.exists():
-        raise RefusedError(f"no user manager can be asked for one ({bus} is not there)", LINGER)
+        lack = hostinfo.systemd_lack()
+        raise RefusedError(lack, BY_HAND) if lack else RefusedError(f"no user manager can be asked for one ({bus} is not there)", LINGER)
+    if program is None:
+        raise RefusedError("busctl, which asks for one, is not here", "install systemd's own tools")
     name = f"nsjail_py-{pid}-{time.monotonic_ns()}.scope"
     properties = ["Description", "s", f"Jails of process {os.getpid()}", "Delegate", "b", "true", "PIDs", "au", "1", str(pid)]
     properties += ["CollectMode", "s", "inactive-or-failed"]
@@ -47,7 +51,7 @@ def ask(pid: int) -> None:
     options = [f"--address=unix:path={bus}", "--quiet", f"--timeout={SECONDS:.0f}", "--allow-interactive-authorization=no"]
     status, said = _answer([program, *options, "call", *manager, *call], {})
     if status:
-        raise RefusedError(f"the user manager refuses one: {said}", "")
+        raise RefusedError(f"the user manager refuses one: {said}", SEE)
     _wait(pid, name)
 
 
@@ -61,12 +65,15 @@ def _answer(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
                 stdin=null,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,  # one pipe, for the same reason
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 env={"PATH": PATH, "LANG": "C", **environment},
                 timeout=2 * SECONDS,
                 check=False,
             )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return 1, f"no answer within {2 * SECONDS:.0f} s"
+    except OSError as error:
         return 1, f"no answer: {error}"
     return done.returncode, " ".join(done.stdout.split())
 
@@ -78,4 +85,4 @@ def _wait(pid: int, name: str) -> None:
         if name in Path(f"/proc/{pid}/cgroup").read_text():
             return
         time.sleep(PAUSE)
-    raise RefusedError(f"the user manager did not move the launcher within {SECONDS:.0f} s", "see journalctl --user")
+    raise RefusedError(f"the user manager did not move the launcher within {SECONDS:.0f} s", SEE)

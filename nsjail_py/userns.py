@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -41,11 +42,23 @@ def chrooted() -> bool:
     return not any(mount.target == "/" for mount in mountinfo.entries())
 
 
+def _set_around() -> bool:
+    """Whether the limit is one of a user namespace around us, in which we may not change it; the host's own is another. The first user
+    namespace has a number that no other gets: PROC_USER_INIT_INO in the kernel."""
+    return os.stat("/proc/self/ns/user").st_ino != 0xEFFFFFFD and not os.access(SYSCTL / "user/max_user_namespaces", os.W_OK)
+
+
 BLOCKERS = (
     Blocker(
         (errno.ENOSPC, errno.EUSERS),
-        lambda host: _sysctl("user.max_user_namespaces") == "0",
+        lambda host: _sysctl("user.max_user_namespaces") == "0" and _set_around(),
         "user.max_user_namespaces is 0, as inside of a jail of nsjail_py",
+        "make jails beside that one, and not inside of it",
+    ),
+    Blocker(
+        (errno.ENOSPC, errno.EUSERS),
+        lambda host: _sysctl("user.max_user_namespaces") == "0",
+        "user.max_user_namespaces is 0",
         "sysctl -w user.max_user_namespaces=15000",
     ),
     Blocker(

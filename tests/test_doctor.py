@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
+from conftest import ROOT
+from ordinary import python_for_all
 
 import nsjail_py
-from nsjail_py import cgroups, doctor, hostinfo, mountinfo, userns
+from nsjail_py import cgroups, doctor, hostinfo, mountinfo, scope, userns
 from nsjail_py._native import lib
 
 
@@ -144,3 +148,37 @@ def test_a_chroot_is_named_as_the_one_who_forbids(monkeypatch: pytest.MonkeyPatc
     lack = userns._blame("user namespace", errno.EPERM, hostinfo.probe())
     assert "chroot" in lack.reason
     assert "pivot_root" in lack.remedy
+
+
+def test_in_a_jail_no_remedy_is_one_that_cannot_work_there() -> None:
+    """Its limit of user namespaces belongs to its own, and neither the program inside nor root outside may raise it by sysctl."""
+    code = "from nsjail_py import hostinfo, userns; print(userns.refusal(hostinfo.probe()))"
+    packages = str(Path(msgspec.__file__).parent.parent)
+    shown = [nsjail_py.Mount(source=source, target=to) for source, to in ((str(ROOT), "/mnt"), (packages, "/media"))]
+    run = nsjail_py.run([python_for_all(), "-c", code], policy="trusted", mounts=shown, env={"PYTHONPATH": "/mnt:/media"})
+    said = run.check().stdout
+    assert b"user.max_user_namespaces is 0" in said
+    assert b"sysctl" not in said and b"make jails beside" in said
+
+
+@pytest.mark.parametrize(("runs", "remedy"), [(True, "enable-linger"), (False, "have root make a group")])
+def test_whoever_has_no_manager_to_ask_is_not_told_to_ask_it(
+    runs: bool, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd-run --user goes to the same manager, over the same bus."""
+    monkeypatch.setattr(os, "geteuid", lambda: 4_000_000_000)
+    monkeypatch.setattr(hostinfo, "systemd_lack", lambda: "" if runs else "systemd does not run this machine")
+    with pytest.raises(cgroups._NoneError) as raised:
+        cgroups._scope(tmp_path, [], os.getpid())
+    told = ": ".join(raised.value.args)
+    assert remedy in told and "systemd-run" not in told
+    assert ("systemd does not run" in told) != runs
+
+
+def test_an_answer_that_does_not_come_is_told_in_a_few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scope, "SECONDS", 0.05)
+    assert scope._answer(["/bin/sleep", "60"], {}) == (1, "no answer within 0 s")
+
+
+def test_an_answer_that_is_not_utf_8_is_one() -> None:
+    assert scope._answer(["/usr/bin/printf", r"caf\351"], {}) == (0, "caf\N{REPLACEMENT CHARACTER}")
