@@ -17,12 +17,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from .errors import JailError, SetupError
+
 if TYPE_CHECKING:
     from .launcher import Launcher
     from .result import Result
 
 JOURNAL = "/run/systemd/journal/socket"
-INFO, WARNING = 6, 4
+INFO, WARNING, ERROR = 6, 4, 3
 SECONDS = 1.0
 """That the thread of the watchdog may take to end."""
 
@@ -44,13 +46,18 @@ def has_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def journal(result: Result, **fields: str) -> bool:
-    """Writes one entry for a run, with its verdict and use in fields that journalctl can select by. fields: more of them, in capitals.
-    False where there is no journal."""
-    entry = {
+def journal(run: Result | JailError, **fields: str) -> bool:
+    """Writes one entry for a run, with its verdict and use in fields that journalctl can select by; or for one that never was, with the
+    error in place of the verdict, and the step that failed. fields: more of them, in capitals. False where there is no journal."""
+    told = _of_error(run) if isinstance(run, JailError) else _of_result(run)
+    entry = {"SYSLOG_IDENTIFIER": "nsjail-py", **told, **fields}
+    return _send(JOURNAL, b"".join(_field(name, value.encode(errors="backslashreplace")) for name, value in entry.items() if value))
+
+
+def _of_result(result: Result) -> dict[str, str]:
+    return {
         "MESSAGE": result.summary,
         "PRIORITY": str(WARNING if result.verdict.is_limit else INFO),
-        "SYSLOG_IDENTIFIER": "nsjail-py",
         "NSJAIL_VERDICT": str(result.verdict),
         "NSJAIL_POLICY": result.policy,
         "NSJAIL_MODE": result.mode,
@@ -62,9 +69,16 @@ def journal(result: Result, **fields: str) -> bool:
         "NSJAIL_MEMORY_SOURCE": result.memory_source,
         "NSJAIL_DENIED": " ".join(f"{name}:{count}" for name, count in result.denied.items()),
         "NSJAIL_UNAVAILABLE": " ".join(one.name for one in result.protections if one.state == "unavailable"),
-        **fields,
     }
-    return _send(JOURNAL, b"".join(_field(name, value.encode(errors="backslashreplace")) for name, value in entry.items() if value))
+
+
+def _of_error(error: JailError) -> dict[str, str]:
+    return {
+        "MESSAGE": str(error),
+        "PRIORITY": str(ERROR),
+        "NSJAIL_ERROR": type(error).__name__,
+        "NSJAIL_STEP": error.step if isinstance(error, SetupError) else "",
+    }
 
 
 class Resident:
@@ -113,7 +127,6 @@ class Resident:
 
     def _feed(self, interval: float) -> None:
         from . import launcher
-        from .errors import JailError
         from .streams import ready
 
         answer: socket.socket | None = None

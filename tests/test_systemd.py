@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -21,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import IS_ROOT, PATIENCE
+from conftest import IS_ROOT, PATIENCE, ROOT
 from msgspec.structs import replace
 
 import nsjail_py
 from nsjail_py import cli, hostinfo, launcher, systemd, unitfile
+from nsjail_py.result import Protection
 
 
 @pytest.fixture
@@ -259,6 +262,33 @@ def test_a_limit_is_a_warning(ear: socket.socket, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(systemd, "JOURNAL", ear.getsockname())
     assert systemd.journal(nsjail_py.run(["/bin/sleep", "9"], wall_time=0.2))
     assert entry(ear.recv(1 << 16))["PRIORITY"] == b"4"
+
+
+def test_a_run_that_never_was_is_an_entry_with_the_step_that_failed(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "JOURNAL", ear.getsockname())
+    error = nsjail_py.SetupError("user namespace", errno.ENOSPC)
+    assert systemd.journal(error, NSJAIL_JOB="mine")
+    assert entry(ear.recv(1 << 16)) == {
+        "SYSLOG_IDENTIFIER": b"nsjail-py",
+        "MESSAGE": str(error).encode(),
+        "PRIORITY": b"3",
+        "NSJAIL_ERROR": b"SetupError",
+        "NSJAIL_STEP": b"user namespace",
+        "NSJAIL_JOB": b"mine",
+    }
+    assert systemd.journal(nsjail_py.PolicyError("no"))
+    fields = entry(ear.recv(1 << 16))
+    assert fields["NSJAIL_ERROR"] == b"PolicyError" and "NSJAIL_STEP" not in fields
+
+
+def test_every_field_of_an_entry_is_documented(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "JOURNAL", ear.getsockname())
+    text = (ROOT / "docs/systemd.md").read_text()
+    result = replace(nsjail_py.run_python("import socket; socket.socket()"), signal=signal.SIGTERM)
+    for run in (replace(result, protections=(Protection("x", "unavailable", "y"),)), nsjail_py.SetupError("clone")):
+        systemd.journal(run)
+        fields = [name.removeprefix("NSJAIL") for name in entry(ear.recv(1 << 16)) if name.startswith("NSJAIL")]
+        assert not [name for name in fields if not re.search(rf"(NSJAIL|[ ,`]){name}\b", text)]
 
 
 def test_the_command_writes_an_entry_when_its_errors_go_to_the_journal(tmp_path: Path) -> None:
@@ -621,11 +651,19 @@ def test_a_setting_that_forbids_something_is_named(settings: list[str], remedy: 
         ["ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectClock=yes", "MemoryDenyWriteExecute=yes"],
         ["ProtectProc=invisible", "RestrictAddressFamilies=AF_UNIX", "SystemCallArchitectures=native", "LockPersonality=yes"],
         ["RestrictSUIDSGID=yes"],  # openat2 seems not to exist
+        ["PrivateIPC=yes", "RestrictRealtime=yes"],
     ],
     ids=lambda value: " ".join(value),
 )
 def test_a_jail_runs_under_the_rest(settings: list[str]) -> None:
     assert in_unit(*settings).stdout.startswith("ok: the program exited with 0 root cgroup2")
+
+
+@real
+@pytest.mark.parametrize("setting", ["ProtectKernelTunables=yes", "ProcSubset=pid"])
+def test_a_jail_runs_with_one_wall_less_and_says_so(setting: str) -> None:
+    said = in_unit(setting).stdout
+    assert said.startswith("ok: the program exited with 0 root cgroup2") and "\nnested_userns: " in said, said
 
 
 @real
