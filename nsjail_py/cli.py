@@ -61,6 +61,10 @@ def _script(path: str) -> tuple[bytes, str]:
     return source, "stdin.py" if path == "-" else Path(path).name
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Each asks the command to end."""
+
+
 def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Process]) -> int:
     """Starts the run, carries its streams, and turns its result into a report and an exit status."""
     from .jail import PIPE
@@ -74,7 +78,7 @@ def _supervise(options: argparse.Namespace, jail: Jail, start: Callable[..., Pro
         report = open_files.enter_context(Output(options.report)) if options.report else None
         try:
             with start(stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                for number in STOPPING:
                     if signal.getsignal(number) is not signal.SIG_IGN:  # which our caller wants, as under nohup
                         signal.signal(number, lambda signo, frame: _stop(process, signo))
                 result = Relay(process, 0, stdout, stderr, jail.policy.limits.output).run()
@@ -280,6 +284,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except JailError as error:
+        from . import systemd
+
+        if systemd.has_journal():
+            systemd.journal(error)
         return _say(str(error), SETUP)
     except OSError as error:
         return _say(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), SETUP)
+    finally:
+        if argv is None:  # the process ends: what is left is to clear away, which takes milliseconds
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)

@@ -181,4 +181,4 @@ def test_an_answer_that_does_not_come_is_told_in_a_few_words(monkeypatch: pytest
 
 
 def test_an_answer_that_is_not_utf_8_is_one() -> None:
-    assert scope._answer(["/usr/bin/printf", r"caf\351"], {}) == (0, "caf\N{REPLACEMENT CHARACTER}")
+    assert scope._answer(["/usr/bin/printf", r"na\357ve"], {}) == (0, "na\N{REPLACEMENT CHARACTER}ve")

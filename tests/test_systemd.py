@@ -291,18 +291,22 @@ def test_every_field_of_an_entry_is_documented(ear: socket.socket, monkeypatch: 
         assert not [name for name in fields if not re.search(rf"(NSJAIL|[ ,`]){name}\b", text)]
 
 
-def test_the_command_writes_an_entry_when_its_errors_go_to_the_journal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "status", "field"),
+    [("", 1, ("NSJAIL_VERDICT", b"exit")), ("launcher.PROGRAM = '/nonexistent'", 125, ("NSJAIL_STEP", b"launcher"))],
+    ids=["a run", "no launcher"],
+)
+def test_the_command_writes_an_entry_when_its_errors_go_to_the_journal(
+    change: str, status: int, field: tuple[str, bytes], ear: socket.socket
+) -> None:
     code = (
-        "import os, sys; from nsjail_py import cli, systemd\n"
+        "import os, sys; from nsjail_py import cli, launcher, systemd\n"
         "systemd.JOURNAL = sys.argv.pop(1)\n"
         "status = os.fstat(2); os.environ['JOURNAL_STREAM'] = f'{status.st_dev}:{status.st_ino}'\n"
-        "sys.exit(cli.main(['exec', '--', '/bin/false']))\n"
+        f"{change}\nsys.exit(cli.main(['exec', '--', '/bin/false']))\n"
     )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
-        listening.bind(str(tmp_path / "socket"))
-        listening.settimeout(10)
-        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "socket")], check=False).returncode == 1
-        assert entry(listening.recv(1 << 16))["NSJAIL_VERDICT"] == b"exit"
+    assert subprocess.run([sys.executable, "-c", code, ear.getsockname()], check=False).returncode == status
+    assert field in entry(ear.recv(1 << 16)).items()
 
 
 # ---------------------------------------------------------------- units that are written
