@@ -129,7 +129,7 @@ class Session:
         self._policy, self._limits = policy, policy.limits
         self._lock = threading.RLock()  # a call that fails closes
         self._inherited = False
-        self._count = 0
+        self._cells, self._commands = 0, 0
         self._failure: JailError | None = None
         """In the place of a result."""
         self._gone: str | None = None
@@ -175,12 +175,12 @@ class Session:
         source = code.encode()
         with self._lock, self._whole():
             self._need_state()
-            self._count += 1
-            head = {"do": "run", "name": f"<cell {self._count}>", "wall_time": wall, "cpu_time": cpu}
+            self._cells += 1
+            head = {"do": "run", "name": f"<cell {self._cells}>", "wall_time": wall, "cpu_time": cpu}
             if self._policy.python.scan != "off":
                 from .layers.scan import before_run
 
-                before_run(self._policy, source, f"<cell {self._count}>")
+                before_run(self._policy, source, f"<cell {self._cells}>")
             self._output, self._size, self._stopped = {"stdout": bytearray(), "stderr": bytearray()}, 0, False
             answer, data = self._ask(head, None if wall is None else wall + GRACE, source)
             self._drain()
@@ -296,7 +296,8 @@ class Session:
 
     def _ask(self, head: dict[str, Any], most: float | None, data: bytes = b"") -> tuple[_Answer, bytes]:
         """most: seconds until the answer begins."""
-        self._send(head, data)
+        self._commands += 1
+        self._send(head | {"number": self._commands}, data)
         answer, data = self._receive(most)
         self._gone = (self._gone or "its process has ended") if answer.gone else None
         return answer, data
@@ -325,6 +326,8 @@ class Session:
             answer = msgspec.json.decode(text, type=_Answer)
         except (msgspec.DecodeError, ValueError, RecursionError):
             raise _Broken("what it says makes no sense") from None
+        if answer.number != self._commands:
+            raise _Broken("what it says answers another command")
         result = self._read(data, deadline)
         self._asked = False
         return answer, result
@@ -455,6 +458,8 @@ def _within(size: int) -> float:
 class _Answer(msgspec.Struct):
     """All that an answer of the keeper's can say. The tenant's code can say it as well: this is where it is checked."""
 
+    number: int = 0
+    """Of the command that it answers."""
     errno: Annotated[int, msgspec.Meta(ge=0, le=MOST_ERRNO)] = 0
     gone: bool = False
     unknown: bool = False

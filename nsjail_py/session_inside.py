@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from errno import EFBIG, EINVAL
-from typing import Any
+from typing import Any, NoReturn
 
 CALLER = 3
 COUNT = 8
@@ -71,76 +71,97 @@ def too_late(*_: object) -> None:
     """SIGINT, where no cell runs."""
 
 
-def worker(control: socket.socket) -> None:
-    signal.signal(signal.SIGINT, too_late)
-    on_interrupt: Any = signal.default_int_handler  # or what a cell has put in its place
-    main = type(sys)("__main__")
-    sys.modules["__main__"] = main
-    while True:
+class Worker:
+    """Runs the cells; or, where its state is kept, forks, and waits for those that it has forked."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.control, self.pid = control, os.getpid()
+        self.on_interrupt: Any = signal.default_int_handler  # or what a cell has put in its place
+        self.main = sys.modules["__main__"] = type(sys)("__main__")
+        signal.signal(signal.SIGINT, too_late)
+        os.register_at_fork(after_in_child=self._let_go)
+
+    def _let_go(self) -> None:
+        """In a child, be it a cell's: it answers nothing on our socket, and the end of our process is the end of that."""
+        self.control.close()
+
+    def serve(self) -> NoReturn:
+        while True:
+            try:
+                head, data, descriptor = receive(self.control)
+            except (EOFError, OSError):
+                os._exit(0)
+            if head["do"] == "run":
+                self.answer(head, *self.run(data.decode(), head["name"]))
+            elif head["do"] == "reap":
+                status = os.waitpid(head["pid"], 0)[1]
+                if head["tell"]:
+                    self.answer(head, {"status": status})
+            elif head["do"] == "settle":
+                self.answer(head, {})
+            elif descriptor is not None:
+                self.fork(head, socket.socket(fileno=descriptor))
+
+    def answer(self, head: dict[str, Any], answer: dict[str, Any], data: bytes = b"") -> None:
+        send(self.control, answer | {"number": head["number"]}, data)
+
+    def fork(self, head: dict[str, Any], fresh: socket.socket) -> None:
+        """Goes on twice: in the process that waits from now on, and in its copy, which hears the fresh socket."""
         try:
-            head, data, descriptor = receive(control)
-        except (EOFError, OSError):
-            os._exit(0)
-        if head["do"] == "run":
-            answer, figures, on_interrupt = execute(main, data.decode(), head["name"], on_interrupt)
-            send(control, answer, figures)
-        elif head["do"] == "reap":
-            status = os.waitpid(head["pid"], 0)[1]
-            if head["tell"]:
-                send(control, {"status": status})
-        elif head["do"] == "settle":
-            send(control, {})
-        elif descriptor is not None:
-            control = forked(control, socket.socket(fileno=descriptor))
-
-
-def forked(control: socket.socket, fresh: socket.socket) -> socket.socket:
-    """The way on: the old one in the process that waits from now on, the fresh one in its copy."""
-    try:
-        pid = os.fork()
-    except OSError as error:
+            pid = os.fork()
+        except OSError as error:
+            fresh.close()
+            return self.answer(head, {"errno": error.errno})
+        if pid == 0:
+            self.control, self.pid = fresh, os.getpid()
+            return None
         fresh.close()
-        send(control, {"errno": error.errno})
-        return control
-    if pid == 0:
-        control.close()
-        return fresh
-    fresh.close()
-    send(control, {"pid": pid})
-    return control
+        return self.answer(head, {"pid": pid})
 
-
-def execute(main: Any, source: str, name: str, on_interrupt: Any) -> tuple[dict[str, Any], bytes, Any]:
-    begin, used = time.perf_counter(), time.process_time()
-    text: str | None = None
-    error: BaseException | None = None
-    pictures: list[bytes] = []
-    try:
-        signal.signal(signal.SIGINT, on_interrupt)
-        value = evaluate(main, source, name)
-        text = None if value is None else clean(repr(value))
-    except BaseException as raised:
-        error = raised
-    try:
-        pictures = figures()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BaseException as raised:
-        error = raised if error is None else error
-    while True:
+    def run(self, source: str, name: str) -> tuple[dict[str, Any], bytes]:
+        begin, used = time.perf_counter(), time.process_time()
+        text: str | None = None
+        error: BaseException | None = None
+        pictures: list[bytes] = []
         try:
-            on_interrupt = signal.signal(signal.SIGINT, too_late)
-            break
-        except KeyboardInterrupt as raised:  # just before
+            signal.signal(signal.SIGINT, self.on_interrupt)
+            value = evaluate(self.main, source, name)
+            text = None if value is None else clean(repr(value))
+        except BaseException as raised:
+            error = raised
+        if os.getpid() != self.pid:
+            leave(error)
+        try:
+            pictures = figures()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException as raised:
             error = raised if error is None else error
-    answer = {
-        "value": text if error is None else None,
-        "error": None if error is None else told(error),
-        "wall": time.perf_counter() - begin,
-        "cpu": time.process_time() - used,
-        "figures": [len(picture) for picture in pictures],
-    }
-    return answer, b"".join(pictures), on_interrupt
+        while True:
+            try:
+                self.on_interrupt = signal.signal(signal.SIGINT, too_late)
+                break
+            except KeyboardInterrupt as raised:  # just before
+                error = raised if error is None else error
+        answer = {
+            "value": text if error is None else None,
+            "error": None if error is None else told(error),
+            "wall": time.perf_counter() - begin,
+            "cpu": time.process_time() - used,
+            "figures": [len(picture) for picture in pictures],
+        }
+        return answer, b"".join(pictures)
+
+
+def leave(error: BaseException | None) -> NoReturn:
+    """The end of a process that a cell has forked, which is no part of the session: as that of any interpreter."""
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        raise error
+    if error is None:
+        raise SystemExit
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(told(error)[2])
+    raise SystemExit(1)
 
 
 def evaluate(main: Any, source: str, name: str) -> object:
@@ -197,12 +218,27 @@ class State:
 
     def __init__(self, pid: int, control: socket.socket, parent: "State | None") -> None:
         self.pid, self.control, self.parent = pid, control, parent
+        self.number = 0
+
+    def tell(self, head: dict[str, Any], data: bytes = b"", descriptor: int | None = None) -> None:
+        self.number += 1
+        send(self.control, head | {"number": self.number}, data, descriptor=descriptor)
+
+    def hear(self) -> tuple[dict[str, Any], bytes]:
+        """The answer to what it was told last. Raises EOFError where it has ended."""
+        try:
+            answer, data, _ = receive(self.control)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or answer.pop("number", None) != self.number:
+            raise SystemExit("a cell's own code has answered in the session's place")
+        return answer, data
 
     def ask(self, head: dict[str, Any], descriptor: int | None = None) -> dict[str, Any]:
         """Raises EOFError where it has ended."""
         try:
-            send(self.control, head, descriptor=descriptor)
-            return receive(self.control)[0]
+            self.tell(head, descriptor=descriptor)
+            return self.hear()[0]
         except (BrokenPipeError, ConnectionResetError):
             raise EOFError from None
 
@@ -224,7 +260,7 @@ class State:
         if self.parent is None:
             return
         with contextlib.suppress(OSError):
-            send(self.parent.control, {"do": "reap", "pid": self.pid, "tell": False})
+            self.parent.tell({"do": "reap", "pid": self.pid, "tell": False})
 
     def end(self) -> int:
         """Kills it and gives its wait status, which only its parent learns."""
@@ -252,7 +288,7 @@ class Keeper:
         if pid == 0:
             ours.close()
             self.caller.close()
-            worker(theirs)
+            Worker(theirs).serve()
         theirs.close()
         return State(pid, ours, None)
 
@@ -276,7 +312,7 @@ class Keeper:
                 answer, result = {"errno": error.errno}, b""
             except ValueError:
                 answer, result = {"errno": EINVAL}, b""
-            send(self.caller, answer | {"gone": self.active is None}, result)
+            send(self.caller, answer | {"gone": self.active is None, "number": head["number"]}, result)
 
     def run(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         if self.active is None:
@@ -291,7 +327,7 @@ class Keeper:
         clock = ~active.pid << 3 | 2
         try:
             begin, base = time.monotonic(), time.clock_gettime(clock)
-            send(active.control, {"do": "run", "name": head["name"]}, data)
+            active.tell({"do": "run", "name": head["name"]}, data)
         except OSError:  # since the last cell
             return self._died("ended", 0.0)
         while True:
@@ -310,10 +346,9 @@ class Keeper:
             ready, _, _ = select.select([active.control, self.caller], [], [], max(NEAREST, min(rests)))
             if active.control in ready:
                 try:
-                    answer, result, _ = receive(active.control)
+                    return active.hear()
                 except (EOFError, OSError):
                     return self._died("ended", 0.0)
-                return answer, result
             if self.caller in ready:
                 stop = receive(self.caller)[0]
                 return self._died(stop["why"], 0.0)

@@ -70,6 +70,56 @@ def test_an_exception_is_told_with_the_cells_own_lines_and_ends_nothing(session:
     assert session.run("y").value == "7"
 
 
+FORKS = {
+    "goes on": ("child = os.fork() == 0; 'fork'", 0, b""),
+    "exits": ("if os.fork() == 0: sys.exit(3)\n'fork'", 3, b""),
+    "exits with a text": ("if os.fork() == 0: sys.exit('why')\n'fork'", 1, b"why\n"),
+    "fails": ("if os.fork() == 0: 1 / 0\n'fork'", 1, b"ZeroDivisionError: division by zero\n"),
+    "is interrupted": ("if os.fork() == 0: raise KeyboardInterrupt\n'fork'", -signal.SIGINT, b"KeyboardInterrupt\n"),
+    "prints": ("if os.fork() == 0: print('told', file=sys.stderr)\n'fork'", 0, b"told\n"),
+    "runs what is for its end": ("if os.fork() == 0:\n import atexit\n atexit.register(os.write, 2, b'bye')\n'fork'", 0, b"bye"),
+}
+
+
+@pytest.mark.parametrize("how", FORKS)
+def test_what_a_cell_forks_ends_with_the_cell_as_in_any_interpreter_and_answers_nothing(how: str, session: Session) -> None:
+    code, status, said = FORKS[how]
+    session.run("import os, sys, time").check()
+    session.checkpoint()
+    first = session.run(code).check()
+    waited = session.run("time.sleep(.1); os.waitstatus_to_exitcode(os.wait()[1])").check()
+    assert (first.value, waited.value) == ("'fork'", str(status))
+    assert (first.stderr + waited.stderr).endswith(said)
+    assert [session.run(f"{number}").check().value for number in range(4)] == ["0", "1", "2", "3"]
+    session.restore()
+    assert session.run("5").check().value == "5"
+
+
+def test_a_cell_that_ends_and_leaves_a_child_is_not_waited_for_to_its_limit(session: Session) -> None:
+    begin = time.monotonic()
+    cell = session.run("import os, time\nif os.fork() == 0: time.sleep(60)\nos._exit(3)")
+    assert cell.evidence == {"exit_code": 3}
+    assert time.monotonic() - begin < 5 * PATIENCE
+
+
+THEN: dict[str, Callable[[Session], object]] = {"run": lambda session: session.run("1"), "checkpoint": lambda session: session.checkpoint()}
+
+
+@pytest.mark.parametrize("then", THEN)
+def test_an_answer_that_a_cell_has_forged_is_never_taken_for_another_command_s(then: str, session: Session) -> None:
+    """It knows all that is to be said; but ours comes as well."""
+    session.run(
+        "import gc, json, os, socket\n"
+        "worker = next(one for one in gc.get_objects() if type(one).__name__ == 'Worker')\n"
+        "def forge(number):\n"
+        " text = json.dumps({'value': 'forged', 'number': number}).encode()\n"
+        " os.write(worker.control.fileno(), len(text).to_bytes(8, 'little') + bytes(8) + text)"
+    ).check()
+    assert session.run("forge(2)").value == "forged"
+    with pytest.raises(SessionError, match="has ended"):
+        THEN[then](session)
+
+
 TEXTS = {
     "half a surrogate": (r"'bad \ud83d'", r"bad \ud83d"),
     "beyond 16 bits": (r"'\U0001f600' * (1 << 20)", "\U0001f600" * (1 << 18)),
