@@ -40,7 +40,7 @@ from .errors import JailError, JobError, PolicyError, SessionError
 from .oneline import one_line
 from .prepared import prepared
 from .result import Result, Verdict
-from .session_inside import CALLER, COUNT
+from .session_inside import CALLER, COUNT, MOST_FIGURES
 from .streams import CHUNK, DEVNULL, PIPE
 from .units import MAX_TIME
 from .unpack import check_json
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 PRELOAD = ("json", "select", "signal", "socket", "stat", "traceback", "typing", "linecache", "contextlib", "time")
 """What session_inside.py imports."""
 MOST_HEAD, MOST_DATA = 20 << 20, 64 << 20
-"""Bytes: of three texts (MOST_TEXT inside), each of them six times longer in JSON; of a file or the figures."""
+"""Bytes: of three texts (MOST_TEXT inside), each of them six times longer in JSON; of a file."""
 MOST_ERRNO = 4095
 GRACE = 1.0
 """Seconds after a wall time limit for the keeper inside to end the cell. Then the whole session ends."""
@@ -75,7 +75,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     stdout: bytes = b""
     stderr: bytes = b""
     figures: tuple[bytes, ...] = ()
-    """matplotlib's figures that the cell left open, as PNG."""
+    """matplotlib's figures that the cell left open, as PNG; up to the first that could not be drawn, which is the cell's error."""
     wall_time: float = 0.0
     """Seconds, as the session says."""
     cpu_time: float = 0.0
@@ -317,7 +317,7 @@ class Session:
     def _receive(self, most: float | None) -> tuple[_Answer, bytes]:
         lengths = self._read(2 * COUNT, None if most is None else time.monotonic() + most)
         head, data = int.from_bytes(lengths[:COUNT], "little"), int.from_bytes(lengths[COUNT:], "little")
-        if head > MOST_HEAD or data > 2 * MOST_DATA:
+        if head > MOST_HEAD or data > MOST_FIGURES:
             raise _Broken("what it says makes no sense")
         deadline = _within(head + data)
         try:
@@ -471,7 +471,7 @@ class _Answer(msgspec.Struct):
     error: tuple[str, str, str] | None = None
     wall: float = 0.0
     cpu: float = 0.0
-    figures: list[Annotated[int, msgspec.Meta(ge=0, le=2 * MOST_DATA)]] = []
+    figures: list[Annotated[int, msgspec.Meta(ge=0, le=MOST_FIGURES)]] = []
 
     def __post_init__(self) -> None:
         """Raises ValueError for a status that is no end."""

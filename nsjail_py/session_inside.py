@@ -16,6 +16,7 @@ import stat
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from errno import EFBIG, EINVAL
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ CALLER = 3
 COUNT = 8
 """Bytes of each of the two lengths before a message: of its head, which is JSON, and of its bytes."""
 ONLY_AST = 0x400
-MOST_TEXT = 1 << 20
+MOST_TEXT, MOST_FIGURES = 1 << 20, 128 << 20
 NEAREST, LONG = 0.002, 3600.0
 """Seconds between two looks at the clocks, at least and at most."""
 
@@ -132,9 +133,8 @@ class Worker:
         if os.getpid() != self.pid:
             leave(error)
         try:
-            pictures = figures()
-            sys.stdout.flush()
-            sys.stderr.flush()
+            pictures.extend(figures())
+            flush()
         except BaseException as raised:
             error = raised if error is None else error
         while True:
@@ -194,20 +194,31 @@ def clean(text: str) -> str:
     return text[:MOST_TEXT].encode(errors="backslashreplace")[:MOST_TEXT].decode(errors="ignore")
 
 
-def figures() -> list[bytes]:
-    """matplotlib's open figures as PNG; they are closed then."""
+def figures() -> Iterator[bytes]:
+    """matplotlib's open figures as PNG; they are closed then, also where one cannot be drawn."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is None:
-        return []
+        return
     import io
 
-    pictures = []
-    for number in pyplot.get_fignums():
-        file = io.BytesIO()
-        pyplot.figure(number).savefig(file, format="png")
-        pictures.append(file.getvalue())
-    pyplot.close("all")
-    return pictures
+    size = 0
+    try:
+        for number in pyplot.get_fignums():
+            file = io.BytesIO()
+            pyplot.figure(number).savefig(file, format="png")
+            size += file.tell()
+            if size > MOST_FIGURES:
+                raise ValueError(f"the figures of a cell are at most {MOST_FIGURES >> 20} MiB")
+            yield file.getvalue()
+    finally:
+        pyplot.close("all")
+
+
+def flush() -> None:
+    """What the cell has put in the place of its outputs, or closed, is its own affair."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
 
 
 # ---- the keeper

@@ -278,6 +278,29 @@ def test_figures_come_as_pictures(session: Session) -> None:
     assert session.run("plt.get_fignums()").figures == ()
 
 
+def test_a_figure_that_cannot_be_drawn_is_the_error_of_its_own_cell_and_of_no_later_one(session: Session) -> None:
+    cell = session.run("import matplotlib.pyplot as plt\nplt.plot([1])\nplt.figure()\nplt.title('$x^{$')\n1")
+    assert (cell.verdict, cell.error and cell.error[0], len(cell.figures)) == (Verdict.exit, "ValueError", 1)
+    assert session.run("2").check().value == "2"
+
+
+def test_figures_beyond_what_is_told_are_an_error_of_the_cell() -> None:
+    plotting = "import sys, types\nsys.modules['matplotlib.pyplot'] = pyplot = types.SimpleNamespace(get_fignums=lambda: [1], close=id)\n"
+    figure = "class Figure:\n def savefig(self, file, format): file.write(bytes(129 << 20))\npyplot.figure = lambda number: Figure()"
+    with Jail("untrusted", memory="1G") as jail, jail.session() as session:
+        cell = session.run(plotting + figure)
+        assert cell.error and cell.error[:2] == ("ValueError", "the figures of a cell are at most 128 MiB")
+        session.run("del sys.modules['matplotlib.pyplot']").check()
+        assert session.run("1").check().value == "1"
+
+
+@pytest.mark.parametrize("how", ["import sys; sys.stdout = None", "import os; os.close(1)", "import sys; sys.stdout.close()"])
+def test_a_cell_that_gives_its_output_away_costs_no_later_cell_its_value(how: str, session: Session) -> None:
+    session.run(how).check()
+    session.run("print('lost')")
+    assert session.run("1 + 1").check().value == "2"
+
+
 def test_an_interrupt_is_a_keyboard_interrupt_for_the_cell(session: Session) -> None:
     timer = threading.Timer(0.3 * PATIENCE, session.interrupt)
     timer.start()
