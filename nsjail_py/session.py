@@ -189,7 +189,7 @@ class Session:
     def checkpoint(self) -> int:
         """Keeps the state as it is, and gives its number. It costs a process and what later cells change. Files are not kept.
 
-        Raises SessionError where the limit on processes is reached.
+        Raises SessionError where the limit on processes is reached, and where the state has threads, which no fork carries over.
         """
         with self._lock, self._whole():
             self._need_state()
@@ -197,7 +197,7 @@ class Session:
             if answer.died:
                 self._death(answer, {})
             self._need_state()
-            self._need_room(answer)
+            self._forked(answer)
             return answer.id
 
     def restore(self, number: int = -1) -> None:
@@ -208,7 +208,7 @@ class Session:
                 raise SessionError("there is no checkpoint" if number == -1 else f"there is no checkpoint {number}")
             if answer.died:
                 raise SessionError(f"checkpoint {number} has ended")
-            self._need_room(answer)
+            self._forked(answer)
 
     def put(self, path: str | os.PathLike[str], data: bytes) -> None:
         """Writes a file inside; a path without a slash at its start lies in /work. Raises OSError and ValueError as open does."""
@@ -282,7 +282,10 @@ class Session:
         if self._gone is not None:
             raise SessionError(f"the session's state is gone ({self._gone}): restore a checkpoint, or begin anew")
 
-    def _need_room(self, answer: _Answer) -> None:
+    def _forked(self, answer: _Answer) -> None:
+        """Raises SessionError where it has not."""
+        if answer.threads:
+            raise SessionError(f"a checkpoint has no threads, and the state has {answer.threads} beside its main one: end them first")
         if answer.errno == errno.EAGAIN:
             most = self._limits.processes
             raise SessionError(f"no process is left for it (limits.processes = {most}): each checkpoint keeps one")
@@ -462,6 +465,7 @@ class _Answer(msgspec.Struct):
     """Of the command that it answers."""
     errno: Annotated[int, msgspec.Meta(ge=0, le=MOST_ERRNO)] = 0
     gone: bool = False
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1 << 22)] = 0
     unknown: bool = False
     id: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 0
     died: Literal["ended", "output", "wall_time", "cpu_time"] | None = None

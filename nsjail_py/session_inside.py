@@ -27,6 +27,8 @@ ONLY_AST = 0x400
 MOST_TEXT, MOST_FIGURES = 1 << 20, 128 << 20
 NEAREST, LONG = 0.002, 3600.0
 """Seconds between two looks at the clocks, at least and at most."""
+PATIENCE = 0.2
+"""Seconds for what is about to end by itself."""
 
 
 # ---- messages
@@ -78,6 +80,8 @@ class Worker:
     def __init__(self, control: socket.socket) -> None:
         self.control, self.pid = control, os.getpid()
         self.on_interrupt: Any = signal.default_int_handler  # or what a cell has put in its place
+        self.mask: set[int] | None = None
+        """Of a kept state: which signals were blocked when it was not kept yet."""
         self.main = sys.modules["__main__"] = type(sys)("__main__")
         signal.signal(signal.SIGINT, too_late)
         os.register_at_fork(after_in_child=self._let_go)
@@ -95,9 +99,9 @@ class Worker:
             if head["do"] == "run":
                 self.answer(head, *self.run(data.decode(), head["name"]))
             elif head["do"] == "reap":
-                status = os.waitpid(head["pid"], 0)[1]
+                ended = buried(head["pid"])
                 if head["tell"]:
-                    self.answer(head, {"status": status})
+                    self.answer(head, ended)
             elif head["do"] == "settle":
                 self.answer(head, {})
             elif descriptor is not None:
@@ -107,16 +111,25 @@ class Worker:
         send(self.control, answer | {"number": head["number"]}, data)
 
     def fork(self, head: dict[str, Any], fresh: socket.socket) -> None:
-        """Goes on twice: in the process that waits from now on, and in its copy, which hears the fresh socket."""
+        """Goes on twice: in the process that waits from now on, where no signal wakes the cells' code any more, and in its copy, which
+        hears the fresh socket. Threads are counted behind the fork, since OpenBLAS ends its own before one."""
         try:
-            pid = os.fork()
+            with numbers_kept():
+                pid = os.fork()
         except OSError as error:
             fresh.close()
             return self.answer(head, {"errno": error.errno})
         if pid == 0:
-            self.control, self.pid = fresh, os.getpid()
+            if self.mask is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+            self.control, self.pid, self.mask = fresh, os.getpid(), None
             return None
         fresh.close()
+        if threads := other_threads():
+            buried(pid)
+            return self.answer(head, {"threads": threads})
+        if self.mask is None:
+            self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         return self.answer(head, {"pid": pid})
 
     def run(self, source: str, name: str) -> tuple[dict[str, Any], bytes]:
@@ -151,6 +164,38 @@ class Worker:
             "figures": [len(picture) for picture in pictures],
         }
         return answer, b"".join(pictures)
+
+
+@contextlib.contextmanager
+def numbers_kept() -> Iterator[None]:
+    """`random` seeds itself anew in every fork, and a checkpoint is to be what it was."""
+    loaded = sys.modules.get("random")
+    state = loaded and loaded.getstate()
+    yield
+    if loaded:
+        loaded.setstate(state)
+
+
+def other_threads() -> int:
+    """Of this process. One that has just been waited for is still seen for a moment."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            count = len(os.listdir("/proc/self/task")) - 1
+        except OSError:  # a policy may have no /proc
+            count = len(sys._current_frames()) - 1
+        if not count or time.monotonic() > deadline:
+            return count
+        time.sleep(NEAREST)
+
+
+def buried(pid: int) -> dict[str, Any]:
+    """How a child of ours has ended, which is killed where it has not."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):  # a cell may have seen to it that nobody hears of that
+        return {"status": os.waitpid(pid, 0)[1]}
+    return {"status": 0}
 
 
 def leave(error: BaseException | None) -> NoReturn:
@@ -224,6 +269,10 @@ def flush() -> None:
 # ---- the keeper
 
 
+class Threads(Exception):
+    """So many that no fork carries over."""
+
+
 class State:
     """A process that holds a state of the session."""
 
@@ -254,13 +303,13 @@ class State:
             raise EOFError from None
 
     def fork(self) -> "State":
-        """Raises OSError where there may be no more processes, and EOFError where it has ended."""
+        """Raises OSError where there may be no more processes, Threads where one would be left behind, and EOFError where it has ended."""
         ours, theirs = socket.socketpair()
         with theirs:
             answer = self.ask({"do": "fork"}, theirs.fileno())
-        if "errno" in answer:
+        if "pid" not in answer:
             ours.close()
-            raise OSError(answer["errno"], os.strerror(answer["errno"]))
+            raise OSError(answer["errno"], os.strerror(answer["errno"])) if "errno" in answer else Threads(answer["threads"])
         return State(answer["pid"], ours, self)
 
     def drop(self) -> None:
@@ -275,11 +324,9 @@ class State:
 
     def end(self) -> int:
         """Kills it and gives its wait status, which only its parent learns."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
         self.control.close()
         if self.parent is None:
-            return os.waitpid(self.pid, 0)[1]
+            return int(buried(self.pid)["status"])
         return int(self.parent.ask({"do": "reap", "pid": self.pid, "tell": True})["status"])
 
 
@@ -321,6 +368,8 @@ class Keeper:
                 answer, result = commands[head["do"]](head, data)
             except OSError as error:
                 answer, result = {"errno": error.errno}, b""
+            except Threads as error:
+                answer, result = {"threads": error.args[0]}, b""
             except ValueError:
                 answer, result = {"errno": EINVAL}, b""
             send(self.caller, answer | {"gone": self.active is None, "number": head["number"]}, result)

@@ -158,6 +158,61 @@ def test_a_checkpoint_is_gone_back_to_as_often_as_wanted(session: Session) -> No
     assert session.run("x").value == "[1, 2, 'gone']"
 
 
+RUNNING = {
+    "a thread": ("import threading, time\nthread = threading.Thread(target=time.sleep, args=(30,), daemon=True)\nthread.start()", 1),
+    "a pool": ("from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\nsum(pool.map(abs, range(9)))", None),
+    "one that Python keeps no account of": ("import _thread, time\n_thread.start_new_thread(time.sleep, (30,))", 1),
+}
+
+
+@pytest.mark.parametrize("what", RUNNING)
+def test_a_state_with_threads_is_no_checkpoint_and_goes_on(what: str, session: Session) -> None:
+    code, count = RUNNING[what]
+    session.run(f"x = 1\n{code}").check()
+    for _ in range(2):
+        with pytest.raises(SessionError, match=f"has no threads, and the state has {count or '[12]'} beside"):
+            session.checkpoint()
+    if what == "a pool":
+        assert session.run("pool.submit(abs, -2).result()").check().value == "2"
+        session.run("pool.shutdown()").check()
+        session.checkpoint()
+        session.run("x = 2").check()
+        session.restore()
+    assert session.run("x").check().value == "1"
+
+
+def test_threads_that_have_ended_and_those_of_numpy_are_in_the_way_of_no_checkpoint(session: Session) -> None:
+    session.run("import threading, numpy\na = numpy.ones((300, 300))").check()
+    for _ in range(20):
+        session.run("a @ a\nthread = threading.Thread(target=abs, args=(1,)); thread.start(); thread.join()").check()
+        session.checkpoint()
+    session.run("a @ a").check()
+    session.restore()
+    assert session.run("(a @ a)[0, 0]").check().value in ("300.0", "np.float64(300.0)")
+
+
+def test_a_checkpoint_has_the_random_numbers_that_were_to_come(session: Session) -> None:
+    import random
+
+    session.run("import random; random.seed(42); random.gauss(0, 1)").check()
+    random.seed(42)
+    random.gauss(0, 1)
+    numbers = [random.gauss(0, 1), random.random()]
+    session.checkpoint()
+    for _ in range(2):
+        assert session.run("[random.gauss(0, 1), random.random()]").check().value == str(numbers)
+        session.restore()
+
+
+def test_no_signal_wakes_what_a_checkpoint_keeps(session: Session) -> None:
+    session.run("import os, signal, time\nx = 1\nsignal.signal(signal.SIGALRM, lambda *_: os._exit(3))\nsignal.setitimer(0, 0.2)").check()
+    session.checkpoint()
+    time.sleep(0.4 * PATIENCE)
+    session.restore()
+    assert session.run("x, signal.pthread_sigmask(0, ())").check().value == "(1, set())"
+    assert session.run("signal.setitimer(0, 0.05); time.sleep(5)").evidence == {"exit_code": 3}
+
+
 DEADLY = {
     "processor time": ("while True: pass", {"cpu_time": 0.2}, Verdict.cpu_time),
     "wall time": ("import time; time.sleep(30)", {"wall_time": 0.2}, Verdict.wall_time),
