@@ -238,7 +238,7 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		groups_give(launcher, run);
 	else if (message.kind == CELL_SERVING && run->template && !run->execed) {
 		run_execed(launcher, run);
-		run_started(run);
+		run_started(launcher, run);
 	} else if (message.kind == CELL_READY && !run->ready) {
 		run->ready = 1;
 		if (cell_is_job(run))

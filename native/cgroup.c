@@ -254,6 +254,8 @@ void cgroup_report(const struct launcher *launcher, struct run *run) {
 	}
 	report->peak_processes = number(run->counters[COUNTER_PROCESSES]);
 	uint64_t kills = event(run->counters[COUNTER_OOM], "oom_kill"), denials = event(run->counters[COUNTER_FORKS], "max");
-	*(kills && met_memory_limit(launcher, run) ? &report->oom_kills : &report->outer_oom_kills) = kills;
-	*(denials && met_process_limit(launcher, run) ? &report->process_denials : &report->outer_process_denials) = denials;
+	report->oom_kills = kills && met_memory_limit(launcher, run) ? kills : 0;
+	report->outer_oom_kills = kills - report->oom_kills;
+	report->process_denials = denials && met_process_limit(launcher, run) ? denials : 0;
+	report->outer_process_denials = denials - report->process_denials;
 }

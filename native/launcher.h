@@ -115,7 +115,7 @@ void run_command(struct launcher *launcher, struct run *run); /* a message from 
 void run_held_send(struct launcher *launcher, struct run *run);
 void run_held_drop(struct run *run);
 uint32_t run_program_pid(const struct run *run);
-void run_started(struct run *run);
+void run_started(struct launcher *launcher, struct run *run);
 void run_execed(struct launcher *launcher, struct run *run);
 void run_count(struct launcher *launcher, struct run *run);
 void run_answer(struct launcher *launcher, struct run *run);

@@ -259,7 +259,7 @@ enum cause { /* why the launcher ended a run */
 };
 
 struct command {
-	uint32_t signal; /* 0: kill everything, for cause; or, without a cause, tell when the program runs, and which process it is */
+	uint32_t signal; /* 0: kill everything, for cause; or, without one, tell when the program runs: its process, and all counts */
 	uint32_t cause;
 };
 

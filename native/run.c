@@ -173,8 +173,10 @@ static void signal_send(const struct run *run, uint32_t number) {
 	message_send(NULL, run->cell, &order, sizeof order, NULL, 0);
 }
 
-void run_started(struct run *run) {
+void run_started(struct launcher *launcher, struct run *run) {
 	run->report.pid = run_program_pid(run);
+	if (run->has_groups)
+		cgroup_report(launcher, run); /* so far */
 	struct report report = run->report;
 	report.kind = REPORT_STARTED;
 	message_send(NULL, run->channel, &report, sizeof report, NULL, 0);
@@ -192,7 +194,7 @@ void run_execed(struct launcher *launcher, struct run *run) {
 	if (unlabelled)
 		run_spoil(run, STEP_LABEL, unlabelled);
 	if (run->asked)
-		run_started(run);
+		run_started(launcher, run);
 	for (uint32_t number = 1; run->early_signals && number <= 64; number++)
 		if (run->early_signals & (1ull << (number - 1)))
 			signal_send(run, number);
@@ -208,7 +210,7 @@ void run_command(struct launcher *launcher, struct run *run) {
 	if (!command.signal && command.cause == CAUSE_NONE) {
 		run->asked = 1;
 		if (run->execed)
-			run_started(run);
+			run_started(launcher, run);
 		return;
 	}
 	if (command.signal && !run->execed) {

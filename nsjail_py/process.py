@@ -58,6 +58,7 @@ class Process:
         self.args = args
         self.reported: Any = None
         self._pid: int | None = None
+        self._counted: Any = None
         self._result: Result | None = None
         self._exchange: Exchange | None = None
         self._lost = False
@@ -122,6 +123,16 @@ class Process:
                 self.hear()
         return self._pid
 
+    def counted(self) -> Any:
+        """What is counted of the run by now, as a report; the last one when it is over."""
+        with self.waiting():
+            self._counted = None
+            self._command(0, lib.CAUSE_NONE)
+            while self._counted is None and not self.reported:
+                ready([self.channel.fileno()], TURN_S)
+                self.hear()
+            return self.reported or self._counted
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """What somebody waits for stays open: else its number may be another file's. The last to wait closes it when the run is over."""
@@ -159,6 +170,7 @@ class Process:
             report = parse(message)
             if report.kind == lib.REPORT_STARTED:
                 self._pid = report.pid or None  # 0: it has ended already, or /proc cannot be read
+                self._counted = report
                 return
             if report.kind == lib.REPORT_FAILED:
                 launcher.unmade(self.launcher, report)

@@ -129,7 +129,7 @@ class Session:
         self._policy, self._limits = policy, policy.limits
         self._lock = threading.RLock()  # a call that fails closes
         self._inherited = False
-        self._cells, self._commands = 0, 0
+        self._cells = self._commands = self._memory_killed = 0
         self._failure: JailError | None = None
         """In the place of a result."""
         self._gone: str | None = None
@@ -195,7 +195,7 @@ class Session:
             self._need_state()
             answer, _ = self._ask({"do": "checkpoint"}, PATIENCE)
             if answer.died:
-                self._death(answer, {})
+                self._death(answer, {}, self._memory_kills())
             self._need_state()
             self._forked(answer)
             return answer.id
@@ -403,12 +403,15 @@ class Session:
         if answer.errno:
             raise _Broken("what it says makes no sense")
         stdout, stderr = (bytes(self._output[name]) for name in ("stdout", "stderr"))
+        memory = self._memory_kills()
         if answer.died:
-            verdict, evidence = self._death(answer, limits)
-            return Cell(verdict=verdict, evidence=evidence, stdout=stdout, stderr=stderr)
+            verdict, evidence = self._death(answer, limits, memory)
+            return Cell(verdict=verdict, evidence=evidence, stdout=stdout, stderr=stderr, wall_time=answer.wall, cpu_time=answer.cpu)
         ends = list(itertools.accumulate(answer.figures, initial=0))
         verdict, evidence = Verdict.ok, dict[str, Any]()
-        if answer.error is not None:
+        if memory:
+            verdict, evidence = Verdict.memory, memory
+        elif answer.error is not None:
             verdict, evidence = Verdict.exit, {"exception": answer.error[0]}
         elif self._limits.output is not None and self._size > self._limits.output:
             verdict, evidence = Verdict.output, {"limit": self._limits.output}
@@ -424,13 +427,29 @@ class Session:
             stderr=stderr,
         )
 
-    def _death(self, answer: _Answer, limits: dict[str, float | None]) -> tuple[Verdict, dict[str, Any]]:
+    def _memory_kills(self) -> dict[str, Any]:
+        """What the kernel has killed for want of memory since this was asked last: as the launcher says; but which checkpoints are lost by
+        it, the session."""
+        report, before = self._process.counted(), self._memory_killed
+        self._memory_killed = report.oom_kills
+        if report.oom_kills <= before:
+            return {}
+        lost = self._ask({"do": "lost"}, PATIENCE)[0].lost
+        killed = {"limit": self._limits.memory, "observed": report.peak_memory, "oom_kills": report.oom_kills - before}
+        return killed | ({"checkpoints": lost} if lost else {})
+
+    def _death(self, answer: _Answer, limits: dict[str, float | None], memory: dict[str, Any]) -> tuple[Verdict, dict[str, Any]]:
         """What has ended the state."""
         verdict, evidence = Verdict.exit, dict[str, Any]()
         if answer.died == "output":
             verdict, evidence = Verdict.output, {"limit": self._limits.output}
         elif answer.died in limits:
-            verdict, evidence = Verdict(answer.died), {"limit": limits[answer.died], "observed": answer.observed}
+            observed = answer.wall if answer.died == "wall_time" else answer.cpu
+            verdict, evidence = Verdict(answer.died), {"limit": limits[answer.died], "observed": observed}
+        elif memory:
+            verdict, evidence = Verdict.memory, memory
+        elif answer.died == "closed":
+            evidence = {"closed": "the socket on which the session answers"}
         elif os.WIFSIGNALED(answer.status):
             verdict, evidence = Verdict.signal, {"signal": os.WTERMSIG(answer.status)}
         else:
@@ -468,8 +487,8 @@ class _Answer(msgspec.Struct):
     threads: Annotated[int, msgspec.Meta(ge=0, le=1 << 22)] = 0
     unknown: bool = False
     id: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 0
-    died: Literal["ended", "output", "wall_time", "cpu_time"] | None = None
-    observed: float = 0.0
+    died: Literal["ended", "closed", "output", "wall_time", "cpu_time"] | None = None
+    lost: Annotated[list[int], msgspec.Meta(max_length=1 << 16)] = []
     status: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)] = 0
     value: str | None = None
     error: tuple[str, str, str] | None = None

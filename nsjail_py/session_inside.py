@@ -91,21 +91,25 @@ class Worker:
         self.control.close()
 
     def serve(self) -> NoReturn:
+        """Until it is killed; also where a cell has closed the socket, which the keeper hears."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.obey(*receive(self.control))
         while True:
-            try:
-                head, data, descriptor = receive(self.control)
-            except (EOFError, OSError):
-                os._exit(0)
-            if head["do"] == "run":
-                self.answer(head, *self.run(data.decode(), head["name"]))
-            elif head["do"] == "reap":
-                ended = buried(head["pid"])
-                if head["tell"]:
-                    self.answer(head, ended)
-            elif head["do"] == "settle":
-                self.answer(head, {})
-            elif descriptor is not None:
-                self.fork(head, socket.socket(fileno=descriptor))
+            time.sleep(LONG)
+
+    def obey(self, head: dict[str, Any], data: bytes, descriptor: int | None) -> None:
+        if head["do"] == "run":
+            self.answer(head, *self.run(data.decode(), head["name"]))
+        elif head["do"] == "end":
+            self.answer(head, ended(head["pid"], head["patience"]))
+        elif head["do"] == "bury":
+            for pid in head["pids"]:
+                ended(pid, LONG)
+        elif head["do"] == "settle":
+            self.answer(head, {})
+        elif descriptor is not None:
+            self.fork(head, socket.socket(fileno=descriptor))
 
     def answer(self, head: dict[str, Any], answer: dict[str, Any], data: bytes = b"") -> None:
         send(self.control, answer | {"number": head["number"]}, data)
@@ -126,7 +130,7 @@ class Worker:
             return None
         fresh.close()
         if threads := other_threads():
-            buried(pid)
+            ended(pid, 0.0)
             return self.answer(head, {"threads": threads})
         if self.mask is None:
             self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -189,13 +193,20 @@ def other_threads() -> int:
         time.sleep(NEAREST)
 
 
-def buried(pid: int) -> dict[str, Any]:
-    """How a child of ours has ended, which is killed where it has not."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):  # a cell may have seen to it that nobody hears of that
-        return {"status": os.waitpid(pid, 0)[1]}
-    return {"status": 0}
+def ended(pid: int, patience: float) -> dict[str, Any]:
+    """How a child of ours has ended. It is killed where it has not within so many seconds."""
+    deadline, killed = time.monotonic() + patience, False
+    with contextlib.suppress(ChildProcessError):  # none of ours; or a cell has seen to it that nobody hears of its children
+        while True:
+            waited, status = os.waitpid(pid, 0 if killed else os.WNOHANG)
+            if waited:
+                return {"status": status, "killed": killed}
+            if time.monotonic() < deadline:
+                time.sleep(NEAREST)
+            else:
+                os.kill(pid, signal.SIGKILL)
+                killed = True
+    return {"status": 0, "killed": killed}
 
 
 def leave(error: BaseException | None) -> NoReturn:
@@ -278,7 +289,7 @@ class State:
 
     def __init__(self, pid: int, control: socket.socket, parent: "State | None") -> None:
         self.pid, self.control, self.parent = pid, control, parent
-        self.number = 0
+        self.number, self.lost = 0, False
 
     def tell(self, head: dict[str, Any], data: bytes = b"", descriptor: int | None = None) -> None:
         self.number += 1
@@ -319,15 +330,43 @@ class State:
         self.control.close()
         if self.parent is None:
             return
-        with contextlib.suppress(OSError):
-            self.parent.tell({"do": "reap", "pid": self.pid, "tell": False})
+        self.parent.bury([self.pid])
 
-    def end(self) -> int:
-        """Kills it and gives its wait status, which only its parent learns."""
-        self.control.close()
-        if self.parent is None:
-            return int(buried(self.pid)["status"])
-        return int(self.parent.ask({"do": "reap", "pid": self.pid, "tell": True})["status"])
+    def bury(self, pids: list[int]) -> None:
+        """Waits for those of them that are children of its own: they have been killed."""
+        with contextlib.suppress(OSError):
+            self.tell({"do": "bury", "pids": pids})
+
+    def end(self, patience: float) -> dict[str, Any]:
+        """How it has ended, which only its parent learns. It is killed where it has not within so many seconds."""
+        try:
+            return self.parent.ask({"do": "end", "pid": self.pid, "patience": patience}) if self.parent else ended(self.pid, patience)
+        except EOFError:
+            os.kill(self.pid, signal.SIGKILL)
+            return {"status": 0, "killed": False}
+        finally:
+            self.control.close()
+
+
+class Clocks:
+    """What a process has used since they were started, in seconds, by the names of the limits. clock_getcpuclockid(3)"""
+
+    def __init__(self, pid: int) -> None:
+        self.clock, self.begin, self.base, self.cpu = ~pid << 3 | 2, time.monotonic(), 0.0, 0.0
+        self.base = self.read()["cpu_time"]
+
+    def read(self) -> dict[str, float]:
+        with contextlib.suppress(OSError):  # the process is gone
+            self.cpu = time.clock_gettime(self.clock)
+        return {"wall_time": time.monotonic() - self.begin, "cpu_time": self.cpu - self.base}
+
+
+def processes() -> list[int]:
+    """All that can be seen, but for process 1 and our own."""
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) not in (1, os.getpid())]
+    except OSError:  # a policy may have no /proc
+        return []
 
 
 class Keeper:
@@ -355,7 +394,7 @@ class Keeper:
             os.kill(self.active.pid, signal.SIGINT)
 
     def serve(self) -> None:
-        commands = {"run": self.run, "checkpoint": self.checkpoint, "restore": self.restore, "put": self.put, "get": self.get}
+        commands = {name: getattr(self, name) for name in ("run", "checkpoint", "restore", "lost", "put", "get")}
         send(self.caller, {})
         while True:
             try:
@@ -384,43 +423,55 @@ class Keeper:
             self.running = False
 
     def _run(self, active: State, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        clock = ~active.pid << 3 | 2
+        clocks = Clocks(active.pid)
         try:
-            begin, base = time.monotonic(), time.clock_gettime(clock)
             active.tell({"do": "run", "name": head["name"]}, data)
         except OSError:  # since the last cell
-            return self._died("ended", 0.0)
+            return self._died("ended", clocks)
         while True:
-            try:
-                wall, cpu = time.monotonic() - begin, time.clock_gettime(clock) - base
-            except OSError:
-                return self._died("ended", 0.0)
-            for name, used in (("wall_time", wall), ("cpu_time", cpu)):
-                if head[name] is not None and used >= head[name]:
-                    return self._died(name, used)
+            used = clocks.read()
+            for name in used:
+                if head[name] is not None and used[name] >= head[name]:
+                    return self._died(name, clocks)
             rests = [LONG]
             if head["wall_time"] is not None:
-                rests.append(head["wall_time"] - wall)
+                rests.append(head["wall_time"] - used["wall_time"])
             if head["cpu_time"] is not None:  # all processors together could use it up by then
-                rests.append((head["cpu_time"] - cpu) / (os.cpu_count() or 1))
+                rests.append((head["cpu_time"] - used["cpu_time"]) / (os.cpu_count() or 1))
             ready, _, _ = select.select([active.control, self.caller], [], [], max(NEAREST, min(rests)))
             if active.control in ready:
                 try:
                     return active.hear()
                 except (EOFError, OSError):
-                    return self._died("ended", 0.0)
+                    return self._died("ended", clocks)
             if self.caller in ready:
                 stop = receive(self.caller)[0]
-                return self._died(stop["why"], 0.0)
+                return self._died(stop["why"], clocks)
 
-    def _died(self, why: str, observed: float) -> tuple[dict[str, Any], bytes]:
+    def _died(self, why: str, clocks: Clocks) -> tuple[dict[str, Any], bytes]:
+        """What has ended, or is to, and with it all that holds no other state."""
         assert self.active is not None
         active, self.active = self.active, None
-        try:
-            status = active.end()
-        except (EOFError, ChildProcessError):
-            status = 0
-        return {"died": why, "observed": observed, "status": status}, b""
+        used = clocks.read()
+        ended = active.end(PATIENCE if why == "ended" else 0.0)
+        if why == "ended" and ended["killed"]:
+            why = "closed"
+        self._clear()
+        return {"died": why, "status": ended["status"], "wall": used["wall_time"], "cpu": used["cpu_time"]}, b""
+
+    def _clear(self) -> None:
+        """Ends what holds no state. All are stopped first, at one time, so that none forks another while it is looked for; whoever hides
+        from /proc, or where there is none, stays stopped. kill(2)"""
+        ours = {state.pid for state in (*self.kept, self.active) if state is not None}
+        with contextlib.suppress(ProcessLookupError):  # there is nobody
+            os.kill(-1, signal.SIGSTOP)
+        others = [pid for pid in processes() if pid not in ours]
+        for number, pids in ((signal.SIGKILL, others), (signal.SIGCONT, ours)):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        for state in self.kept:
+            state.bury(others)
 
     def checkpoint(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         if self.active is None:
@@ -428,40 +479,55 @@ class Keeper:
         try:
             fresh = self._forked(self.active)
         except EOFError:
-            return self._died("ended", 0.0)
+            return self._died("ended", Clocks(self.active.pid))
         self.kept.append(self.active)
         self.active = fresh
         return {"id": len(self.kept) - 1}, b""
 
     def _forked(self, state: State) -> State:
-        """Where there is no room, once more when those are buried that are dead already."""
-        try:
-            return state.fork()
-        except OSError:
+        """Where there is no room, it is waited for those that are dead already to be buried."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return state.fork()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
             for one in self.kept:
                 with contextlib.suppress(EOFError):
                     one.ask({"do": "settle"})
-            return state.fork()
+            time.sleep(NEAREST)
 
     def restore(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         number = head["id"]
         if not -len(self.kept) <= number < len(self.kept):
             return {"unknown": True}, b""
-        before = self.active
+        kept, before = self.kept[number], self.active
         try:
             try:
-                self.active = self._forked(self.kept[number])
-            except OSError:  # with one process less there may be room
-                if before is None:
-                    raise
+                self.active = kept.fork()
+            except OSError:  # there may be room without what is to go
+                self.active = None
+            if before is not None:
                 before.drop()
-                self.active = before = None
-                self.active = self._forked(self.kept[number])
+            self._clear()
+            if self.active is None:
+                self.active = self._forked(kept)
         except EOFError:
             return {"died": "ended"}, b""
-        if before is not None:
-            before.drop()
         return {}, b""
+
+    def lost(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """The checkpoints that have ended since this was asked last. What has just been killed takes a moment to be gone."""
+        time.sleep(PATIENCE)
+        poll = select.poll()
+        for state in self.kept:
+            poll.register(state.control, 0)
+        gone = {descriptor for descriptor, _ in poll.poll(0)}
+        lost = [number for number, state in enumerate(self.kept) if state.control.fileno() in gone and not state.lost]
+        for number in lost:
+            self.kept[number].lost = True
+        return {"lost": lost}, b""
 
     def put(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         with open(head["path"], "wb", opener=_opener) as file:

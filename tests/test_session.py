@@ -246,6 +246,108 @@ def test_without_a_checkpoint_the_next_call_says_that_the_state_is_gone(session:
         session.restore()
 
 
+HUNGRY = "y = bytearray(b'1') * (300 << 20)"
+
+
+@pytest.mark.parametrize("preload", [None, []], ids=["cold", "warm"])
+def test_a_cell_for_which_memory_runs_out_says_so(preload: list[str] | None) -> None:
+    with Jail("untrusted", memory="128M", preload=preload, wall_time=10.0 * PATIENCE) as jail, jail.session() as session:
+        session.run("x = 1").check()
+        session.checkpoint()
+        try:
+            cell = session.run(HUNGRY)
+        except SessionError:  # version 2 ends the whole group
+            assert session.result and session.result.verdict is Verdict.memory
+            return
+        if cell.error:  # without a group the kernel refuses the memory
+            assert cell.error[0] == "MemoryError"
+            return
+        assert cell.verdict is Verdict.memory and cell.evidence["limit"] == 128 << 20 and cell.evidence["oom_kills"] == 1
+        with pytest.raises(SessionError, match="memory"):
+            session.run("x")
+        session.restore()
+        assert session.run("x").check().value == "1"
+        session.run("import os, signal")
+        assert session.run("os.kill(os.getpid(), signal.SIGKILL)").evidence == {"signal": signal.SIGKILL}
+
+
+def test_a_checkpoint_that_the_want_of_memory_has_cost_is_told_by_the_cell_that_wanted_it() -> None:
+    with Jail("untrusted", memory="128M", wall_time=10.0 * PATIENCE) as jail, jail.session() as session:
+        session.run("x = 1").check()
+        session.checkpoint()
+        if (
+            session.run(f"try: {HUNGRY.replace('300', '90')}\nexcept MemoryError: y = None").check()
+            and session.run("y is None").value == "True"
+        ):
+            return  # no group: the kernel refuses the memory
+        session.checkpoint()
+        try:
+            cell = session.run("del y\nz = bytearray(b'1') * (100 << 20)\n'alive'")
+        except SessionError:
+            assert session.result and session.result.verdict is Verdict.memory
+            return
+        assert (cell.verdict, cell.value) == (Verdict.memory, "'alive'")
+        assert cell.evidence["checkpoints"] == [1]
+        assert session.run("len(z) >> 20").check().value == "100"
+        with pytest.raises(SessionError, match="checkpoint 1 has ended"):
+            session.restore(1)
+        session.restore(0)
+        assert session.run("x").check().value == "1"
+
+
+def test_a_cell_that_closes_the_session_s_own_socket_is_told_so_and_a_checkpoint_is_still_there(session: Session) -> None:
+    session.run("x, y = 1, 1").check()
+    session.checkpoint()
+    for then in ("", "\nimport time\ntime.sleep(30)"):
+        cell = session.run(f"import os\nos.closerange(3, 50){then}")
+        assert (cell.verdict, cell.evidence) == (Verdict.exit, {"closed": "the socket on which the session answers"})
+        session.restore()
+    assert session.run("x").check().value == "1"
+
+
+def test_a_cell_that_was_ended_has_the_times_that_were_measured(session: Session) -> None:
+    cell = session.run("while True: pass", wall_time=0.3)
+    assert cell.wall_time == cell.evidence["observed"] >= 0.3 and cell.cpu_time > 0
+    assert cell.wall_time < 5 * PATIENCE
+
+
+STRAYS = {
+    "a child": "while True: beat()",
+    "a session of its own": "os.setsid()\n while True: beat()",
+    "one that forks without end": "while True:\n  beat()\n  if os.fork(): os._exit(0)",
+    "one that ignores signals": "for n in {*range(1, 32)} - {9, 19}: signal.signal(n, signal.SIG_IGN)\n while True: beat()",
+}
+
+
+@pytest.mark.parametrize("what", STRAYS)
+@pytest.mark.parametrize("end", ["a limit", "an exit", "restore"])
+def test_what_a_cell_leaves_running_goes_with_its_state(end: str, what: str, session: Session) -> None:
+    session.run("import os, signal, time\ndef beat(): open('beat', 'w').write(str(time.monotonic())); time.sleep(.005)").check()
+    session.checkpoint()
+    then = {"a limit": "time.sleep(60)", "an exit": "time.sleep(.1); os._exit(3)", "restore": "time.sleep(.1)"}[end]
+    session.run(f"if os.fork() == 0:\n {STRAYS[what]}\n{then}", wall_time=0.3 * PATIENCE)
+    if end == "restore":
+        session.restore()
+    beat = session.get("beat")
+    time.sleep(0.1)
+    assert session.get("beat") == beat
+    session.restore()
+    assert session.run("os.path.exists('beat')").check().value == "True"
+
+
+def test_what_cells_have_left_is_in_the_way_of_no_later_checkpoint() -> None:
+    with Jail("untrusted", processes=8) as jail, jail.session() as session:
+        session.run("import os, time").check()
+        session.checkpoint()
+        assert session.run("for _ in range(20):\n if os.fork() == 0: time.sleep(1000)").error[0] == "BlockingIOError"  # type: ignore[index]
+        with pytest.raises(SessionError, match="no process is left"):
+            session.checkpoint()
+        for _ in range(3):
+            session.restore()
+            session.run("if os.fork() == 0: time.sleep(1000)").check()
+            session.checkpoint()
+
+
 @pytest.mark.parametrize("call", ["run", "checkpoint"])
 def test_a_state_that_ends_between_two_cells_takes_no_checkpoint_with_it(call: str, session: Session) -> None:
     session.run("x = 1")
