@@ -10,6 +10,8 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec.structs import replace
+
 from . import cachedir, cpuset, hostinfo, label, landlock, launcher, plan, rootfs
 from ._native import lib
 from .errors import PolicyError, Unavailable, during
@@ -40,6 +42,11 @@ class Compiled(NamedTuple):
     """The cached tree, or unpacked image, that its root is made of."""
     sources: tuple[Stamp, ...] = ()
     """What that was made from."""
+
+    def lasting(self, seconds: float) -> Compiled:
+        """The same, ended after so many."""
+        policy = replace(self.policy, limits=replace(self.policy.limits, wall_time=seconds))
+        return self._replace(policy=policy, plan=plan.with_wall_time(self.plan, seconds))
 
 
 class Host(NamedTuple):

@@ -64,7 +64,8 @@ class Jail:
         self.stock = stock
         self.policy = resolve(policy, **changes)
         self.preload = None if preload is None else modules(preload)
-        self._sessions: dict[float | None, Jail] = {}
+        self._inner: dict[str, Jail] = {}
+        """Of its sessions; from the first on."""
         self._templates: Templates | None = None
         self._known_host: tuple[Claim, Host] | None = None
         self._closed = False
@@ -93,7 +94,7 @@ class Jail:
         """Ends the warm interpreter, if there is one, with its jobs and sessions; nothing else is held between runs, and other runs go on
         to their end. From now on every start is a JailError, whatever the policy."""
         self._closed = True
-        for jail in self._sessions.copy().values():  # other threads may be adding theirs
+        for jail in self._inner.copy().values():  # another thread may be adding it
             jail.close()
         if self._templates is not None:
             self._templates.close()
@@ -149,8 +150,9 @@ class Jail:
         argv = [template.compiled.program, "-s", f"/app/{filename}", *arguments]
         return self._start(template.compiled, argv, (OrderFile(filename, data),), streams, pass_fds, template)
 
-    def start_own(self, name: str, descriptors: Mapping[int, int], streams: Sequence[Stream]) -> Process:
-        """For JailExecutor and Session: NAME_inside.py. descriptors: by the numbers that it knows them by, rising from 3 on."""
+    def start_own(self, name: str, descriptors: Mapping[int, int], streams: Sequence[Stream], lifetime: float | None = None) -> Process:
+        """For JailExecutor and Session: NAME_inside.py. descriptors: by the numbers that it knows them by, rising from 3 on. lifetime: in
+        the place of the policy's wall time."""
         if self.policy.python.audit != "off":
             raise PolicyError('$.python.audit: a session tells nothing: audit = "off", or single runs')
         if self.policy.backend != "native":
@@ -159,6 +161,8 @@ class Jail:
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)
         compiled = for_python(self.policy, self._host()) if template is None else template.compiled
+        if lifetime is not None:
+            compiled = compiled.lasting(lifetime)
         argv = [compiled.program, "-s", f"/app/{name}.py"]
         files = (OrderFile(f"{name}.py", own_script(name)),)
         order = compile_order(compiled.program, argv, environment(self.policy), files, [0, 1, 2, *descriptors])
@@ -170,11 +174,10 @@ class Jail:
         whatever the policy says. Raises SetupError as a run does, and SessionError where its interpreter does not start."""
         from .session import Session, inner_jail
 
-        if lifetime not in self._sessions:
-            self._sessions.setdefault(lifetime, inner_jail(self, lifetime))
+        inner = self._inner.get("session") or self._inner.setdefault("session", inner_jail(self))
         if self._closed:  # after that: `close` may have looked before
-            self._sessions[lifetime].close()
-        return Session(self._sessions[lifetime], self.policy)
+            inner.close()
+        return Session(inner, self.policy, lifetime)
 
     def _probe(self, template: Template) -> bytes:
         from .warm import PROBE

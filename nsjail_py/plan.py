@@ -172,6 +172,13 @@ def as_template(block: bytes) -> bytes:
     return bytes(changed)
 
 
+def with_wall_time(block: bytes, seconds: float) -> bytes:
+    """The same plan, ended after so many seconds."""
+    changed = bytearray(block)
+    ffi.from_buffer("struct plan *", changed).wall_ns = nanoseconds(seconds)
+    return bytes(changed)
+
+
 def as_observed(block: bytes) -> bytes:
     """The same plan, for a trusted sample (observe.py): what its filter does not allow is asked of the caller."""
     changed = bytearray(block)

@@ -94,15 +94,13 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         return self
 
 
-def policy_for(policy: Policy, lifetime: float | None) -> Policy:
-    """The jail's policy for a session: its time limits are each cell's; it may fork, which a checkpoint is; exec stays as it was.
-    Raises PolicyError for a lifetime that is none, and where the policy leaves out what the session itself imports."""
-    if lifetime is not None and not (isinstance(lifetime, (int, float)) and 0 < lifetime <= MAX_TIME):
-        raise PolicyError(f"lifetime = {lifetime!r}: more than 0 seconds, and at most {MAX_TIME}; None for no limit")
+def policy_for(policy: Policy) -> Policy:
+    """The jail's policy for its sessions: its time limits are each cell's; they may fork, which a checkpoint is; exec stays as it was.
+    Raises PolicyError where the policy leaves out what a session itself imports."""
     lacking = [name for name in PRELOAD if name in policy.python.without]
     if lacking:
         raise PolicyError(f"$.python.without: a session itself imports {', '.join(lacking)}")
-    limits = replace(policy.limits, wall_time=lifetime, cpu_time=None, idle_time=None)
+    limits = replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None)
     syscalls = policy.syscalls and replace(policy.syscalls, allow=(*policy.syscalls.allow, "@processes"))
     python = policy.python
     if not python.whole:
@@ -110,11 +108,11 @@ def policy_for(policy: Policy, lifetime: float | None) -> Policy:
     return replace(policy, limits=limits, syscalls=syscalls, python=python, env={"MPLBACKEND": "Agg"} | policy.env)
 
 
-def inner_jail(jail: Jail, lifetime: float | None) -> Jail:
+def inner_jail(jail: Jail) -> Jail:
     from .jail import Jail
 
     preload = None if jail.preload is None else (*jail.preload, *PRELOAD)
-    return Jail(policy_for(jail.policy, lifetime), stock=jail.stock, preload=preload)
+    return Jail(policy_for(jail.policy), stock=jail.stock, preload=preload)
 
 
 class Session:
@@ -124,7 +122,9 @@ class Session:
     goes back to a checkpoint. `result` is there when the session has ended.
     """
 
-    def __init__(self, jail: Jail, policy: Policy) -> None:
+    def __init__(self, jail: Jail, policy: Policy, lifetime: float | None) -> None:
+        if lifetime is not None and not (isinstance(lifetime, (int, float)) and 0 < lifetime <= MAX_TIME):
+            raise PolicyError(f"lifetime = {lifetime!r}: more than 0 seconds, and at most {MAX_TIME}; None for no limit")
         self.result: Result | None = None
         self._policy, self._limits = policy, policy.limits
         self._lock = threading.RLock()  # a call that fails closes
@@ -137,7 +137,7 @@ class Session:
         self._socket, theirs = launcher.pair(socket.SOCK_STREAM)
         with theirs:
             try:
-                self._process = jail.start_own("session", {CALLER: theirs.fileno()}, (DEVNULL, PIPE, PIPE))
+                self._process = jail.start_own("session", {CALLER: theirs.fileno()}, (DEVNULL, PIPE, PIPE), lifetime)
             except BaseException:
                 self._socket.close()
                 raise

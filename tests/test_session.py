@@ -611,6 +611,21 @@ def test_the_lifetime_of_a_session_ends_it() -> None:
         assert session.result is not None and session.result.verdict is Verdict.wall_time
 
 
+def test_sessions_of_any_lifetime_are_forked_from_one_warm_interpreter() -> None:
+    with Jail("untrusted", preload=["json"], stock=0) as jail:
+        templates = set()
+        for number in range(4):
+            with jail.session(lifetime=60.0 + number) as session:
+                session.run("1").check()
+                templates.add(session._process.template)
+        assert len(templates) == 1 and None not in templates
+        with jail.session(lifetime=0.5) as session, pytest.raises(SessionError, match="wall_time"):
+            session.run("import time; time.sleep(30)", wall_time=30.0)
+        assert session.result is not None and session.result.evidence["limit"] == 0.5
+        with jail.session() as session:
+            session.run("import time; time.sleep(.6)").check()
+
+
 def test_sessions_do_not_meet(jail: Jail) -> None:
     with jail.session() as one, jail.session() as two:
         one.run("x = 1; open('mine', 'w').write('1')")
