@@ -211,10 +211,12 @@ class Session:
             self._forked(answer)
 
     def put(self, path: str | os.PathLike[str], data: bytes) -> None:
-        """Writes a file inside; a path without a slash at its start lies in /work. Raises OSError and ValueError as open does."""
+        """Writes a file inside, of at most 64 MiB; a path without a slash at its start lies in /work. Raises OSError and ValueError as open
+        does, and for what is more than the policy's memory, where files in /work count."""
         name, data = _name(path), memoryview(data).tobytes()
-        if len(data) > MOST_DATA:
-            raise ValueError(f"at most {MOST_DATA} bytes")
+        most = min(MOST_DATA, self._limits.memory or MOST_DATA)
+        if len(data) > most:
+            raise ValueError(f"{len(data)} bytes: at most {most}")
         with self._lock, self._whole():
             answer, _ = self._ask({"do": "put", "path": name}, PATIENCE, data)
             self._refused(answer, name)
@@ -223,9 +225,15 @@ class Session:
         """Reads a file inside, of at most 64 MiB. Raises OSError and ValueError as open does."""
         name = _name(path)
         with self._lock, self._whole():
+            deadline, parts = _within(MOST_DATA), bytearray()
             answer, data = self._ask({"do": "get", "path": name, "most": MOST_DATA}, PATIENCE)
+            while answer.more:
+                parts += data
+                if len(parts) > MOST_DATA:
+                    raise _Broken("what it says makes no sense")
+                answer, data = self._receive(deadline - time.monotonic())
             self._refused(answer, name)
-            return data
+            return bytes(parts)
 
     def interrupt(self) -> None:
         """KeyboardInterrupt for the cell that runs, from another thread."""
@@ -332,7 +340,7 @@ class Session:
         if answer.number != self._commands:
             raise _Broken("what it says answers another command")
         result = self._read(data, deadline)
-        self._asked = False
+        self._asked = answer.more
         return answer, result
 
     def _read(self, size: int, deadline: float | None) -> bytes:
@@ -482,6 +490,8 @@ class _Answer(msgspec.Struct):
 
     number: int = 0
     """Of the command that it answers."""
+    more: bool = False
+    """Another answer to the same follows."""
     errno: Annotated[int, msgspec.Meta(ge=0, le=MOST_ERRNO)] = 0
     gone: bool = False
     threads: Annotated[int, msgspec.Meta(ge=0, le=1 << 22)] = 0

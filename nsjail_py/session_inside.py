@@ -25,6 +25,7 @@ COUNT = 8
 """Bytes of each of the two lengths before a message: of its head, which is JSON, and of its bytes."""
 ONLY_AST = 0x400
 MOST_TEXT, MOST_FIGURES = 1 << 20, 128 << 20
+PART = 1 << 20
 NEAREST, LONG = 0.002, 3600.0
 """Seconds between two looks at the clocks, at least and at most."""
 PATIENCE = 0.2
@@ -47,13 +48,24 @@ def send(to: socket.socket, head: dict[str, Any], data: bytes = b"", *, descript
 
 def receive(source: socket.socket) -> tuple[dict[str, Any], bytes, int | None]:
     """A message and its descriptor. Raises EOFError at the end."""
+    head, size, descriptor = receive_head(source)
+    return head, _exactly(source, size), descriptor
+
+
+def receive_head(source: socket.socket) -> tuple[dict[str, Any], int, int | None]:
+    """A message's head, the number of bytes that follow, and its descriptor. Raises EOFError at the end."""
     lengths, descriptors, _, _ = socket.recv_fds(source, 2 * COUNT, 1)
     lengths += _exactly(source, 2 * COUNT - len(lengths)) if lengths else b""
     if not lengths:
         raise EOFError
     head = json.loads(_exactly(source, int.from_bytes(lengths[:COUNT], "little")))
-    data = _exactly(source, int.from_bytes(lengths[COUNT:], "little"))
-    return head, data, descriptors[0] if descriptors else None
+    return head, int.from_bytes(lengths[COUNT:], "little"), descriptors[0] if descriptors else None
+
+
+def receive_parts(source: socket.socket, size: int) -> Iterator[bytes]:
+    """So many bytes, without room for all of them."""
+    for begin in range(0, size, PART):
+        yield _exactly(source, min(PART, size - begin))
 
 
 def _exactly(source: socket.socket, size: int) -> bytes:
@@ -398,11 +410,12 @@ class Keeper:
         send(self.caller, {})
         while True:
             try:
-                head, data, _ = receive(self.caller)
+                head, size, _ = receive_head(self.caller)
             except EOFError:
                 return
             if head["do"] not in commands:
                 continue  # it came too late for the cell that it was about
+            data = receive_parts(self.caller, size)
             try:
                 answer, result = commands[head["do"]](head, data)
             except OSError as error:
@@ -411,14 +424,19 @@ class Keeper:
                 answer, result = {"threads": error.args[0]}, b""
             except ValueError:
                 answer, result = {"errno": EINVAL}, b""
-            send(self.caller, answer | {"gone": self.active is None, "number": head["number"]}, result)
+            for _ in data:
+                pass  # a file for which there was no room
+            self._say(head, answer, result)
 
-    def run(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def _say(self, head: dict[str, Any], answer: dict[str, Any], data: bytes = b"") -> None:
+        send(self.caller, answer | {"gone": self.active is None, "number": head["number"]}, data)
+
+    def run(self, head: dict[str, Any], data: Iterator[bytes]) -> tuple[dict[str, Any], bytes]:
         if self.active is None:
             return {}, b""
         self.running = True
         try:
-            return self._run(self.active, head, data)
+            return self._run(self.active, head, b"".join(data))
         finally:
             self.running = False
 
@@ -473,7 +491,7 @@ class Keeper:
         for state in self.kept:
             state.bury(others)
 
-    def checkpoint(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def checkpoint(self, head: dict[str, Any], data: Iterator[bytes]) -> tuple[dict[str, Any], bytes]:
         if self.active is None:
             return {}, b""
         try:
@@ -498,7 +516,7 @@ class Keeper:
                     one.ask({"do": "settle"})
             time.sleep(NEAREST)
 
-    def restore(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def restore(self, head: dict[str, Any], data: Iterator[bytes]) -> tuple[dict[str, Any], bytes]:
         number = head["id"]
         if not -len(self.kept) <= number < len(self.kept):
             return {"unknown": True}, b""
@@ -517,7 +535,7 @@ class Keeper:
             return {"died": "ended"}, b""
         return {}, b""
 
-    def lost(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def lost(self, head: dict[str, Any], data: Iterator[bytes]) -> tuple[dict[str, Any], bytes]:
         """The checkpoints that have ended since this was asked last. What has just been killed takes a moment to be gone."""
         time.sleep(PATIENCE)
         poll = select.poll()
@@ -529,15 +547,19 @@ class Keeper:
             self.kept[number].lost = True
         return {"lost": lost}, b""
 
-    def put(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def put(self, head: dict[str, Any], data: Iterator[bytes]) -> tuple[dict[str, Any], bytes]:
         with open(head["path"], "wb", opener=_opener) as file:
-            file.write(data)
+            for part in data:
+                file.write(part)
         return {}, b""
 
-    def get(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def get(self, head: dict[str, Any], data: Iterator[bytes]) -> tuple[dict[str, Any], bytes]:
         with open(head["path"], "rb", opener=_opener) as file:
             size = os.fstat(file.fileno()).st_size
-            return ({"errno": EFBIG}, b"") if size > head["most"] else ({}, file.read(head["most"]))
+            while size <= head["most"] and (part := file.read(PART)):
+                self._say(head, {"more": True}, part)
+                size = max(size, file.tell())
+        return {"errno": EFBIG} if size > head["most"] else {}, b""
 
 
 def _opener(path: str, flags: int) -> int:

@@ -424,6 +424,31 @@ def test_a_file_goes_in_whole_while_a_thread_writes_more_than_it_may() -> None:
         assert session.get("file") == data
 
 
+def test_a_file_goes_in_and_out_in_parts_for_which_memory_need_not_have_room_twice() -> None:
+    with Jail("untrusted", memory="64M", disk="200M", wall_time=10.0 * PATIENCE) as jail, jail.session() as session:
+        session.run("x = 1").check()
+        session.checkpoint()
+        with pytest.raises(ValueError, match=f"{(64 << 20) + 1} bytes: at most {64 << 20}"):
+            session.put("larger than memory", bytes((64 << 20) + 1))
+        data = os.urandom(28 << 20)
+        session.put("file", data)
+        assert session.get("file") == data
+        session.restore()
+        assert session.run("x, open('/proc/self/stat').read() > ''").check().value == "(1, True)"
+
+
+def test_a_file_for_which_the_disk_has_no_room_is_an_error_and_a_file_whose_size_nobody_knows_comes_whole() -> None:
+    with Jail("untrusted", disk="4M") as jail, jail.session() as session:
+        with pytest.raises(OSError, match="No space left"):
+            session.put("file", bytes(9 << 20))
+        session.put("file", b"small")
+        assert session.get("file") == b"small"
+        assert session.get("/proc/self/status").startswith(b"Name:")
+        session.run("open('large', 'wb').truncate((64 << 20) + 1)")
+        with pytest.raises(OSError, match="File too large"):
+            session.get("large")
+
+
 def test_a_path_and_any_buffer_will_do(session: Session) -> None:
     session.put(Path("a"), memoryview(b"data"))
     assert session.get(Path("/work/a")) == b"data"
