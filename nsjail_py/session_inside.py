@@ -117,7 +117,7 @@ class Worker:
             self.answer(head, ended(head["pid"], head["patience"]))
         elif head["do"] == "bury":
             for pid in head["pids"]:
-                ended(pid, LONG)
+                ended(pid, 0.0)
         elif head["do"] == "settle":
             self.answer(head, {})
         elif descriptor is not None:
@@ -159,10 +159,9 @@ class Worker:
             text = None if value is None else clean(repr(value))
         except BaseException as raised:
             error = raised
-        if os.getpid() != self.pid:
-            leave(error)
         try:
-            pictures.extend(figures())
+            if os.getpid() == self.pid:
+                pictures.extend(figures())
             flush()
         except BaseException as raised:
             error = raised if error is None else error
@@ -172,6 +171,8 @@ class Worker:
                 break
             except KeyboardInterrupt as raised:  # just before
                 error = raised if error is None else error
+        if os.getpid() != self.pid:
+            leave(error)
         answer = {
             "value": text if error is None else None,
             "error": None if error is None else told(error),
@@ -185,10 +186,10 @@ class Worker:
 @contextlib.contextmanager
 def numbers_kept() -> Iterator[None]:
     """`random` seeds itself anew in every fork, and a checkpoint is to be what it was."""
-    loaded = sys.modules.get("random")
-    state = loaded and loaded.getstate()
+    loaded: Any = sys.modules.get("random")
+    state = loaded.getstate() if hasattr(loaded, "getstate") else None
     yield
-    if loaded:
+    if state is not None:
         loaded.setstate(state)
 
 
@@ -297,7 +298,7 @@ class Threads(Exception):
 
 
 class State:
-    """A process that holds a state of the session."""
+    """A process that holds a state of the session, as the keeper knows it."""
 
     def __init__(self, pid: int, control: socket.socket, parent: "State | None") -> None:
         self.pid, self.control, self.parent = pid, control, parent
@@ -340,9 +341,8 @@ class State:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self.control.close()
-        if self.parent is None:
-            return
-        self.parent.bury([self.pid])
+        if self.parent is not None:
+            self.parent.bury([self.pid])
 
     def bury(self, pids: list[int]) -> None:
         """Waits for those of them that are children of its own: they have been killed."""
@@ -353,8 +353,9 @@ class State:
         """How it has ended, which only its parent learns. It is killed where it has not within so many seconds."""
         try:
             return self.parent.ask({"do": "end", "pid": self.pid, "patience": patience}) if self.parent else ended(self.pid, patience)
-        except EOFError:
-            os.kill(self.pid, signal.SIGKILL)
+        except EOFError:  # nobody does
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
             return {"status": 0, "killed": False}
         finally:
             self.control.close()
@@ -382,7 +383,7 @@ def processes() -> list[int]:
 
 
 class Keeper:
-    """Answers each command of the caller with one message."""
+    """Answers each command of the caller, a file in several messages."""
 
     def __init__(self, caller: socket.socket) -> None:
         self.caller = caller
@@ -471,11 +472,11 @@ class Keeper:
         assert self.active is not None
         active, self.active = self.active, None
         used = clocks.read()
-        ended = active.end(PATIENCE if why == "ended" else 0.0)
-        if why == "ended" and ended["killed"]:
+        how = active.end(PATIENCE if why == "ended" else 0.0)
+        if why == "ended" and how["killed"]:
             why = "closed"
         self._clear()
-        return {"died": why, "status": ended["status"], "wall": used["wall_time"], "cpu": used["cpu_time"]}, b""
+        return {"died": why, "status": how["status"], "wall": used["wall_time"], "cpu": used["cpu_time"]}, b""
 
     def _clear(self) -> None:
         """Ends what holds no state. All are stopped first, at one time, so that none forks another while it is looked for; whoever hides
