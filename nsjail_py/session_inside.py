@@ -26,6 +26,8 @@ COUNT = 8
 ONLY_AST = 0x400
 MOST_TEXT, MOST_FIGURES = 1 << 20, 128 << 20
 PART = 1 << 20
+CELLS_OWN = {"value", "error", "wall", "cpu", "figures"}
+"""What is a cell's to say. The rest of an answer is the keeper's."""
 NEAREST, LONG = 0.002, 3600.0
 """Seconds between two looks at the clocks, at least and at most."""
 PATIENCE = 0.2
@@ -460,7 +462,8 @@ class Keeper:
             ready, _, _ = select.select([active.control, self.caller], [], [], max(NEAREST, min(rests)))
             if active.control in ready:
                 try:
-                    return active.hear()
+                    answer, result = active.hear()
+                    return {name: answer[name] for name in answer.keys() & CELLS_OWN}, result
                 except (EOFError, OSError):
                     return self._died("ended", clocks)
             if self.caller in ready:
