@@ -240,7 +240,19 @@ CALLED = ("Jail", "JailExecutor", "systemd.Resident")
 ALIASES = {"Args": jail, "Stream": streams, "Where": aio}
 OURS = {
     "Jail": ("start_own", "compiled_for"),
-    "Process": ("channel", "inherited", "waiting", "let_go", "hear", "expired", "exchange", "outgoing", "is_carried", "exceeded_output"),
+    "Process": (
+        "channel",
+        "inherited",
+        "counted",
+        "waiting",
+        "let_go",
+        "hear",
+        "expired",
+        "exchange",
+        "outgoing",
+        "is_carried",
+        "exceeded_output",
+    ),
     "Session": ("inherited",),
     "JailExecutor": ("inherited",),
 }

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .jail import Jail
     from .policy import Policy
 
-PRELOAD = ("json", "select", "signal", "socket", "stat", "traceback", "typing", "linecache", "contextlib", "time")
+PRELOAD = ("json", "select", "signal", "socket", "stat", "traceback", "typing", "linecache", "contextlib", "time", "warnings")
 """What session_inside.py imports."""
 MOST_HEAD, MOST_DATA = 20 << 20, 64 << 20
 """Bytes: of three texts (MOST_TEXT inside), each of them six times longer in JSON; of a file."""
@@ -66,7 +66,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """What one cell of a session came to."""
 
     verdict: Verdict
-    """`ok`; `exit` for an exception; a limit or `signal` for what ended the session's process."""
+    """`ok`; `exit` for an exception; a limit or `signal` for what ended the session's process. `memory` also where another process was
+    killed for it: `checkpoints` of the evidence are those that are gone."""
     evidence: dict[str, Any]
     value: str | None = None
     """repr of the last statement's value, where that is an expression, and not None."""
@@ -201,7 +202,8 @@ class Session:
             return answer.id
 
     def restore(self, number: int = -1) -> None:
-        """Goes back to a checkpoint, by default the last one, as often as wanted. Raises SessionError where there is none such."""
+        """Goes back to a checkpoint, by default the last one, as often as wanted. What cells have left running is ended. Raises
+        SessionError where there is none such."""
         with self._lock, self._whole():
             answer, _ = self._ask({"do": "restore", "id": operator.index(number)}, PATIENCE)
             if answer.unknown:

@@ -16,6 +16,7 @@ import stat
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from errno import EFBIG, EINVAL
 from typing import Any, NoReturn
@@ -132,7 +133,8 @@ class Worker:
         """Goes on twice: in the process that waits from now on, where no signal wakes the cells' code any more, and in its copy, which
         hears the fresh socket. Threads are counted behind the fork, since OpenBLAS ends its own before one."""
         try:
-            with numbers_kept():
+            with warnings.catch_warnings(), numbers_kept():
+                warnings.simplefilter("ignore")  # that there are threads, since Python 3.12
                 pid = os.fork()
         except OSError as error:
             fresh.close()
