@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import nsjail_py
 from nsjail_py import cgroups, launcher, mountinfo
 
 NOBODY = 65534
+KERNEL = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 DEAD = 4_194_305
 """No process has this number: it is above the largest that Linux gives."""
 
@@ -228,7 +230,9 @@ def test_what_runs_out_around_the_jail_is_no_limit_of_the_policy(what: str) -> N
     )
     generous, unlimited, strict = (line.split(",") for line in told.stdout.splitlines())
     assert generous[0] == unlimited[0] == {"memory": "signal", "processes": "exit"}[what], told
-    assert generous[2:] == unlimited[2:] == [what, "0", f"{what} around the jail"], told
+    # From Linux 6.11 on a refused fork is counted where the limit is, and nothing is left to be told here.
+    untold = what == "processes" and launcher.current().claim.kind == "v2" and KERNEL >= (6, 11)
+    assert generous[2:] == unlimited[2:] == (["None", "0"] if untold else [what, "0", f"{what} around the jail"]), told
     assert strict[0] == what and strict[2] == "None", told
 
 

@@ -736,3 +736,33 @@ def test_a_checkpoint_keeps_one_process_however_often_it_is_gone_back_to() -> No
             session.checkpoint()
         session.restore(4)
         assert session.run("x").value == "4"
+
+
+STOPS_THE_KEEPER = """
+import os, signal, socket, sys, threading, time
+keeper, control = os.getppid(), None
+for n in os.listdir("/proc/self/fd"):
+    try:
+        if os.readlink("/proc/self/fd/" + n).startswith("socket:"): control = int(n)
+    except OSError: pass
+def stop():
+    while True:
+        call = open("/proc/%d/syscall" % keeper).read().split()
+        if call[0] in ("44", "46") and control is not None: break  # sendto and sendmsg: it passes the answer on
+    os.kill(keeper, signal.SIGSTOP)
+threading.Thread(target=stop, daemon=True).start()
+answer = b'{"value": "x", "number": 1}'
+control = socket.socket(fileno=os.dup(control))
+control.sendall(len(answer).to_bytes(8, "little") + (60 << 20).to_bytes(8, "little") + answer)
+for _ in range(60): control.sendall(bytes(1 << 20))
+time.sleep(60)
+"""
+
+
+def test_a_cell_that_stops_the_keeper_in_the_middle_of_its_answer_gains_no_time_by_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsjail_py.session.PACE", 60 << 20)
+    with Jail("untrusted").session() as session:
+        began = time.monotonic()
+        with pytest.raises(SessionError):
+            session.run(STOPS_THE_KEEPER, wall_time=2.0 * PATIENCE)
+        assert time.monotonic() - began < (2 * PATIENCE + 1 + 1) + 5 * PATIENCE
