@@ -75,12 +75,12 @@ class Template:
             with (
                 during("template"),
                 open(write, "wb", 0) as stderr,
-                open(os.devnull, "r+b", 0) as null,
                 open(HERE / "_template.abi3.so", "rb") as extension,
                 open(launcher.PROGRAM, "rb") as reaper,
             ):
                 plan = Sealed("plan", self.compiled.plan)
-                passed = [*[file.fileno() for file in (null, null, stderr, extension, reaper)], plan.fd]
+                standard = [stderr.fileno()] * 3  # pipes, as a job's are: what a file object knows of its descriptor it does not ask again
+                passed = [*standard, extension.fileno(), reaper.fileno(), plan.fd]
                 self.launcher, self.channel = launcher.submit(as_template(own.plan), order, passed, 0, self.number)
             self.close = weakref.finalize(self, self.channel.close)
             """Ends it, and the jobs that are left."""

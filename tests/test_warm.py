@@ -58,6 +58,8 @@ SAME = {
     "no socket": "import socket\ntry: socket.socket()\nexcept OSError as e: print(e.errno)",
     "no writing to the root": "for d in ('/', '/usr', '/etc', '/app', '/proc/sys/kernel'):\n    try: open(d + '/x', 'w')\n    except OSError as e: print(e.errno)",
     "no look at process 1": "for n in ('environ', 'mem', 'maps', 'exe', 'fd', 'root'):\n    try: open('/proc/1/' + n, 'rb').read(1); print(n)\n    except OSError as e: print(n, e.errno)",
+    "what is left in the output that it has wrapped": "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.buffer); print('text')",
+    "what is left in the output that it has detached": "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.detach()); print('text')",
     "its name": "import os; print(os.uname().nodename, open('/proc/self/cgroup').read())",
 }
 
