@@ -15,11 +15,11 @@ import importlib.util
 import io
 import linecache
 import os
-import signal
 import sys
 import threading
 import traceback
 import types
+import weakref
 from typing import Any, NoReturn
 
 EXTENSION, REAPER, PLAN, CONTROL = 3, 4, 5, 999
@@ -27,6 +27,9 @@ PROGRAMS = 1000
 """Descriptors below are for a job's program to be given: MAX_FD_NUMBER of native/plan.h."""
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """1 while modules are loaded, since threads would not survive the fork; no job sees it."""
+
+COLLECTED = 1 << 14
+"""Py_TPFLAGS_HAVE_GC: a class whose objects the collector knows."""
 
 
 def template(preload: list[str]) -> tuple[Any, tuple[int, ...]]:
@@ -91,10 +94,12 @@ def rehearse() -> None:
     source = b"import sys\nclass C:\n    def f(self, x=1): return [x for x in range(9)]\nC().f()\nprint(f'{6 * 7}', end='', file=nowhere)"
     module.nowhere = io.StringIO()
     run(source, module)
-    sys.modules.pop("__main__", None)
+    del module, sys.modules["__main__"]
     linecache.cache.clear()
     threads_left()
-    flushed(0)
+    flushed()
+    gc.collect()
+    silent()
 
 
 def rehearse_failure() -> None:
@@ -136,12 +141,12 @@ def run(source: bytes, main: Any) -> None:
 
 
 def job(name: str, source: bytes, arguments: list[bytes], environment: list[bytes]) -> NoReturn:
-    """Runs the source as `python NAME ARGUMENTS` would, and ends the process."""
+    """Runs the source as `python NAME ARGUMENTS` would, and ends the process, or raises what an interpreter ends by."""
     if environment != known_environment:
         os.environb.clear()
         os.environb.update(dict(variable.split(b"=", 1) for variable in environment))
     main = prepared(name, arguments)
-    status = 1
+    status, interrupted = 1, False
     try:
         run(source, main)
         status = 0
@@ -149,10 +154,14 @@ def job(name: str, source: bytes, arguments: list[bytes], environment: list[byte
         status = exit_status(error.code)
     except BaseException as error:
         show(error)
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-    os._exit(end(status))
+        interrupted = isinstance(error, KeyboardInterrupt)
+    del main
+    finish()
+    if not interrupted and told():
+        os._exit(status)
+    gc.unfreeze()
+    sys.excepthook = lambda *_: None  # the exception has been shown
+    raise KeyboardInterrupt if interrupted else SystemExit(status)
 
 
 def exit_status(code: object) -> int:
@@ -184,26 +193,59 @@ def hint(error: BaseException) -> None:
         error.add_note(f"Only what the policy lists is visible: [python] imports = [..., {top!r}]")
 
 
-def end(status: int) -> int:
-    """What an interpreter does before its end, but for taking itself apart."""
+def finish() -> None:
+    """What an interpreter does first at its end."""
     if threads_left():
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    return flushed(status)
 
 
 def threads_left() -> bool:
     return threading.active_count() > 1 or bool(threading._threading_atexits)  # type: ignore[attr-defined]
 
 
-def flushed(status: int) -> int:
+def told() -> bool:
+    """Whether the job has said all that it had to say, once what is its script's own is taken apart. An interpreter takes apart what the
+    template has loaded, too, for ten milliseconds and more."""
+    if not flushed():
+        return False
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+    sys.modules.pop("__main__", None)
+    gc.collect()
+    return flushed() and silent()
+
+
+def flushed() -> bool:
+    """Whether the standard streams are empty, and those that the job has put into their places."""
+    streams: list[Any] = [sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__]
     try:
-        sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        status = status or 120
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.flush()
-    return status
+        for stream in streams:
+            if not getattr(stream, "closed", False):
+                stream.flush()
+    except BaseException:
+        return False
+    return True
+
+
+def silent() -> bool:
+    """Whether nothing that the job has left is heard of at its end: by a finalizer, or by the callback of a weak reference."""
+    left = gc.get_objects()
+    kinds = set(map(type, left))
+    if any(map(has_finalizer, kinds)):
+        return False
+    telling = {kind for kind in kinds if issubclass(kind, type | weakref.ref)}
+    some = [each for each in left if type(each) in telling] if telling else []
+    unseen = [each for each in some if isinstance(each, type) and not each.__flags__ & COLLECTED]
+    callbacks = {id(each.__callback__) for each in some if isinstance(each, weakref.ref)}
+    return not any(map(has_finalizer, unseen)) and not any(id(each) in callbacks for each in left if type(each) is not type(len))
+
+
+def has_finalizer(kind: type) -> bool:
+    try:
+        type.__getattribute__(kind, "__del__")  # in which no metaclass has a say
+    except AttributeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
@@ -215,6 +257,7 @@ if __name__ == "__main__":
     make_unique()
     if not awaited:
         rehearse()
+    gc.freeze()
     taken = extension.take()
     del extension
     job(*taken)
