@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <setjmp.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -136,8 +137,21 @@ static PyObject *snapshot(PyObject *module, PyObject *nothing) {
 	return Py_NewRef(Py_None);
 }
 
+/* seed(number): where the C library's generators begin, which is the same place in every process that does not say otherwise. rand(3) */
+static PyObject *seed(PyObject *module, PyObject *number) {
+	unsigned long value = PyLong_AsUnsignedLong(number);
+	(void)module;
+	if (PyErr_Occurred())
+		return NULL;
+	srand((unsigned)value);
+	srandom((unsigned)value);
+	srand48((long)value);
+	return Py_NewRef(Py_None);
+}
+
 static PyMethodDef methods[] = {
     {"snapshot", snapshot, METH_NOARGS, "Map what was written from a file, so that forks need not copy its page tables."},
+    {"seed", seed, METH_O, "Begin the C library's random numbers elsewhere."},
     {"serve", serve, METH_VARARGS, "Make jobs; return in each."},
     {"take", take, METH_NOARGS, "Wait for the order: file name, source, arguments, environment."},
     {NULL, NULL, 0, NULL},

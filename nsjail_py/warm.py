@@ -39,7 +39,7 @@ import sys, os
 seen = [os.urandom(8).hex(), id(object())]
 for name, draw in (
     ("random", lambda m: m.random()), ("numpy.random", lambda m: m.random_sample()), ("_ssl", lambda m: m.RAND_bytes(8).hex()),
-    ("tempfile", lambda m: next(m._get_candidate_names())), ("uuid", lambda m: m.uuid4().hex),
+    ("tempfile", lambda m: next(m._get_candidate_names())), ("uuid", lambda m: m.uuid4().hex), ("ctypes", lambda m: m.CDLL(None).rand()),
 ):
     if name in sys.modules: print(name, draw(sys.modules[name]))
 """

@@ -110,8 +110,9 @@ def rehearse_failure() -> None:
         traceback.format_exception(error)
 
 
-def make_unique() -> None:
+def make_unique(extension: Any) -> None:
     """Random numbers that follow from a state in memory. `random` itself reseeds in every fork."""
+    extension.seed(int.from_bytes(os.urandom(4)))
     loaded: dict[str, Any] = sys.modules
     if "_ssl" in loaded:
         loaded["_ssl"].RAND_add(os.urandom(32), 32.0)
@@ -254,7 +255,7 @@ if __name__ == "__main__":
     if awaited is None:
         os._exit(0)
     known_environment = [name + b"=" + value for name, value in os.environb.items()]
-    make_unique()
+    make_unique(extension)
     if not awaited:
         rehearse()
     gc.freeze()

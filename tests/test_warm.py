@@ -136,11 +136,21 @@ def test_a_job_sees_nothing_of_another(warm: Jail) -> None:
 
 def test_random_numbers_are_never_the_same(warm: Jail) -> None:
     source = (
-        "import random, ssl, tempfile, uuid, os, secrets\n"
+        "import ctypes, random, ssl, tempfile, uuid, os, secrets\n"
+        "c = ctypes.CDLL(None); print(c.rand(), c.random(), c.lrand48(), sep='\\n')\n"
         "print(random.random(), ssl.RAND_bytes(8).hex(), tempfile.mktemp(), uuid.uuid4(), uuid.uuid1(), os.urandom(8).hex(), secrets.token_hex(8), sep='\\n')"
     )
     drawn = [line for _ in range(8) for line in warm.run_python(source).check().stdout.splitlines()]
-    assert len(set(drawn)) == len(drawn) == 56
+    assert len(set(drawn)) == len(drawn) == 80
+
+
+@pytest.mark.parametrize(("preload", "name"), [("numpy.random", "numpy.random"), ("ctypes", "ctypes")])
+def test_a_template_whose_jobs_would_draw_the_same_is_not_used(
+    preload: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changed_inside("def make_unique(extension: Any) -> None:\n", "    return\n", monkeypatch, tmp_path)
+    with pytest.raises(SetupError, match=f"two jobs draw the same random numbers: {name} "), Jail("untrusted", preload=[preload]) as jail:
+        jail.run_python("pass")
 
 
 def test_numpy_is_there_in_a_moment_and_draws_other_numbers_each_time() -> None:
@@ -337,14 +347,19 @@ def test_a_policy_without_what_a_waiting_job_calls_is_told() -> None:
             Jail("untrusted", syscalls=replace(syscalls, deny=(name,)), preload=[]).run_python("print(1)")
 
 
-def opening(path: str, monkeypatch: pytest.MonkeyPatch, top: Path) -> None:
-    """From now on the modules of a template open this (an expression) and keep it open."""
-    here, wanted = nsjail_py.warm.HERE, "    rehearse()\n    rehearse_failure()\n"
+def changed_inside(behind: str, added: str, monkeypatch: pytest.MonkeyPatch, top: Path) -> None:
+    """From now on what a template runs has this behind those lines."""
+    here = nsjail_py.warm.HERE
     text = (here / "warm_inside.py").read_text()
-    assert wanted in text
-    (top / "warm_inside.py").write_text(text.replace(wanted, f"{wanted}    os.open({path}, os.O_RDONLY)\n"))
+    assert behind in text
+    (top / "warm_inside.py").write_text(text.replace(behind, behind + added))
     (top / "_template.abi3.so").symlink_to(here / "_template.abi3.so")
     monkeypatch.setattr(nsjail_py.warm, "HERE", top)
+
+
+def opening(path: str, monkeypatch: pytest.MonkeyPatch, top: Path) -> None:
+    """From now on the modules of a template open this (an expression) and keep it open."""
+    changed_inside("    rehearse()\n    rehearse_failure()\n", f"    os.open({path}, os.O_RDONLY)\n", monkeypatch, top)
 
 
 def test_a_library_that_holds_its_own_file_open_has_it_in_each_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
