@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import io
+import itertools
 import os
 import site
 import sys
@@ -16,7 +17,7 @@ import sysconfig
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from .executor_inside import CALL_FD, LENGTH, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail, modules
 from .plan import memory_file, sealed
 from .policy import Policy
+from .streams import deadline_of, left
 from .unpack import decode
 
 RESULT_SIZE = 64 << 20
@@ -43,17 +45,18 @@ class Call(NamedTuple):
 
 
 class Queue:
-    """Calls by the thread that brought them; each thread has its turn. Bounded: `put` waits for room, where it may."""
+    """Calls by the thread that brought them; each thread has its turn. Bounded: `put` waits for room, where it may, until the deadline."""
 
     def __init__(self, most: int) -> None:
         self.most, self.size, self.closed, self.process = most, 0, False, os.getpid()
         self.turns: OrderedDict[threading.Thread, deque[Call]] = OrderedDict()
         self.changed = threading.Condition()
 
-    def put(self, call: Call, *, waits: bool) -> None:
+    def put(self, call: Call, *, waits: bool, deadline: float | None) -> None:
         with self.changed:
             while waits and self.size >= self.most and not self.closed:
-                self.changed.wait()
+                if not self.changed.wait(left(deadline)):
+                    raise TimeoutError
             if self.closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self.turns.setdefault(threading.current_thread(), deque()).append(call)
@@ -156,6 +159,9 @@ class JailExecutor(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As concurrent.futures says. What cannot be pickled is an error here, not in the future; so is a thread that cannot be started
         (RuntimeError). The call is not made then."""
+        return self._submit(fn, args, kwargs, None)
+
+    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Future[Any]:
         call = Call(Future(), self._pickle((fn, args, kwargs)))
         with self._lock:
             waits = threading.current_thread() not in self._threads
@@ -163,8 +169,19 @@ class JailExecutor(Executor):
                 thread = threading.Thread(target=_work, args=(self._queue, self._jail), name=f"jail-{len(self._threads)}", daemon=False)
                 thread.start()
                 self._threads.append(thread)
-        self._queue.put(call, waits=waits)
+        self._queue.put(call, waits=waits, deadline=deadline)
         return call.future
+
+    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1) -> Iterator[Any]:
+        """As concurrent.futures says, but at most `pending` calls ahead of what is taken (or `max_workers`, if that is more), so an
+        iterable may have no end; what is left of it is submitted by whoever takes results. timeout: seconds from this call on.
+        chunksize: each call has a jail of its own, whatever it says."""
+        if chunksize < 1:
+            raise ValueError("chunksize must be 1 or more")
+        deadline = deadline_of(timeout)
+        calls = (self._submit(fn, arguments, {}, deadline) for arguments in zip(*iterables, strict=False))
+        most = max(self._pending, self._workers)
+        return _results(calls, deque(itertools.islice(calls, most)), deadline)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As concurrent.futures says; the warm interpreter ends when the last call has."""
@@ -175,6 +192,18 @@ class JailExecutor(Executor):
             for thread in self._threads:
                 thread.join()
             self._jail.close()
+
+
+def _results(calls: Iterator[Future[Any]], ahead: deque[Future[Any]], deadline: float | None) -> Iterator[Any]:
+    """In order; for each that is taken another is submitted. Whoever takes no more cancels those that are ahead."""
+    try:
+        while ahead:
+            ahead[0].exception(left(deadline))
+            yield ahead.popleft().result()
+            ahead.extend(itertools.islice(calls, 1))
+    finally:
+        for future in ahead:
+            future.cancel()
 
 
 def _work(queue: Queue, jail: Jail) -> None:

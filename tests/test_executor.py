@@ -405,6 +405,46 @@ def test_a_full_queue_holds_the_submitter_back() -> None:
         assert time.monotonic() - started > 0.2
 
 
+def test_map_submits_no_more_than_may_wait_and_times_out_when_it_says() -> None:
+    taken: list[int] = []
+
+    def numbers() -> Iterator[float]:
+        for number in range(20):
+            taken.append(number)
+            yield 0.3 * PATIENCE
+
+    with JailExecutor("untrusted", 1, pending=2) as pool:
+        pool.submit(add, 1).result()
+        began = time.monotonic()
+        results = pool.map(time.sleep, numbers())
+        assert len(taken) == 2 and time.monotonic() - began < 0.2 * PATIENCE
+        assert [next(results), next(results)] == [None, None]
+        assert len(taken) == 3
+        results.close()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            list(pool.map(time.sleep, [PATIENCE] * 6, timeout=0.5 * PATIENCE))
+        assert time.monotonic() - began < 0.8 * PATIENCE
+        assert list(pool.map(add, range(6))) == [1, 2, 3, 4, 5, 6], "what has timed out is cancelled"
+
+
+def test_map_waits_for_room_no_longer_than_it_may() -> None:
+    with JailExecutor("untrusted", 1, pending=1) as pool:
+        pool.submit(time.sleep, PATIENCE)
+        waiting = pool.submit(add, 1)
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            pool.map(add, range(3), timeout=0.2 * PATIENCE)
+        assert time.monotonic() - began < 0.8 * PATIENCE
+        assert waiting.result() == 2
+
+
+def test_map_knows_chunks_as_concurrent_futures_does(pool: JailExecutor) -> None:
+    assert list(pool.map(add, range(5), chunksize=2)) == [1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="chunksize"):
+        pool.map(add, range(5), chunksize=0)
+
+
 def test_a_callback_may_submit_more_than_may_wait() -> None:
     with JailExecutor("untrusted", 1, pending=1) as pool:
         calls: list[Future[int]] = []
