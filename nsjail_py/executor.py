@@ -48,7 +48,7 @@ class Queue:
     """Calls by the thread that brought them; each thread has its turn. Bounded: `put` waits for room, where it may, until the deadline."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.size, self.closed, self.process = most, 0, False, os.getpid()
+        self.most, self.size, self.workers, self.closed, self.process = most, 0, 0, False, os.getpid()
         self.turns: OrderedDict[threading.Thread, deque[Call]] = OrderedDict()
         self.changed = threading.Condition()
 
@@ -63,7 +63,18 @@ class Queue:
             self.size += 1
             self.changed.notify_all()
 
-    def get(self) -> Call | None:
+    def work(self, answer: Callable[[Call], None]) -> bool:
+        """Takes calls until there will be none. Whether nobody else does so any more."""
+        with self.changed:
+            self.workers += 1
+        while (call := self._get()) is not None:
+            answer(call)
+            del call
+        with self.changed:
+            self.workers -= 1
+            return not self.workers
+
+    def _get(self) -> Call | None:
         """The next call, or None when there will be none."""
         with self.changed:
             while not self.size and not self.closed:
@@ -191,7 +202,6 @@ class JailExecutor(Executor):
         if wait:
             for thread in self._threads:
                 thread.join()
-            self._jail.close()
 
 
 def _results(calls: Iterator[Future[Any]], ahead: deque[Future[Any]], deadline: float | None) -> Iterator[Any]:
@@ -207,16 +217,19 @@ def _results(calls: Iterator[Future[Any]], ahead: deque[Future[Any]], deadline: 
 
 
 def _work(queue: Queue, jail: Jail) -> None:
-    while (call := queue.get()) is not None:
-        if not call.future.set_running_or_notify_cancel():
-            continue
-        try:
-            value = _call(jail, call.pickled)
-        except BaseException as error:
-            call.future.set_exception(error)
-        else:
-            call.future.set_result(value)
-        del call
+    if queue.work(functools.partial(_answer, jail)):
+        jail.close()
+
+
+def _answer(jail: Jail, call: Call) -> None:
+    if not call.future.set_running_or_notify_cancel():
+        return
+    try:
+        value = _call(jail, call.pickled)
+    except BaseException as error:
+        call.future.set_exception(error)
+    else:
+        call.future.set_result(value)
 
 
 def _call(jail: Jail, pickled: bytes) -> Any:

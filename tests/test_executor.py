@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
 from datetime import UTC, date, datetime
@@ -366,6 +367,30 @@ def test_an_executor_that_is_dropped_does_what_was_submitted() -> None:
     for thread in threads:
         thread.join(10 * PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_the_warm_interpreter_ends_with_the_last_call_whoever_waits_for_that() -> None:
+    pool = JailExecutor("untrusted", 2)
+    calls = [pool.submit(time.sleep, 0.2) for _ in range(3)]
+    pool.shutdown(wait=False)
+    assert [call.result(30 * PATIENCE) for call in calls] == [None] * 3
+    templates = pool._jail._templates
+    for thread in pool._threads:
+        thread.join(10 * PATIENCE)
+    assert templates is not None and templates._current is None
+
+
+def test_a_worker_that_waits_keeps_no_result_and_no_exception(pool: JailExecutor) -> None:
+    future = pool.submit(np.zeros, 10)
+    kept = [weakref.ref(future.result())]
+    future = pool.submit(int, "x")
+    kept.append(weakref.ref(future.exception()))
+    del future
+    gc.collect()
+    deadline = time.monotonic() + 10 * PATIENCE
+    while any(one() is not None for one in kept) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [one() for one in kept] == [None, None]
 
 
 AT_EXIT = """
