@@ -180,9 +180,15 @@ class Launcher:
         with self.planning:
             known = self.plans.pop((plan, template), None) or (next(numbers), Sealed("plan", plan))
             self.plans[plan, template] = known
-            if len(self.plans) > MAX_PLANS:
-                del self.plans[next(iter(self.plans))]  # what is in stock for it goes when nobody has asked for ten seconds
+            for oldest in list(self.plans)[:-MAX_PLANS]:
+                self.plans.pop(oldest, None)  # what is in stock for it goes when nobody has asked for ten seconds
             return known
+
+    def forget(self, template: int) -> None:
+        """The plans of one that has ended. Without the lock: a collector may end it in a thread that has that, at any step."""
+        for key in list(self.plans):
+            if key[1] == template:
+                self.plans.pop(key, None)
 
     def forget_plans(self) -> None:
         with self.planning:

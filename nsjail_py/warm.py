@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -82,7 +83,7 @@ class Template:
                 standard = [stderr.fileno()] * 3  # pipes, as a job's are: what a file object knows of its descriptor it does not ask again
                 passed = [*standard, extension.fileno(), reaper.fileno(), plan.fd]
                 self.launcher, self.channel = launcher.submit(as_template(own.plan), order, passed, 0, self.number)
-            self.close = weakref.finalize(self, self.channel.close)
+            self.close = weakref.finalize(self, _end, self.launcher, self.channel, self.number)
             """Ends it, and the jobs that are left."""
             try:
                 self._wait(said.fileno(), own)
@@ -126,6 +127,11 @@ class Template:
     def spent(self) -> bool:
         """Whether it has served for long enough: what its jobs share is not to be shared by too many."""
         return self.jobs >= MOST_JOBS or time.monotonic() - self.started > OLDEST_S
+
+
+def _end(its: launcher.Launcher, channel: socket.socket, number: int) -> None:
+    channel.close()
+    its.forget(number)
 
 
 def _own(policy: Policy) -> Policy:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import IS_ROOT, PATIENCE
+from conftest import IS_ROOT, PATIENCE, _links
 from msgspec.structs import replace
 
 import nsjail_py
@@ -260,6 +260,20 @@ def test_a_spent_template_is_replaced_and_its_last_job_goes_on(monkeypatch: pyte
         outputs = [jail.run_python("print(id(object()))").check().stdout for _ in range(4)]
         assert len(set(outputs)) > 1, "another generation has another address space"
         assert long.communicate().stdout == b"whole\n"
+
+
+def plans_open() -> int:
+    return sum(name.startswith("/memfd:plan") for name in _links("self"))
+
+
+def test_a_template_that_has_ended_leaves_no_plan_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsjail_py.warm.MOST_JOBS", 4)
+    with Jail("untrusted", preload=[]) as jail:
+        before = plans_open()
+        for _ in range(20):
+            jail.run_python("pass").check()
+        assert plans_open() <= before + 4, "those of the current template, and of the one before, whose last job may just have ended"
+    assert plans_open() <= before
 
 
 CLOSED = """
