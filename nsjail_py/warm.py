@@ -34,6 +34,8 @@ NEEDED = ("recvmsg", "sendmsg", "fstat", "fcntl", "dup3", "prlimit64")
 """What a job that waits calls under its own filter, the last of its own limits."""
 MOST_JOBS = 1000
 OLDEST_S = 600.0
+AGEING = 0.8
+"""When the next one is begun, as a share of either."""
 START_S = 60.0
 PROBE = """
 import sys, os
@@ -65,7 +67,7 @@ class Template:
     def __init__(self, policy: Policy, preload: tuple[str, ...], host: Host, environment: dict[str, str]) -> None:
         self.compiled = _checked(for_python(policy, host))
         self.number = next(launcher.numbers)
-        self.jobs, self.started = 0, time.monotonic()
+        self.jobs, self.started, self.succeeded = 0, time.monotonic(), False
         own = for_python(_own(policy), host)
         argv = [own.program, "-s", "/app/template.py", *preload]
         files = [OrderFile("template.py", (HERE / "warm_inside.py").read_bytes())]
@@ -124,9 +126,9 @@ class Template:
         return self.launcher is launcher.peek() and not ready([self.channel.fileno()], 0)
 
     @property
-    def spent(self) -> bool:
-        """Whether it has served for long enough: what its jobs share is not to be shared by too many."""
-        return self.jobs >= MOST_JOBS or time.monotonic() - self.started > OLDEST_S
+    def used(self) -> float:
+        """1 when it has served for long enough: what its jobs share is not to be shared by too many."""
+        return max(self.jobs / MOST_JOBS, (time.monotonic() - self.started) / OLDEST_S)
 
 
 def _end(its: launcher.Launcher, channel: socket.socket, number: int) -> None:
@@ -155,7 +157,7 @@ def _checked(compiled: Compiled) -> Compiled:
 
 
 class Templates:
-    """The current template of one Jail, replaced when it is spent or dead. From any thread."""
+    """The current template of one Jail, replaced when it is dead, or spent; the next one is begun before that. From any thread."""
 
     def __init__(self, policy: Policy, preload: tuple[str, ...]) -> None:
         self.policy, self.preload = policy, preload
@@ -165,25 +167,47 @@ class Templates:
 
     def inherited(self) -> None:
         """In a forked child: the parent's is not ours, and whoever made it there does not go on here."""
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self._current: Template | None = None
 
     def take(self, host: Host, environment: dict[str, str], probe: Any) -> Template:
         """The template for one job more."""
-        with self._lock:
-            if self._closed:
-                raise JailError(CLOSED)
-            current = self._current
-            if current is None or not current.alive or current.spent:
-                fresh = Template(self.policy, self.preload, host, environment)
-                try:
-                    _unique(probe(fresh), probe(fresh))
-                except BaseException:
-                    fresh.close()
-                    raise
-                self._current = current = fresh
-            current.jobs += 1
-            return current
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise JailError(CLOSED)
+                current = self._current
+                if current is not None and current.alive and current.used < 1:
+                    current.jobs += 1
+                    ageing = current.used > AGEING and not current.succeeded
+                    current.succeeded |= ageing
+                    break
+            self._renew(current, host, environment, probe)
+        if ageing:
+            with contextlib.suppress(RuntimeError):  # no thread: whoever comes when this one is spent makes the next
+                threading.Thread(target=self._succeed, args=(current, host, environment, probe), name="jail-template").start()
+        return current
+
+    def _succeed(self, *arguments: Any) -> None:
+        """Before anybody waits. A failure is told to whoever comes when the current one is spent, if it is one then, too."""
+        with contextlib.suppress(Exception):
+            self._renew(*arguments)
+
+    def _renew(self, old: Template | None, host: Host, environment: dict[str, str], probe: Any) -> None:
+        """Another in the place of `old`, unless somebody else has just made one."""
+        with self._making:
+            if self._closed or self._current is not old:
+                return
+            fresh = Template(self.policy, self.preload, host, environment)
+            try:
+                _unique(probe(fresh), probe(fresh))
+                with self._lock:
+                    if self._closed:
+                        raise JailError(CLOSED)
+                    self._current = fresh
+            except BaseException:
+                fresh.close()
+                raise
 
     def close(self) -> None:
         """For good: a run that was on its way meanwhile starts no other."""

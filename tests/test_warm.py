@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import IS_ROOT, PATIENCE, _links
@@ -22,6 +23,7 @@ import nsjail_py
 import nsjail_py.warm
 from nsjail_py import PIPE, Jail, JailError, Mount, PolicyError, Result, SetupError, interpreter, launcher
 from nsjail_py.layers.scan import scan
+from nsjail_py.warm import Template
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +264,88 @@ def test_a_spent_template_is_replaced_and_its_last_job_goes_on(monkeypatch: pyte
         assert long.communicate().stdout == b"whole\n"
 
 
+def current(jail: Jail) -> Template:
+    assert jail._templates and jail._templates._current
+    return jail._templates._current
+
+
+def aged(jail: Jail, share: float) -> Template:
+    """The template of this jail, when it has served for that share of its time."""
+    jail.run_python("pass").check()
+    current(jail).started -= share * nsjail_py.warm.OLDEST_S
+    return current(jail)
+
+
+def held_up(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Template], threading.Event]:
+    """Templates that are begun from now on, and what they wait for until they start."""
+    begun: list[Template] = []
+    start, wait = threading.Event(), Template._wait
+
+    def held(template: Template, said: int, own: Any) -> None:
+        begun.append(template)
+        start.wait(30 * PATIENCE)
+        wait(template, said, own)
+
+    monkeypatch.setattr(Template, "_wait", held)
+    return begun, start
+
+
+def made() -> None:
+    """Waits for the next templates."""
+    for thread in threading.enumerate():
+        if thread.name == "jail-template":
+            thread.join()
+
+
+def test_an_old_template_is_replaced_however_few_jobs_it_had() -> None:
+    with Jail("untrusted", preload=[], stock=0) as jail:
+        old = aged(jail, 1)
+        jail.run_python("pass").check()
+        assert current(jail) is not old
+
+
+@pytest.mark.parametrize("what", ["age", "jobs"])
+def test_the_next_template_is_made_while_the_current_one_serves(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Jail("untrusted", preload=[], stock=0) as jail:
+        old = aged(jail, 0.9 if what == "age" else 0)
+        if what == "jobs":
+            old.jobs = round(0.9 * nsjail_py.warm.MOST_JOBS)
+        begun, start = held_up(monkeypatch)
+        for _ in range(3):
+            jail.run_python("pass").check()
+        assert current(jail) is old
+        start.set()
+        made()
+        assert begun == [current(jail)]
+        jail.run_python("pass").check()
+
+
+def test_a_next_template_that_cannot_be_made_is_told_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise SetupError("template", detail="no more of them")
+
+    with Jail("untrusted", preload=[], stock=0) as jail:
+        old = aged(jail, 0.9)
+        monkeypatch.setattr(Template, "_wait", refused)
+        for _ in range(3):
+            jail.run_python("pass").check()
+            made()
+        old.started -= nsjail_py.warm.OLDEST_S
+        with pytest.raises(SetupError, match="no more of them"):
+            jail.run_python("pass")
+
+
+def test_a_jail_that_is_closed_meanwhile_has_no_next_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Jail("untrusted", preload=[], stock=0) as jail:
+        aged(jail, 0.9)
+        begun, start = held_up(monkeypatch)
+        jail.run_python("pass").check()
+    start.set()
+    made()
+    assert jail._templates and jail._templates._current is None
+    assert [template.close.alive for template in begun] == [False]
+
+
 def plans_open() -> int:
     return sum(name.startswith("/memfd:plan") for name in _links("self"))
 
@@ -272,7 +356,8 @@ def test_a_template_that_has_ended_leaves_no_plan_open(monkeypatch: pytest.Monke
         before = plans_open()
         for _ in range(20):
             jail.run_python("pass").check()
-        assert plans_open() <= before + 4, "those of the current template, and of the one before, whose last job may just have ended"
+        assert plans_open() <= before + 4, "those of the current template and of the next"
+    made()
     assert plans_open() <= before
 
 
