@@ -20,7 +20,7 @@ from msgspec.structs import replace
 import nsjail_py
 from nsjail_py import PIPE, Jail, Mount, Unavailable
 
-from .runner import EVERY_WALL, WALLS, Attack, cases, fails, held, inside, outside, status, with_starts
+from .runner import EVERY_WALL, WALLS, Attack, cases, fails, held, inside, outside, status, warm, with_starts
 
 STATUS = "print(open('/proc/self/status').read())"
 
@@ -30,20 +30,22 @@ def inside_status(wall: str) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
-@pytest.mark.parametrize("wall", EVERY_WALL)
+@pytest.mark.parametrize("wall", with_starts(EVERY_WALL))
 def test_no_right_is_left_in_any_of_the_five_sets(wall: str) -> None:
     found = inside_status(wall)
     assert {found[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
     assert found["NoNewPrivs"] == "1"  # whether there is a filter or not
-    assert found["Seccomp"] == ("2" if WALLS[wall].syscalls else "0")
+    assert found["Seccomp"] == ("2" if WALLS[wall.partition("/")[0]].syscalls else "0")
     assert found["Uid"].split() == found["Gid"].split() == ["1000"] * 4
     assert found["TracerPid"] == "0" and found["Threads"] == "1"
 
 
-@pytest.mark.parametrize("wall", EVERY_WALL)
+@pytest.mark.parametrize("wall", [*EVERY_WALL, "untrusted/warm", "moderate/warm"])
 def test_no_host_right_stands_behind_its_user(wall: str) -> None:
     """One id is mapped, never 0; as root it is one that nothing else on the host has."""
-    with Jail(WALLS[wall]).start_python("print('up', flush=True)\nimport time; time.sleep(30)", stdout=PIPE) as process:
+    name, _, start = wall.partition("/")
+    jail = warm(WALLS[name]) if start else Jail(WALLS[name])
+    with jail.start_python("print('up', flush=True)\nimport time; time.sleep(30)", stdout=PIPE) as process:
         assert process.stdout and process.stdout.readline() == b"up\n" and process.pid
         init = int(status(process.pid)["PPid"])
         for pid in (process.pid, init):

@@ -14,7 +14,7 @@ from conftest import IS_ROOT, PATIENCE
 import nsjail_py
 from nsjail_py import PIPE, Jail, Verdict, launcher
 
-from .runner import EVERY_WALL, SHOWN, Attack, alive, canary_process, cases, fails, held, inside, outside, status, stop
+from .runner import EVERY_WALL, SHOWN, Attack, alive, canary_process, cases, fails, held, inside, outside, status, stop, with_starts
 
 # What may be done to a process of one's own user. T['pid'] is the victim outside, and init inside as well.
 
@@ -120,7 +120,7 @@ DEADLY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wall", ["untrusted", "moderate", "trusted", "bare"])
+@pytest.mark.parametrize("wall", with_starts(["untrusted", "moderate", "trusted", "bare"]))
 @pytest.mark.parametrize("way", DEADLY)
 def test_init_is_not_killed_by(way: str, wall: str, victim: subprocess.Popen[bytes]) -> None:
     """Were it, the run would end at once and its own exit status be lost."""
@@ -163,7 +163,7 @@ UNPRIVILEGED = 65534
 KILL_ALL = "os.kill({target}, signal.SIGKILL)"
 
 
-@pytest.mark.parametrize("wall", EVERY_WALL)
+@pytest.mark.parametrize("wall", with_starts(EVERY_WALL))
 @pytest.mark.parametrize("target", [0, -1])
 def test_a_signal_to_all_stays_inside(target: int, wall: str, victim: subprocess.Popen[bytes]) -> None:
     """kill(0) and kill(-1): a session of its own and a PID namespace of its own."""

@@ -50,7 +50,7 @@ MEMORY: dict[str, tuple[str, str, bool]] = {
 }  # fmt: skip
 
 
-@STARTED
+@pytest.mark.parametrize("start", ["", "/stock", "/warm"], ids=["exec", "stock", "warm"])
 @pytest.mark.parametrize("what", MEMORY)
 def test_memory(what: str, start: str) -> None:
     """120 MiB of it are had outside, and not under a limit of 48."""
@@ -284,8 +284,9 @@ STALLS = {
 }  # fmt: skip
 
 
+@STARTED
 @pytest.mark.parametrize("way", STALLS)
-def test_wall_time_is_not_evaded_by(way: str) -> None:
+def test_wall_time_is_not_evaded_by(way: str, start: str) -> None:
     """Outside such a program is still there after the time; inside it is gone."""
     from .runner import PRELUDE, canary_process, stop
 
@@ -294,7 +295,7 @@ def test_wall_time_is_not_evaded_by(way: str) -> None:
     )
     canary = canary_process()
     try:
-        result = inside(Attack(way, STALLS[way]), "moderate", wall_time=0.3)
+        result = inside(Attack(way, STALLS[way]), f"moderate{start}", wall_time=0.3)
         assert stalled.poll() is None
         assert result.verdict is Verdict.wall_time and result.wall_time < 1.5 * PATIENCE
     finally:
