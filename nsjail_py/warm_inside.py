@@ -38,6 +38,7 @@ def template(preload: list[str]) -> tuple[Any, tuple[int, ...]]:
     extension: Any = importlib.util.module_from_spec(importlib.util.spec_from_loader("_template", loader))  # type: ignore[arg-type]
     loader.exec_module(extension)
     sys.modules.pop("_template", None)  # a job sees no module that its view does not have
+    threading.excepthook = threading.__excepthook__ = show_of_thread
     os.close(EXTENSION)
     taken = take_numbers()
     for name in preload:
@@ -185,6 +186,13 @@ def show(error: BaseException) -> None:
         traceback.print_exception(error)  # the other looks for the source on the disk
     else:
         sys.excepthook(type(error), error, trace)
+
+
+def show_of_thread(args: Any) -> None:
+    """In the place of threading.excepthook, which looks for the source on the disk, too."""
+    if args.exc_type is not SystemExit:
+        print(f"Exception in thread {args.thread.name if args.thread else threading.get_ident()}:", file=sys.stderr, flush=True)
+        traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def hint(error: BaseException) -> None:

@@ -60,6 +60,8 @@ SAME = {
     "an exit with words": "raise SystemExit('words')",
     "what it does at exit": "import atexit; atexit.register(print, 'bye'); print('hello', end='')",
     "its threads at exit": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.05), print('late'))).start()",
+    "a fault of a thread's": "import threading\ndef f():\n    1 / 0\nthreading.Thread(target=f).start()",
+    "an exit of a thread's": "import threading, sys\nthreading.Thread(target=sys.exit).start()",
     "its input": "import sys; print(sys.stdin.read().upper())",
     "a signal": "import os; os.kill(os.getpid(), 9)",
     "no exec": "import os\ntry: os.execv('/bin/true', ['true'])\nexcept OSError as e: print(e.errno)\ntry: os.fork()\nexcept OSError as e: print(e.errno)",
