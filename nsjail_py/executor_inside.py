@@ -17,7 +17,11 @@ def plain(value: Any) -> object:
     kind = type(value)
     if kind.__module__ == "numpy":
         if hasattr(value, "shape") and value.shape == () and hasattr(value, "item"):
-            return value.item()
+            item = value.item()
+            wider = type(item).__module__ == "numpy"  # than any of Python's: a longdouble
+            unitless = value.dtype.kind in "mM" and isinstance(item, int)  # nanoseconds, and years without a date
+            if not wider and not unitless:
+                return item
         if kind.__name__ == "ndarray" and hasattr(value, "tobytes") and not value.dtype.hasobject and value.dtype.names is None:
             return msgspec.msgpack.Ext(ARRAY, msgspec.msgpack.encode((value.dtype.str, value.shape, value.tobytes())))
     raise TypeError(

@@ -138,6 +138,15 @@ def test_a_number_that_has_no_way_out_is_told_with_the_limit(pool: JailExecutor)
         pool.submit(lambda: {1 << 64: 1}).result()
 
 
+@pytest.mark.parametrize(
+    "value", [np.longdouble("1.5"), np.datetime64("2026-11-24", "ns"), np.timedelta64(7, "ns"), np.timedelta64(1, "Y")]
+)
+def test_a_number_of_numpys_that_python_has_no_like_of_is_told_by_its_type(value: Any, pool: JailExecutor) -> None:
+    with pytest.raises(JobError, match=f"a result of type numpy.{type(value).__name__} cannot leave the jail"):
+        pool.submit(lambda: [value]).result()
+    assert pool.submit(lambda: np.array(value)).result() == value
+
+
 def test_a_result_that_is_too_large_is_told_with_the_limit(pool: JailExecutor) -> None:
     with pytest.raises(JobError, match="at most 67108856"):
         pool.submit(bytes, 65 << 20).result()
