@@ -10,6 +10,7 @@ import fcntl
 import functools
 import io
 import itertools
+import logging
 import os
 import site
 import sys
@@ -31,6 +32,7 @@ from .policy import Policy
 from .streams import deadline_of, left
 from .unpack import decode
 
+LOGGER = logging.getLogger("concurrent.futures")
 RESULT_SIZE = 64 << 20
 """Bytes of one result."""
 PENDING = 1000
@@ -68,7 +70,10 @@ class Queue:
         with self.changed:
             self.workers += 1
         while (call := self._get()) is not None:
-            answer(call)
+            try:
+                answer(call)
+            except BaseException:  # a callback's, which Future itself tells of where it is an Exception
+                LOGGER.critical("a callback of a JailExecutor's future", exc_info=True)
             del call
         with self.changed:
             self.workers -= 1
@@ -140,6 +145,8 @@ class JailExecutor(Executor):
         pending: int = PENDING,
         **changes: Any,
     ) -> None:
+        if isinstance(preload, str):
+            raise PolicyError(f"preload = {preload!r}: a list of modules, not one text")
         self._pickle = pickler()
         workers = max_workers if max_workers is not None else os.cpu_count() or 1
         if workers < 1 or pending < 1:

@@ -494,6 +494,23 @@ def test_a_callback_may_submit_more_than_may_wait() -> None:
         assert [call.result(30 * PATIENCE) for call in calls] == [1, 2, 3]
 
 
+def test_a_callback_that_raises_whatever_ends_no_worker(caplog: pytest.LogCaptureFixture) -> None:
+    def leaves(_: Future[int]) -> None:
+        raise SystemExit(1)
+
+    with JailExecutor("untrusted", 1) as pool:
+        future = pool.submit(time.sleep, 0.2)
+        future.add_done_callback(leaves)
+        assert future.result(30 * PATIENCE) is None
+        assert pool.submit(add, 1).result(30 * PATIENCE) == 2
+    assert "SystemExit" in caplog.text
+
+
+def test_one_text_is_no_list_of_modules() -> None:
+    with pytest.raises(PolicyError, match="preload = 'numpy': a list of modules, not one text"):
+        JailExecutor("untrusted", 1, preload="numpy")
+
+
 def test_a_thread_that_cannot_be_started_costs_one_call_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(_: threading.Thread) -> None:
         monkeypatch.undo()
