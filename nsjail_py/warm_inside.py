@@ -28,6 +28,8 @@ PROGRAMS = 1000
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """1 while modules are loaded, since threads would not survive the fork; no job sees it."""
 
+PLAIN = {list, dict, tuple, set, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.CellType, types.ModuleType}
+"""Of these every job leaves some; they have no finalizer."""
 COLLECTED = 1 << 14
 """Py_TPFLAGS_HAVE_GC: a class whose objects the collector knows."""
 
@@ -98,7 +100,7 @@ def rehearse() -> None:
     del module, sys.modules["__main__"]
     linecache.cache.clear()
     threads_left()
-    flushed()
+    flush()
     gc.collect()
     silent()
 
@@ -216,34 +218,35 @@ def threads_left() -> bool:
 def told() -> bool:
     """Whether the job has said all that it had to say, once what is its script's own is taken apart. An interpreter takes apart what the
     template has loaded, too, for ten milliseconds and more."""
-    if not flushed():
-        return False
-    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
-    sys.modules.pop("__main__", None)
-    gc.collect()
-    return flushed() and silent()
-
-
-def flushed() -> bool:
-    """Whether the standard streams are empty, and those that the job has put into their places."""
-    streams: list[Any] = [sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__]
     try:
-        for stream in streams:
-            if not getattr(stream, "closed", False):
-                stream.flush()
-    except BaseException:
+        flush()
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+        sys.modules.pop("__main__", None)
+        gc.collect()
+        flush()
+        return silent()
+    except BaseException:  # a stream's, which an interpreter tells of, or a class's that cannot be looked at
         return False
-    return True
+
+
+def flush() -> None:
+    """The standard streams, and those that the job has put into their places."""
+    streams: list[Any] = [sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__]
+    for stream in streams:
+        if not getattr(stream, "closed", False):
+            stream.flush()
 
 
 def silent() -> bool:
     """Whether nothing that the job has left is heard of at its end: by a finalizer, or by the callback of a weak reference."""
     left = gc.get_objects()
-    kinds = set(map(type, left))
+    kinds = set(map(type, left)) - PLAIN
     if any(map(has_finalizer, kinds)):
         return False
-    telling = {kind for kind in kinds if issubclass(kind, type | weakref.ref)}
-    some = [each for each in left if type(each) in telling] if telling else []
+    telling = {kind for kind in kinds if issubclass(kind, (type, weakref.ref))}
+    if not telling:
+        return True
+    some = [each for each in left if type(each) in telling]
     unseen = [each for each in some if isinstance(each, type) and not each.__flags__ & COLLECTED]
     callbacks = {id(each.__callback__) for each in some if isinstance(each, weakref.ref)}
     return not any(map(has_finalizer, unseen)) and not any(id(each) in callbacks for each in left if type(each) is not type(len))

@@ -86,6 +86,7 @@ SAME = {
     "an object's end after a fault": f"{TELLS}x = T('x')\n1 / 0",
     "a fault in an object's end": "class T:\n    def __del__(self): 1 / 0\nx = T()",
     "the end of what is weakly referred to": "import weakref\nclass A: pass\nx = A(); y = weakref.ref(x, lambda _: print('gone'))",
+    "the end of a class that cannot be looked at": "class M(type): __hash__ = None\nclass A(metaclass=M): pass\nimport json; json.x = A()",
     "its finalizers": "import weakref\nclass A: pass\nx = A(); weakref.finalize(x, print, 'gone')",
     "its name": "import os; print(os.uname().nodename, open('/proc/self/cgroup').read())",
 }
