@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <setjmp.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -149,9 +150,18 @@ static PyObject *seed(PyObject *module, PyObject *number) {
 	return Py_NewRef(Py_None);
 }
 
+/* flush(): what C's own streams have in their buffers, as exit would. */
+static PyObject *flush(PyObject *module, PyObject *nothing) {
+	(void)module;
+	(void)nothing;
+	fflush(NULL);
+	return Py_NewRef(Py_None);
+}
+
 static PyMethodDef methods[] = {
     {"snapshot", snapshot, METH_NOARGS, "Map what was written from a file, so that forks need not copy its page tables."},
     {"seed", seed, METH_O, "Begin the C library's random numbers elsewhere."},
+    {"flush", flush, METH_NOARGS, "Write what C's own streams have in their buffers."},
     {"serve", serve, METH_VARARGS, "Make jobs; return in each."},
     {"take", take, METH_NOARGS, "Wait for the order: file name, source, arguments, environment."},
     {NULL, NULL, 0, NULL},

@@ -18,7 +18,7 @@ from . import launcher
 from ._native import lib
 from .coding import as_file
 from .compiled import PATH, Compiled, Host, for_program, for_python
-from .errors import CLOSED, JailError, PolicyError, SetupError
+from .errors import CLOSED, JailError, PolicyError, SetupError, during
 from .plan import OrderFile, compile_order
 from .policy import Policy
 from .policyfile import resolve
@@ -59,8 +59,8 @@ class Jail:
         **changes: Any,
     ) -> None:
         stock = STOCK if stock is None else stock
-        if not 0 <= stock <= MAX_STOCK:
-            raise PolicyError(f"stock = {stock}: from 0 to {MAX_STOCK}")
+        if not isinstance(stock, int) or not 0 <= stock <= MAX_STOCK:
+            raise PolicyError(f"stock = {stock!r}: a whole number from 0 to {MAX_STOCK}")
         self.stock = stock
         self.policy = resolve(policy, **changes)
         self.preload = None if preload is None else modules(preload)
@@ -160,11 +160,22 @@ class Jail:
         template = None
         if self._templates is not None:
             template = self._templates.take(self._host(), environment(self.policy), self._probe)
+        return self._start_own(template, name, own_script(name), descriptors, streams, lifetime)
+
+    def _start_own(
+        self,
+        template: Template | None,
+        name: str,
+        source: bytes,
+        descriptors: Mapping[int, int],
+        streams: Sequence[Stream],
+        lifetime: float | None = None,
+    ) -> Process:
         compiled = for_python(self.policy, self._host()) if template is None else template.compiled
         if lifetime is not None:
             compiled = compiled.lasting(lifetime)
         argv = [compiled.program, "-s", f"/app/{name}.py"]
-        files = (OrderFile(f"{name}.py", own_script(name)),)
+        files = (OrderFile(f"{name}.py", source),)
         order = compile_order(compiled.program, argv, environment(self.policy), files, [0, 1, 2, *descriptors])
         return Process(compiled, order, argv, Ends(*streams), list(descriptors.values()), self.stock, template)
 
@@ -180,13 +191,20 @@ class Jail:
         return Session(inner, self.policy, lifetime)
 
     def _probe(self, template: Template) -> bytes:
-        from .warm import PROBE
+        """What a job draws, on a pipe of its own: no limit of output is for it, and nothing that a module says at its end is in it."""
+        from .warm import DRAWN_FD, PROBE
 
-        with self._start_job(template, PROBE.encode(), [], "probe.py", (None, PIPE, None), ()) as job:
-            result = job.communicate()
-        if not result.ok:
-            raise SetupError("template", detail=f"its first job: {result.summary}")
-        return result.stdout
+        with during("template"):
+            read, write = os.pipe2(os.O_CLOEXEC)
+        with open(read, "rb", 0) as drawn:
+            with (
+                open(write, "wb", 0),
+                self._start_own(template, "probe", PROBE.encode(), {DRAWN_FD: write}, (DEVNULL, DEVNULL, DEVNULL)) as job,
+            ):
+                result = job.communicate()
+            if not result.ok:
+                raise SetupError("template", detail=f"its first job: {result.summary}")
+            return drawn.read()
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""

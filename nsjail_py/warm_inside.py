@@ -20,6 +20,7 @@ import threading
 import traceback
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 EXTENSION, REAPER, PLAN, CONTROL = 3, 4, 5, 999
@@ -54,6 +55,7 @@ def template(preload: list[str]) -> tuple[Any, tuple[int, ...]]:
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         raise SystemExit(f"preload = {list(preload)}: these modules start threads, which no fork carries over")
     kept = left_open(preload)
+    extension.flush()
     gc.collect()
     gc.freeze()
     extension.snapshot()
@@ -144,7 +146,7 @@ def run(source: bytes, main: Any) -> None:
     exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
 
 
-def job(name: str, source: bytes, arguments: list[bytes], environment: list[bytes]) -> NoReturn:
+def job(flush_c: Callable[[], None], name: str, source: bytes, arguments: list[bytes], environment: list[bytes]) -> NoReturn:
     """Runs the source as `python NAME ARGUMENTS` would, and ends the process, or raises what an interpreter ends by."""
     if environment != known_environment:
         os.environb.clear()
@@ -162,6 +164,7 @@ def job(name: str, source: bytes, arguments: list[bytes], environment: list[byte
     del main
     finish()
     if not interrupted and told():
+        flush_c()
         os._exit(status)
     gc.unfreeze()
     sys.excepthook = lambda *_: None  # the exception has been shown
@@ -270,6 +273,6 @@ if __name__ == "__main__":
     if not awaited:
         rehearse()
     gc.freeze()
-    taken = extension.take()
+    taken, flush_c = extension.take(), extension.flush
     del extension
-    job(*taken)
+    job(flush_c, *taken)

@@ -393,7 +393,7 @@ def test_a_fork_while_a_warm_interpreter_is_made_has_one_of_its_own() -> None:
     with nsjail_py.Jail("untrusted", preload=["json"]) as jail, ThreadPoolExecutor() as pool:
         first = pool.submit(jail.run_python, "pass")
         assert jail._templates is not None
-        while not jail._templates._lock.locked():
+        while not jail._templates._making.locked():
             time.sleep(0.001)
         with forked(lambda: jail.run_python("pass").check()):
             assert first.result(30 * PATIENCE).ok

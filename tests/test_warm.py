@@ -73,6 +73,7 @@ SAME = {
     "what is left in the output that it has wrapped": "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.buffer); print('text')",
     "what is left in the output that it has detached": "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.detach()); print('text')",
     "what is left in a file of a module's": "import json; json.out = open(1, 'w', closefd=False); json.out.write('text')",
+    "what C has in its buffer": "import ctypes; ctypes.CDLL(None).printf(b'text')",
     "what is left before an interrupt": "import atexit; atexit.register(print, 'bye'); print('text'); raise KeyboardInterrupt",
     "its output where that is closed": "import sys; print('text'); sys.stdout.close()",
     "its output where that cannot be written": "import os, sys; print('text'); os.close(1); sys.exit(3)",
@@ -177,6 +178,35 @@ def test_limits_hold_in_a_job() -> None:
         assert jail.run_python("open('/work/x', 'wb').write(bytes(9 << 20))").verdict == "disk"
         assert jail.run_python("print('x' * 9999)").verdict == "output"
         assert jail.run_python("print(1)").ok
+
+
+def test_no_limit_of_output_keeps_a_template_from_starting() -> None:
+    with Jail("untrusted", preload=["random", "uuid"], output=10) as jail:
+        assert jail.run_python("print('text')").check().stdout == b"text\n"
+
+
+def test_what_modules_say_at_their_end_is_no_random_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    changed_inside(
+        "    threading.excepthook = threading.__excepthook__ = show_of_thread\n",
+        "    atexit.register(print, 'bye')\n",
+        monkeypatch,
+        tmp_path,
+    )
+    with Jail("untrusted", preload=[]) as jail:
+        assert jail.run_python("print('text')").check().stdout == b"text\nbye\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"preload": "json"}, "preload = 'json': a list of modules, not one text"),
+        ({"stock": 1.5}, "stock = 1.5: a whole number from 0 to 64"),
+        ({"stock": "2"}, "stock = '2': a whole number from 0 to 64"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_a_line(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(PolicyError, match=f"^{said}$"):
+        Jail("untrusted", **given)
 
 
 def test_a_job_can_be_killed_and_signalled(warm: Jail) -> None:
