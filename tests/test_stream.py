@@ -245,7 +245,7 @@ for _ in range(5000):
 
 
 def test_output_that_comes_byte_by_byte_takes_its_reader_no_more_than_its_size() -> None:
-    process = nsjail_py.Jail("untrusted").start_python(SINGLE, stdout=nsjail_py.PIPE)
+    process = nsjail_py.Jail("untrusted", cpu_time=30 * PATIENCE, wall_time=60 * PATIENCE).start_python(SINGLE, stdout=nsjail_py.PIPE)
     exchange = process.exchange()
     tracemalloc.start()
     try:
