@@ -364,6 +364,11 @@ def _judge_job(taken: Take, base: Take) -> str:
     wrong = [got for got, wanted in zip(taken.outcomes, base.outcomes, strict=True) if got != wanted]
     if not wrong:
         allowed = _by_design(taken) or (point.role == "template" and point.name in SNAPSHOT)
+        allowed |= (point.role, point.cell, point.name) == (
+            "template",
+            4,
+            "recvmsg",
+        )  # it has made the four that there are, and no order comes
         allowed |= point.name == "fflush"  # of what it could not write at a program's end exit(3) tells nobody either
         return "harmless" if allowed else "WRONG: nothing came of it"
     if any(not isinstance(got.end, SetupError) or got.output for got in wrong):
