@@ -95,7 +95,8 @@ def _killed_at(when: float | None, process: Process) -> Iterator[threading.Event
         with contextlib.suppress(OSError, JailError):
             process.kill()
 
-    timer = threading.Timer(max(0.0, when - asyncio.get_running_loop().time()) + LATE_S, kill)
+    rest = max(0.0, when - asyncio.get_running_loop().time()) + LATE_S
+    timer = threading.Timer(min(rest, threading.TIMEOUT_MAX), kill)
     timer.daemon = True
     with contextlib.suppress(RuntimeError):  # where no thread can be had, the loop alone keeps the time
         timer.start()

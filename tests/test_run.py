@@ -227,6 +227,7 @@ def test_what_is_no_signal_is_an_error(number: int) -> None:
         process.send_signal(number)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("timeout", [1e7, 1e300, float("inf")])
 def test_a_timeout_may_be_of_any_length(timeout: float) -> None:
     jail = Jail("untrusted")
