@@ -145,8 +145,6 @@ class JailExecutor(Executor):
         pending: int = PENDING,
         **changes: Any,
     ) -> None:
-        if isinstance(preload, str):
-            raise PolicyError(f"preload = {preload!r}: a list of modules, not one text")
         self._pickle = pickler()
         workers = max_workers if max_workers is not None else os.cpu_count() or 1
         if workers < 1 or pending < 1:

@@ -30,10 +30,9 @@ MOST = {"processes": 4 * 1024**2, "open_files": 1024**2, "cpus": cpuset.MOST}
 """PID_MAX_LIMIT, what fs.nr_open begins with, and CONFIG_NR_CPUS: the kernel refuses more."""
 STARTS_WITH = ("encodings",)
 """The one module of the standard library that an interpreter loads from a file, whatever it runs."""
-LEAST_IO = 1024**2
-"""Less lets a program wait for seconds: it hands out a tenth of a second at one time, in pieces as large as it was asked for."""
-LEAST_CPUS = 0.01
-"""A thousandth of a second in each tenth: the kernel refuses less."""
+LEAST = {"cpus": 0.01, "io": 1024**2}
+"""Of a processor, a thousandth of a second in each tenth: the kernel refuses less. With less of a disk a program waits for seconds: it is
+handed out a tenth of a second at one time, in pieces as large as it was asked for."""
 TYPE_NAMES: dict[type, str] = {
     msgspec.inspect.IntType: "a whole number",
     msgspec.inspect.FloatType: "a number",
@@ -254,10 +253,8 @@ def _limits(policy: Policy) -> Iterator[str]:
         most = MAX_TIME if name.endswith("_time") else MOST.get(name, MAX_SIZE)
         if value is not None and not (0 < value <= most and math.isfinite(value)):
             yield f'$.limits.{name}: must be more than 0 and at most {int(most)}, not {value}; no limit is "unlimited"'
-    if policy.limits.cpus is not None and 0 < policy.limits.cpus < LEAST_CPUS:
-        yield f"$.limits.cpus: must be at least {LEAST_CPUS}, not {policy.limits.cpus}"
-    if policy.limits.io is not None and 0 < policy.limits.io < LEAST_IO:
-        yield f"$.limits.io: must be at least {LEAST_IO}, not {policy.limits.io}"
+        if value is not None and 0 < value < LEAST.get(name, 0):
+            yield f"$.limits.{name}: must be at least {LEAST[name]}, not {value}"
     if policy.limits.cpuset is not None:
         try:
             cpuset.parse(policy.limits.cpuset)

@@ -68,8 +68,8 @@ def _host() -> tuple[list[Group], Host]:
     claim = launcher.current().claim
     root, groups, kind, reason, swap, tcp = os.geteuid() == 0, _groups(claim), claim.kind, claim.reason, claim.swap, claim.tcp
     if not groups and kind != "none":
-        kind, reason, swap = "none", "a delegated control group is for Python's launcher: the launcher alone makes none", False
-        tcp = False
+        kind, reason = "none", "a delegated control group is for Python's launcher: the launcher alone makes none"
+        swap = tcp = False
     return groups, Host(kind, reason, swap, root, landlock_abi(), tcp=tcp)
 
 

@@ -139,52 +139,53 @@ def test_in_another_thread_the_action_of_sigterm_stays() -> None:
         assert pool.submit(enter).result() == signal.getsignal(signal.SIGTERM)
 
 
-def test_the_watchdog_is_fed_while_a_launcher_can_be_had(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fed(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Where a manager hears that a service is ready, and then that it lives."""
     monkeypatch.setenv("NOTIFY_SOCKET", ear.getsockname())
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
     with systemd.Resident():
         assert ear.recv(999).startswith(b"READY=1")
         assert ear.recv(999) == b"WATCHDOG=1"
-        first = launcher.current()
-        os.kill(first.pid, 9)
-        while launcher.current() is first:
-            assert ear.recv(999) == b"WATCHDOG=1"
-        assert launcher.current().alive
-        monkeypatch.setattr(launcher, "PROGRAM", Path("/nonexistent"))
-        os.kill(launcher.current().pid, 9)
-        time.sleep(0.3)
-        ear.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            while ear.recv(999):
+        yield ear
+
+
+def test_the_watchdog_is_fed_while_a_launcher_can_be_had(fed: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = launcher.current()
+    os.kill(first.pid, 9)
+    while launcher.current() is first:
+        assert fed.recv(999) == b"WATCHDOG=1"
+    assert launcher.current().alive
+    monkeypatch.setattr(launcher, "PROGRAM", Path("/nonexistent"))
+    os.kill(launcher.current().pid, 9)
+    time.sleep(0.3)
+    fed.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while fed.recv(999):
+            pass
+    time.sleep(0.3)
+    with pytest.raises(BlockingIOError):
+        fed.recv(999)
+
+
+def test_the_watchdog_is_not_fed_while_the_launcher_hangs(fed: socket.socket) -> None:
+    pid = launcher.current().pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(0.2)
+        fed.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while fed.recv(999):  # for what it had answered before
                 pass
-        time.sleep(0.3)
+        time.sleep(0.5)
         with pytest.raises(BlockingIOError):
-            ear.recv(999)
-
-
-def test_the_watchdog_is_not_fed_while_the_launcher_hangs(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", ear.getsockname())
-    monkeypatch.setenv("WATCHDOG_USEC", "100000")
-    with systemd.Resident():
-        assert ear.recv(999).startswith(b"READY=1")
-        assert ear.recv(999) == b"WATCHDOG=1"
-        pid = launcher.current().pid
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            time.sleep(0.2)
-            ear.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while ear.recv(999):  # for what it had answered before
-                    pass
-            time.sleep(0.5)
-            with pytest.raises(BlockingIOError):
-                ear.recv(999)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        ear.settimeout(10)
-        assert ear.recv(999) == b"WATCHDOG=1"
-        assert launcher.current().pid == pid
-        assert nsjail_py.run(["/bin/true"]).ok
+            fed.recv(999)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    fed.settimeout(10)
+    assert fed.recv(999) == b"WATCHDOG=1"
+    assert launcher.current().pid == pid
+    assert nsjail_py.run(["/bin/true"]).ok
 
 
 def test_a_service_can_be_left_while_its_launcher_hangs(ear: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
