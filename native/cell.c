@@ -83,9 +83,11 @@ static pid_t cell_clone(const struct launcher *launcher, struct run *run, int ce
 int cell_is_job(const struct run *run) { return run->shelf->warm != 0; }
 
 static struct run *template_find(struct launcher *launcher, uint32_t name) {
-	for (uint32_t i = 0; i < launcher->top_run; i++)
-		if (launcher->runs[i].used && launcher->runs[i].template == name && launcher->runs[i].execed)
-			return &launcher->runs[i];
+	for (uint32_t i = 0; i < launcher->top_run; i++) {
+		struct run *run = &launcher->runs[i];
+		if (run->used && run->template == name && run->execed && run->program >= 0)
+			return run;
+	}
 	errno = ESRCH;
 	return NULL;
 }
@@ -218,11 +220,23 @@ static void drop(int descriptor) {
 		close(descriptor);
 }
 
+/* That it was killed before it took its order shows as one reset of the socket, with the order in it. unix(7) */
+static void order_returned(struct launcher *launcher, struct run *run) {
+	int error = 0;
+	socklen_t size = sizeof error;
+	if (getsockopt(run->program, SOL_SOCKET, SO_ERROR, &error, &size) < 0 || error != ECONNRESET)
+		return;
+	launcher->stamps[run->index].exec_ns = 0;
+	run->stamped = 0;
+}
+
 /* One message of the program's before it runs; 0 when there is none, -1 when there will be none. Only the end of file says that it
  * runs: what cannot be received could have been anything. */
 static int hear_program(struct launcher *launcher, struct run *run) {
 	struct cell_message message;
 	int sent = -1, count = 1;
+	if (run->execed && cell_is_job(run))
+		order_returned(launcher, run);
 	ssize_t size = message_receive(NULL, run->program, &message, sizeof message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT, &sent, &count);
 	if (size < 0 && errno == EAGAIN)
 		return 0;

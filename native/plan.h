@@ -265,7 +265,7 @@ struct command {
 
 enum report_kind { REPORT_STARTED = 1, REPORT_ENDED, REPORT_FAILED, REPORT_OBSERVED };
 enum source { SOURCE_NONE, SOURCE_RUSAGE, SOURCE_CGROUP1, SOURCE_CGROUP2 };
-enum report_flag { REPORT_DISK_FULL = 1, REPORT_NO_NESTED = 2, REPORT_EXECED = 4 };
+enum report_flag { REPORT_DISK_FULL = 1, REPORT_NO_NESTED = 2, REPORT_BEGAN = 4 /* the program may have run */ };
 
 struct denied {
 	uint32_t nr;

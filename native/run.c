@@ -61,9 +61,13 @@ static int order_send(const struct launcher *launcher, const struct run *run, co
 	message.head = (struct cell_order){.kind = CELL_RUN, .value = request->inlined};
 	if (request->inlined)
 		memcpy(message.order, request + 1, request->inlined);
+	struct stamp *stamp = &launcher->stamps[run->index];
 	if (cell_is_job(run)) /* it runs from here on: there is no exec that would tell */
-		launcher->stamps[run->index].exec_ns = now_ns();
-	return message_send(NULL, run->program, &message, sizeof message.head + request->inlined, descriptors, count);
+		stamp->exec_ns = now_ns();
+	int sent = message_send(NULL, run->program, &message, sizeof message.head + request->inlined, descriptors, count);
+	if (cell_is_job(run) && sent < 0)
+		stamp->exec_ns = 0;
+	return sent;
 }
 
 /* A job that is not ready is still asking to be placed: what it is to read then must not be behind its order. */
@@ -189,7 +193,6 @@ void run_execed(struct launcher *launcher, struct run *run) {
 	run->exec_ns = run->stamped ? stamp.exec_ns : now_ns();
 	run->cpu_base = run->stamped ? stamp.cpu_ns : UINT64_MAX; /* without a program nothing is a program's */
 	run->report.setup_ns = run->exec_ns - run->start_ns;
-	run->report.flags |= REPORT_EXECED;
 	int unlabelled = run->stamped ? label_missing(run) : 0;
 	if (unlabelled)
 		run_spoil(run, STEP_LABEL, unlabelled);
@@ -261,6 +264,8 @@ void run_count(struct launcher *launcher, struct run *run) {
 		if (report->signal == SIGXFSZ) /* by the caller's hard limit */
 			report->error = EFBIG;
 	}
+	if (launcher->stamps[run->index].exec_ns)
+		report->flags |= REPORT_BEGAN;
 	clocks_final(run);
 	unwatch(launcher, &run->timer);
 }

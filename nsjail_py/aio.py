@@ -15,10 +15,11 @@ from typing import Any
 
 from . import launcher
 from .errors import JailError, PolicyError, SetupError
-from .jail import Jail, Process, worth_another
+from .jail import Jail, Process
 from .policy import Policy
 from .process import LINGER_S
 from .result import Result, Verdict
+from .retry import TRIES, worth_another
 from .streams import captured, split
 
 LATE_S = 0.02
@@ -56,14 +57,14 @@ def _jail(policy: Where, changes: dict[str, Any]) -> Jail:
 
 async def _to_end(start: Callable[[], Process], data: bytes | None, timeout: float | None) -> Result:
     # Building a root for the first time takes seconds, so the start has a thread; what follows only waits.
-    used, process = launcher.peek(), None
     async with asyncio.timeout(timeout) as bound:
-        try:
-            process = await asyncio.to_thread(start)
-            return await _within(bound, process, data)
-        except SetupError as error:
-            if not worth_another(error, used, process):
-                raise
+        for _ in range(TRIES - 1):
+            used = launcher.peek()
+            try:
+                return await _within(bound, await asyncio.to_thread(start), data)
+            except SetupError as error:
+                if not worth_another(error, used):
+                    raise
         return await _within(bound, await asyncio.to_thread(start), data)
 
 

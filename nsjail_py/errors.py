@@ -46,6 +46,9 @@ class PolicyError(JailError, ValueError):
 class SetupError(JailError):
     """The jail could not be made. `step` names what failed, `errno` is the kernel's answer, `advice` what to do."""
 
+    began = False
+    """Whether the program may have run all the same, or what it was to read has been taken from a file."""
+
     def __init__(self, step: str, errno: int = 0, detail: str = "", advice: str = "") -> None:
         said = f"{step}: {os.strerror(errno)}" if errno else step
         super().__init__("; ".join(part for part in (f"{said}{f' ({detail})' if detail else ''}", advice) if part))

@@ -29,6 +29,7 @@ from .executor_inside import CALL_FD, LENGTH, RESULT_FD
 from .jail import DEVNULL, PIPE, Jail, modules
 from .plan import memory_file, sealed
 from .policy import Policy
+from .retry import to_end
 from .streams import deadline_of, left
 from .unpack import decode
 
@@ -245,8 +246,9 @@ def _call(jail: Jail, pickled: bytes) -> Any:
         fcntl.fcntl(result, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         with during("call"):
             call = sealed("call", pickled)
-        with open(call, "rb", 0), jail.start_own("executor", {RESULT_FD: result, CALL_FD: call}, (DEVNULL, DEVNULL, PIPE)) as process:
-            outcome = process.communicate()
+        with open(call, "rb", 0):
+            start = functools.partial(jail.start_own, "executor", {RESULT_FD: result, CALL_FD: call}, (DEVNULL, DEVNULL, PIPE))
+            outcome = to_end(start)
         if not outcome.ok:
             raise RunFailed(outcome)
         size = int.from_bytes(os.pread(result, LENGTH, 0), "little")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +24,7 @@ from .policy import Policy
 from .policyfile import resolve
 from .process import Process
 from .result import Result
+from .retry import to_end, until_it_begins
 from .streams import DEVNULL, PIPE, STDOUT, Ends, Stream, captured, no_directory, split
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Jail:
         inner = self._inner.get("session") or self._inner.setdefault("session", inner_jail(self))
         if self._closed:  # after that: `close` may have looked before
             inner.close()
-        return Session(inner, self.policy, lifetime)
+        return until_it_begins(lambda: Session(inner, self.policy, lifetime))
 
     def _probe(self, template: Template) -> bytes:
         """What a job draws, on a pipe of its own: no limit of output is for it, and nothing that a module says at its end is in it."""
@@ -208,7 +209,7 @@ class Jail:
 
     def run(self, args: Args, *, input: bytes | None = None, timeout: float | None = None, **streams: Any) -> Result:
         """Runs a program to its end and returns its result; output is captured unless stdout and stderr say otherwise."""
-        return _to_end(lambda: self.start(args, **captured(input, streams)), input, timeout)
+        return to_end(lambda: self.start(args, **captured(input, streams)), input, timeout)
 
     def run_python(
         self,
@@ -221,7 +222,7 @@ class Jail:
         **streams: Any,
     ) -> Result:
         """Runs a Python script to its end and returns its result."""
-        return _to_end(lambda: self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
+        return to_end(lambda: self.start_python(source, args=args, filename=filename, **captured(input, streams)), input, timeout)
 
     def compiled_for(self, program: str) -> Compiled:
         """What the policy comes to on this host for a program. Raises FileNotFoundError and PermissionError."""
@@ -290,23 +291,6 @@ def environment(policy: Policy) -> dict[str, str]:
         variables["PYTHONPATH"] = "/project"
     variables |= {name: os.environ[name] for name in policy.env_pass if name in os.environ}
     return variables | policy.env
-
-
-def _to_end(start: Callable[[], Process], input: bytes | None, timeout: float | None) -> Result:
-    used, process = launcher.peek(), None
-    try:
-        with (process := start()):
-            return process.communicate(input, timeout)
-    except SetupError as error:
-        if not worth_another(error, used, process):
-            raise
-    with start() as process:
-        return process.communicate(input, timeout)
-
-
-def worth_another(error: SetupError, used: launcher.Launcher | None, process: Process | None) -> bool:
-    """Whether the next launcher may make the jail: this one's groups are gone, so nothing ran, and nothing was read from a file for it."""
-    return error.step == "cgroup" and launcher.peek() is not used and not (process and process.is_carried)
 
 
 def run(args: Args, *, policy: Policy | str | os.PathLike[str] = "untrusted", **options: Any) -> Result:

@@ -18,7 +18,7 @@ from . import launcher
 from ._native import ffi, lib
 from .carrier import Bound, Carrier
 from .compiled import Compiled
-from .errors import JailError, LauncherDied
+from .errors import JailError, LauncherDied, SetupError
 from .reports import Context, parse, to_result
 from .result import Result
 from .streams import Ends, Exchange, deadline_of, left, ready
@@ -260,11 +260,6 @@ class Process:
         """What brings output to the caller's files; it may go on when the run is over."""
         return self._ends.outgoing
 
-    @property
-    def is_carried(self) -> bool:
-        """Whether a thread reads from the caller's file for it, or writes there."""
-        return bool(self._ends.carriers)
-
     def kill(self) -> None:
         """Ends the whole jail. Harmless when the run is over."""
         self._command(0, lib.CAUSE_CALLER)
@@ -297,10 +292,16 @@ class Process:
         self._ends.finish()
         with self.lock:
             if self._result is None:
-                self.template = None
+                template, self.template = self.template, None
                 if self._lost:
                     raise LauncherDied("the launcher ended in the middle of the run, and the jail with it; the next run starts a new one")
-                result = to_result(self.reported, self._context())
+                try:
+                    result = to_result(self.reported, self._context())
+                except SetupError as error:
+                    error.began |= any(carrier.to_program for carrier in self._ends.carriers)
+                    if template is not None:
+                        template.doubt()
+                    raise
                 self._result = result if self.page is None else structs.replace(result, audit=self.page.read())
             return self._result
 

@@ -121,7 +121,9 @@ def setup_error(step: str, report: Any, context: Context) -> SetupError:
     if step in MOUNT_STEPS and report.detail < len(context.mounts):
         mount = context.mounts[report.detail]
         detail = f"{mount.source} on {mount.target}" if mount.source else mount.target
-    return SetupError(step, report.error, detail, advice(step, report.error))
+    error = SetupError(step, report.error, detail, advice(step, report.error))
+    error.began = bool(report.flags & lib.REPORT_BEGAN)
+    return error
 
 
 def denied_names(report: Any) -> dict[str, int]:

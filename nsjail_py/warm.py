@@ -37,6 +37,7 @@ OLDEST_S = 600.0
 AGEING = 0.8
 """When the next one is begun, as a share of either."""
 START_S = 60.0
+DOUBT_S = 0.5
 DRAWN_FD = 3
 PROBE = f"""
 import sys
@@ -69,6 +70,7 @@ class Template:
         self.compiled = _checked(for_python(policy, host))
         self.number = next(launcher.numbers)
         self.jobs, self.started, self.succeeded = 0, time.monotonic(), False
+        self._patience = 0.0
         own = for_python(_own(policy), host)
         argv = [own.program, "-s", "/app/template.py", *preload]
         files = [OrderFile("template.py", (HERE / "warm_inside.py").read_bytes())]
@@ -122,9 +124,14 @@ class Template:
                 text += os.read(said, 65536)
             raise SetupError("template", detail=text.decode(errors="replace").strip().rpartition("\n")[2] or "it ended before it was ready")
 
+    def doubt(self) -> None:
+        """After a job that could not be had: of a template that is killed the jobs may be gone some time before it is."""
+        self._patience = DOUBT_S
+
     @property
     def alive(self) -> bool:
-        return self.launcher is launcher.peek() and not ready([self.channel.fileno()], 0)
+        patience, self._patience = self._patience, 0.0
+        return self.launcher is launcher.peek() and not ready([self.channel.fileno()], patience)
 
     @property
     def used(self) -> float:

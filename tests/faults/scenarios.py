@@ -253,6 +253,7 @@ AFTER_EXEC = {
     "clock_gettime:3": "how long a look at memory took: the pause after it is too short, or a second",
     "fstatfs": "whether the disk was full",
     "getrusage": "figures of use",
+    "getsockopt": "a job that was killed before it took its order is taken for one that has begun",
     "kill": "what is left is killed with init",
     "waitpid": "as kill",
     "epoll_wait": "a launcher that ends between two runs is replaced without a word",
