@@ -89,8 +89,7 @@ _Noreturn void cell_main(struct cell *cell) {
 	step(cell, STEP_GROUPS, groups_clear(cell));
 	if (!cell->rootless)
 		step(cell, STEP_USER_NAMESPACE, user_namespace_enter(cell));
-	if (plan->flags & PLAN_NO_NESTED)
-		step(cell, STEP_NESTED_USERNS, counts_limit(cell));
+	step(cell, STEP_NESTED_USERNS, counts_limit(cell));
 	if (plan->namespaces & CLONE_NEWTIME)
 		step(cell, STEP_TIME_NAMESPACE, unshare(CLONE_NEWTIME));
 	int template = (plan->flags & PLAN_TEMPLATE) != 0;

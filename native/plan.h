@@ -21,7 +21,7 @@ enum block {
 	REQUEST_MAGIC = 0x55514552, /* "REQU" */
 	HELLO_MAGIC = 0x4c4c4548,   /* "HELL" */
 	SAVED_MAGIC = 0x45564153,   /* "SAVE" */
-	FORMAT_VERSION = 1,
+	FORMAT_VERSION = 2,
 	MAX_BLOCK = 67108864,
 	MAX_INLINE = 65536,   /* an order of up to so many bytes travels with its request */
 	MAX_FDS = 64,         /* descriptors that one run may be given, the three standard ones included */
@@ -149,8 +149,8 @@ enum plan_flag {
 	PLAN_KILL_DENIED = 2,     /* the first denied system call ends the run */
 	PLAN_LANDLOCK = 4,
 	PLAN_FILTER = 8,
-	PLAN_NO_NESTED = 16,       /* no user namespace inside */
-	PLAN_NESTED_OPTIONAL = 32, /* ... but go on where the kernel will not have it so */
+	PLAN_NESTED = 16,          /* user namespaces may be made inside */
+	PLAN_NESTED_OPTIONAL = 32, /* they may not, but go on where the kernel will not have it so */
 	PLAN_CGROUP = 64,
 	PLAN_TEMPLATE = 128, /* keeps its rights in its own user namespace, and makes jobs (job.c) */
 	PLAN_OBSERVED = 256, /* the caller answers for the filter (observe.c): no policy can ask for it, only observe.py does */

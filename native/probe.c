@@ -5,6 +5,7 @@
 #include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdint.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -31,6 +32,25 @@ static int notify(int unused) {
 	struct seccomp_notif_sizes sizes;
 	(void)unused;
 	return syscall(SYS_seccomp, SECCOMP_GET_NOTIF_SIZES, 0, &sizes) < 0 ? -errno : sizes.seccomp_notif;
+}
+
+static int actions(int unused) {
+	static const uint32_t numbers[PROBE_ACTIONS] = {
+	    [PROBE_KILL_PROCESS] = SECCOMP_RET_KILL_PROCESS,
+	    [PROBE_KILL_THREAD] = SECCOMP_RET_KILL_THREAD,
+	    [PROBE_TRAP] = SECCOMP_RET_TRAP,
+	    [PROBE_ERRNO] = SECCOMP_RET_ERRNO,
+	    [PROBE_USER_NOTIF] = SECCOMP_RET_USER_NOTIF,
+	    [PROBE_TRACE] = SECCOMP_RET_TRACE,
+	    [PROBE_LOG] = SECCOMP_RET_LOG,
+	    [PROBE_ALLOW] = SECCOMP_RET_ALLOW,
+	};
+	int there = 0;
+	(void)unused;
+	for (int i = 0; i < PROBE_ACTIONS; i++)
+		if (syscall(SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &numbers[i]) == 0)
+			there |= 1 << i;
+	return there;
 }
 
 /* Under a filter the answer may be death: then a child asks. Without one, asking costs no fork. */
@@ -76,6 +96,11 @@ int probe_landlock_errata(void) {
 }
 
 int probe_notify(void) { return ask(notify, 0); }
+
+int probe_actions(void) {
+	int answer = ask(actions, 0);
+	return answer < 0 ? 0 : answer;
+}
 
 /* The errno that the child left with. It takes no signal of its parent's, so that nobody else learns of it. */
 static int outcome(pid_t child) {

@@ -17,6 +17,20 @@ int probe_landlock_abi(void);    /* 0: no Landlock; negative: the errno of a fil
 int probe_landlock_errata(void); /* bits of the fixes in this kernel; 0 where it does not say */
 int probe_notify(void);          /* bytes of a seccomp user notification, or -errno */
 
+/* What a system call filter can answer. */
+enum probe_action {
+	PROBE_KILL_PROCESS,
+	PROBE_KILL_THREAD,
+	PROBE_TRAP,
+	PROBE_ERRNO,
+	PROBE_USER_NOTIF,
+	PROBE_TRACE,
+	PROBE_LOG,
+	PROBE_ALLOW,
+	PROBE_ACTIONS,
+};
+int probe_actions(void); /* a bit for each that is there */
+
 /* Both do it for real, in a child of their own that leaves nothing behind. 0, or the errno of the refusal. */
 int probe_userns(int namespaces); /* a user namespace, then, with its rights, more namespaces (CLONE_NEW*) */
 int probe_proc(int pids_only);    /* a fresh /proc in new user and PID namespaces; pids_only: with subset=pid */

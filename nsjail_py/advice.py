@@ -8,6 +8,7 @@ E = errno
 ANY = 0
 APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 
+INSIDE = "inside of a jail of ours: nested_userns = true in its policy"
 ROWS: dict[tuple[str, int], str] = {
     ("request", ANY): "the launcher has not answered: raise the limit of open files (ulimit -Hn), or run fewer jails at a time",
     ("uid pool", ANY): "too many runs at one time: wait for some to end",
@@ -15,17 +16,22 @@ ROWS: dict[tuple[str, int], str] = {
     ("cgroup", E.ENOSPC): "the control group's cpuset is empty, or the limit of groups is reached",
     ("clone", E.EPERM): "user namespaces are refused to this user: see `nsjail-py doctor`",
     ("clone", E.EACCES): f"AppArmor refuses user namespaces: sysctl -w {APPARMOR}=0, or load a profile that allows them",
-    ("clone", E.ENOSPC): "the limit of namespaces is reached: raise user.max_user_namespaces and its siblings",
+    ("clone", E.ENOSPC): f"the limit of namespaces is reached: raise user.max_user_namespaces and its siblings; {INSIDE}",
     ("clone", E.EAGAIN): "no more processes: raise the limit of processes of this user or group",
     ("clone", E.ENOSYS): "clone3 is missing: Linux 5.3 or later, and a filter that lets it pass (systemd unit: RestrictNamespaces=no)",
     ("namespaces", E.EINVAL): "the kernel lacks a kind of namespace: see `nsjail-py doctor`",
     ("namespaces", E.EPERM): "no right to make namespaces: root without CAP_SYS_ADMIN, or a filter (systemd unit: RestrictNamespaces=no)",
     ("namespaces", E.ENOSPC): "the limit of namespaces is reached: raise user.max_net_namespaces and its siblings",
+    (
+        "cgroup namespace",
+        E.ENOSPC,
+    ): "the limit is reached, which is 0 inside of an ordinary user's jail: leave cgroup out of the policy's namespaces,"
+    " or raise user.max_cgroup_namespaces",
     ("shared root", ANY): "a mount namespace cannot be entered again (no CAP_SYS_CHROOT, or a container's filter refuses setns)",
     ("personality", E.EPERM): "it is locked to another (systemd unit: leave Personality= out), or a filter refuses personality()",
     ("priority", E.EPERM): "a filter refuses to lower what the caller has: priority, real-time scheduling, OOMScoreAdjust= or I/O class",
     ("user namespace", E.EPERM): f"user namespaces are restricted here (Ubuntu: {APPARMOR}): see `nsjail-py doctor`",
-    ("user namespace", E.ENOSPC): "none may be made here: sysctl -w user.max_user_namespaces=15000",
+    ("user namespace", E.ENOSPC): f"none may be made here: sysctl -w user.max_user_namespaces=15000; {INSIDE}",
     ("id map", E.EPERM): f"root needs CAP_SETUID and CAP_SETGID; from a user AppArmor may withhold every right (Ubuntu: {APPARMOR})",
     ("mount private", E.EINVAL): "the root directory is no mount point, as in a chroot: enter it with pivot_root, as containers do",
     ("mount private", E.ENOSYS): "mount_setattr is missing: Linux 5.12 or later",
@@ -42,9 +48,13 @@ ROWS: dict[tuple[str, int], str] = {
     ("mount bind", E.ENOTDIR): "source and target must both be files or both be directories",
     ("mount idmap", E.EPERM): "a writable directory must not belong to root: chown it to the user who is to own the files",
     ("mount idmap", E.EINVAL): "this file system cannot be mounted with other ids: use ext4, xfs, btrfs, or tmpfs on Linux 6.3 or later",
-    ("mount proc", E.EPERM): 'parts of the host\'s /proc are covered (container; ProtectKernelLogs=): uncover it, or set proc = "none"',
+    (
+        "mount proc",
+        E.EPERM,
+    ): 'parts of the host\'s /proc are covered (container; ProtectKernelLogs=; a jail with proc = "masked", where "pid"'
+    ' would do): uncover it, or set proc = "none"',
     ("hostname", E.EPERM): "a filter refuses sethostname (systemd unit: ProtectHostname=no); or leave uts out of the policy's namespaces",
-    ("nested userns", ANY): 'add "nested_userns" to best_effort, or make /proc/sys writable',
+    ("nested userns", ANY): 'make /proc/sys writable; or nested_userns = false, and "nested_userns" under best_effort',
     ("landlock", E.ENOSYS): "Landlock is missing: Linux 5.13 or later",
     ("landlock", E.EOPNOTSUPP): "Landlock is switched off: add landlock to the kernel's lsm= list",
     ("seccomp", E.EBUSY): "another program listens to this process's filter already (a container manager): it cannot be nested",

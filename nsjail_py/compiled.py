@@ -323,7 +323,12 @@ def protections(policy: Policy, host: Host, *, judged: bool = False) -> tuple[Pr
     abi = host.landlock_abi
     wanted = dict.fromkeys(ALWAYS, True)
     wanted |= {f"{name}_namespace": name in policy.namespaces for name in NAMESPACES}
-    wanted |= {"own_uid": policy.own_uid or host.root, "groups": True, "nested_userns": True, "private_proc": policy.proc != "none"}
+    wanted |= {
+        "own_uid": policy.own_uid or host.root,
+        "groups": True,
+        "nested_userns": not policy.nested_userns,
+        "private_proc": policy.proc != "none",
+    }
     wanted |= {"minimal_root": policy.root == "minimal", "seccomp": policy.syscalls is not None}
     wanted |= {"no_exec": policy.syscalls is not None and not policy.syscalls.exec}
     wanted |= dict.fromkeys(("landlock_fs", "landlock_net", "landlock_scope"), policy.landlock)
@@ -346,6 +351,9 @@ def protections(policy: Policy, host: Host, *, judged: bool = False) -> tuple[Pr
     if required and not judged:
         reasons = "; ".join(f"{name}: {lacks[name]}" for name in required)
         raise Unavailable("protections", detail=reasons, advice=f"or list them under best_effort in policy {policy.name!r}")
+    if policy.nested_userns and policy.limits.memory is not None and host.cgroup == "none" and not judged:
+        reason = f"nobody counts the memory of what the program mounts: {host.cgroup_reason}"
+        raise Unavailable("nested userns", detail=reason, advice='or [limits] memory = "unlimited", or nested_userns = false')
     return tuple(
         Protection(
             name, "not requested" if not asked else "unavailable" if name in lacks else "applied", lacks.get(name, "") if asked else ""

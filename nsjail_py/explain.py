@@ -82,6 +82,8 @@ def _allowed(policy: Policy) -> Iterator[str]:
         yield f"It is given the caller's variables {', '.join(policy.env_pass)}, where they are set."
     if policy.exec_in_writable and (policy.syscalls is None or policy.syscalls.exec):
         yield "It may execute programs that it wrote itself."
+    if policy.nested_userns:
+        yield "It may make user namespaces, and in them all that the kernel lets their root do: mounts, networks, jails."
     if "net" not in policy.namespaces:
         yield "It may use the network of the host, all of it."
     elif policy.loopback and _has_inet(policy):

@@ -35,6 +35,11 @@ UNIT_SETTINGS = {"clone3": "RestrictNamespaces=no"} | dict.fromkeys(
     ("open_tree", "fsopen", "mount_setattr"), "SystemCallFilter= as `nsjail-py systemd unit` has it"
 )
 """What lets each pass that a systemd unit's filter may refuse. systemd.exec(5)"""
+ACTIONS = {
+    name: getattr(lib, f"PROBE_{name.upper()}")
+    for name in ("kill_process", "kill_thread", "trap", "errno", "user_notif", "trace", "log", "allow")
+}
+"""What a filter can answer, and how probe.c calls it. seccomp(2)"""
 NEEDED_ACTIONS = ("kill_process", "errno", "user_notif", "allow")
 NEEDED_CAPABILITIES = {"sys_admin": 21, "setuid": 7, "setgid": 6, "setpcap": 8, "chown": 0, "dac_override": 1}
 """What the launcher uses when it is root, by its number in capabilities(7)."""
@@ -112,7 +117,7 @@ def probe() -> Host:
     memory = _fields(Path("/proc/meminfo"))
     kernel = os.uname()
     version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", kernel.release)
-    actions = Path("/proc/sys/kernel/seccomp/actions_avail")
+    actions = lib.probe_actions()
     return Host(
         kernel=(int(version[1]), int(version[2]), int(version[3] or 0)) if version else (0, 0, 0),
         release=kernel.release,
@@ -121,11 +126,11 @@ def probe() -> Host:
         capabilities=int(status.get("CapEff", "0"), 16),
         filtered=status.get("Seccomp", "0") == "2",
         cpus=len(os.sched_getaffinity(0)),
-        memory=_kilobytes(memory.get("MemTotal")),
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         swap=_kilobytes(memory.get("SwapTotal")),
         landlock_abi=max(0, lib.probe_landlock_abi()),
         landlock_errata=lib.probe_landlock_errata(),
-        seccomp_actions=tuple(read(actions).split()),
+        seccomp_actions=tuple(name for name, bit in ACTIONS.items() if actions >> bit & 1),
         notify_size=lib.probe_notify(),
         calls=tuple((name, lib.probe_call(number)) for name, number in CALLS.items()),
     )

@@ -101,6 +101,7 @@ def _missing(policy: Policy, warm: bool) -> dict[str, str]:
         ),
         "a kept work directory": (policy.workdir is not None, "no workdir"),
         "a user id of its own": (policy.own_uid and "own_uid" not in policy.best_effort, 'best_effort = ["own_uid"]'),
+        "user namespaces within": (policy.nested_userns, "nested_userns = false"),
         "a label of a security module": (
             any(getattr(policy, name) is not None and name not in policy.best_effort for name in LABELS),
             "no apparmor or selinux",

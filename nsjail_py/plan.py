@@ -140,7 +140,7 @@ def compile_plan(policy: Policy, parts: Parts) -> bytes:
         lib.PLAN_KILL_DENIED: policy.syscalls is not None and policy.syscalls.on_denied == "kill",
         lib.PLAN_LANDLOCK: any(parts.landlock),
         lib.PLAN_FILTER: bool(parts.bpf),
-        lib.PLAN_NO_NESTED: True,
+        lib.PLAN_NESTED: policy.nested_userns,
         lib.PLAN_NESTED_OPTIONAL: "nested_userns" in policy.best_effort,
         lib.PLAN_CGROUP: bool(parts.cgroup),
     }

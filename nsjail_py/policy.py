@@ -157,6 +157,11 @@ class Policy(Struct, frozen=True, kw_only=True):
     own_uid: bool = True
     """Whether each run must have a user id that nothing else on the host has. Started by root it always has one; an ordinary user has
     only his own to give, so this is an error there unless `best_effort` lists it."""
+    nested_userns: bool = False
+    """Whether the program may make user namespaces, and in them jails of its own: ours, bubblewrap's, a browser's. For code that you trust:
+    it reaches much more of the kernel then, and what it mounts counts as `memory` only (so there must be a control group), not as `disk`.
+    It needs `landlock = false`, and no `[syscalls]`. For a /proc of their own, jails inside need `proc = "pid"`; those of an ordinary user
+    get no cgroup namespace of theirs."""
     syscalls: Syscalls | None = None
     """The system call filter; none when absent."""
     landlock: bool = True

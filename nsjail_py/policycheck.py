@@ -66,7 +66,7 @@ def value_problems(policy: Policy) -> list[str]:
     except UnicodeEncodeError as error:
         return [f"$: {_shown(error.object)} is not valid Unicode (a file name that is not UTF-8?), and a policy cannot hold it"]
     found: list[str] = []
-    for rule in (_names, _root, _backend, _mounts, _namespaces, _limits, _environment, _python, _syscalls, _labels):
+    for rule in (_names, _root, _backend, _mounts, _namespaces, _nesting, _limits, _environment, _python, _syscalls, _labels):
         found += rule(policy)
     return found
 
@@ -243,6 +243,13 @@ def _namespaces(policy: Policy) -> Iterator[str]:
         yield f"$.namespaces: must have {', '.join(missing)}: without user, mount and pid nothing can be cleaned up for certain"
     if policy.loopback and "net" not in policy.namespaces:
         yield "$.loopback: needs a network of its own: add net to namespaces"
+
+
+def _nesting(policy: Policy) -> Iterator[str]:
+    """Landlock refuses every mount; a filter has rules about clone, and no second one with answers comes behind it."""
+    refusing = [name for name, there in (("landlock = false", policy.landlock), ("no [syscalls]", policy.syscalls is not None)) if there]
+    if policy.nested_userns and refusing:
+        yield f"$.nested_userns: a jail inside is refused by what else the policy asks for: it needs {' and '.join(refusing)}"
 
 
 def _limits(policy: Policy) -> Iterator[str]:

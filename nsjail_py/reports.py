@@ -104,7 +104,7 @@ def protections(report: Any, context: Context) -> tuple[Protection, ...]:
         "unavailable",
         "/proc/sys/user cannot be written here, where user namespaces within are forbidden and inotify is limited",
     )
-    return tuple(nested if protection.name == nested.name else protection for protection in context.protections)
+    return tuple(nested if one.name == nested.name and one.state == "applied" else one for one in context.protections)
 
 
 def refused_label(report: Any, context: Context) -> bool:

@@ -308,6 +308,8 @@ def _devices(root: Root) -> None:
 def _proc(root: Root, policy: Policy) -> None:
     root.directory("/proc", 0o555)
     flags = lib.MOUNT_NOEXEC | (lib.MOUNT_PIDS_ONLY if policy.proc == "pid" else 0)
+    if policy.nested_userns:  # whose ids are set by files in it
+        flags |= lib.MOUNT_WRITABLE
     root.mounts.append(MountStep(lib.MOUNT_PROC, "/proc", flags=flags))
 
 

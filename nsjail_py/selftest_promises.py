@@ -111,6 +111,7 @@ def promises(canary: str, variable: str) -> list[Promise]:
     landlock = Layer("Landlock", lambda policy: policy.landlock)
     unix, tcp = refused(("socket", 1, 1)), refused(("socket", 2, 1))
     new_user = refused(("clone", CLONE_NEWUSER | SIGCHLD), ("unshare", CLONE_NEWUSER))
+    no_nesting = Layer("max_user_namespaces = 0", lambda policy: not policy.nested_userns, "nested_userns")
     core_limit = refused(("setrlimit", RLIMIT_CORE), ("prlimit64", 0, RLIMIT_CORE, 1))
     private = Layer("private /tmp and /dev/shm")
     own_environment = Layer("environment of its own", lambda policy: variable not in policy.env_pass and variable not in policy.env)
@@ -223,7 +224,7 @@ def promises(canary: str, variable: str) -> list[Promise]:
         # What changes the probe for good comes last.
         "namespaces": {
             "new-uts-namespace": ("no namespace can be made", (refused(("unshare", CLONE_NEWUTS)), caps)),
-            "user-namespace": ("no user namespace can be made", (new_user, Layer("max_user_namespaces = 0", protection="nested_userns"))),
+            "user-namespace": ("no user namespace can be made", (new_user, no_nesting)),
         },
     }  # fmt: skip
     return [Promise(attack, area, text, layers) for area, rows in table.items() for attack, (text, layers) in rows.items()]

@@ -53,7 +53,7 @@ BLOCKERS = (
         (errno.ENOSPC, errno.EUSERS),
         lambda host: _sysctl("user.max_user_namespaces") == "0" and _set_around(),
         "user.max_user_namespaces is 0, as inside of a jail of nsjail_py",
-        "make jails beside that one, and not inside of it",
+        "make jails beside that one, and not inside of it; or nested_userns = true in its policy",
     ),
     Blocker(
         (errno.ENOSPC, errno.EUSERS),

@@ -155,6 +155,10 @@ def _checked(compiled: Compiled) -> Compiled:
     policy = compiled.policy
     if not shared(compiled.mounts):
         raise PolicyError("preload: a policy that shows files of the host (mounts, workdir, project, root) has no warm interpreter")
+    if policy.nested_userns:
+        raise PolicyError(
+            "preload: with nested_userns there is no warm interpreter: the namespaces of its jobs would count as the program's"
+        )
     if policy.syscalls is not None:
         from .syscalls import calls_of
 

@@ -9,13 +9,15 @@ import subprocess
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from conftest import IS_ROOT, ROOT
 from ordinary import python_for_all
 
 import nsjail_py
-from nsjail_py import Mount
+from nsjail_py import Mount, Result
 
 CRUN = shutil.which("crun")
 WITHHELD = (
@@ -48,6 +50,10 @@ REPORT = (
     "try: print('RUN', nsjail_py.run(['/bin/true']).summary)\n"
     "except nsjail_py.JailError as error: print('RUN', error)\n"
 )
+
+
+NESTED: dict[str, Any] = {"nested_userns": True} | ({} if IS_ROOT else {"memory": None})
+WITHOUT_CGROUP = ("user", "mount", "pid", "net", "ipc", "uts")
 
 
 def seccomp() -> dict[str, object]:
@@ -144,12 +150,35 @@ def test_with_an_uncovered_proc_and_no_filter_an_ordinary_user_has_jails(tmp_pat
     assert "RUN ok: the program exited with 0" in in_container(tmp_path, 1000, changes)
 
 
+def in_own_jail(program: str, **changes: Any) -> Result:
+    """The program's Python has nsjail_py."""
+    site = Path(msgspec.__file__).parents[1]
+    env = {"PYTHONPATH": "/srv:/mnt", "NSJAIL_PY_CACHE": "/work/cache"}
+    shown = [Mount(source=str(ROOT), target="/mnt"), Mount(source=str(site), target="/srv")]
+    return nsjail_py.run([python_for_all(), "-c", program], policy="trusted", mounts=shown, env=env, **changes)
+
+
 def test_in_a_jail_of_our_own_the_limit_of_namespaces_is_named() -> None:
-    site = Path(sysconfig.get_path("purelib"))
-    inside = f"/mnt/{site.relative_to(ROOT)}" if site.is_relative_to(ROOT) else str(site)
-    env = {"PYTHONPATH": f"{inside}:/mnt", "NSJAIL_PY_CACHE": "/work/cache"}
-    shown = [Mount(source=str(ROOT), target="/mnt")]
-    result = nsjail_py.run([python_for_all(), "-c", REPORT], policy="trusted", mounts=shown, env=env)
+    result = in_own_jail(REPORT)
     said = " ".join(result.stdout.decode().split())
     assert "LACK user namespace No space left on device: user.max_user_namespaces is 0, as inside of a jail" in said, result.stderr
     assert "RUN clone: No space left on device" in said
+    assert said.count("nested_userns = true in its policy") == 3  # of the host, of the trial, of ours
+
+
+def test_in_one_that_allows_it_a_covered_proc_is_named() -> None:
+    said = " ".join(in_own_jail(REPORT, **NESTED).stdout.decode().split())
+    assert "RUN mount proc: Operation not permitted (/proc); parts of the host's /proc are covered" in said
+    assert 'a jail with proc = "masked"' in said
+
+
+def test_in_one_that_leaves_proc_whole_the_default_policy_is_applied() -> None:
+    """But for the namespace of control groups, where the jail around is an ordinary user's."""
+    said = in_own_jail(REPORT, **NESTED, proc="pid").stdout.decode()
+    if not IS_ROOT:
+        assert "LACK  namespaces" in said
+        assert "leave cgroup out of the policy's namespaces" in said
+        said = in_own_jail(
+            REPORT.replace("'/bin/true']", f"'/bin/true'], namespaces={WITHOUT_CGROUP}"), **NESTED, proc="pid"
+        ).stdout.decode()
+    assert "RUN ok: the program exited with 0" in said, said

@@ -19,6 +19,8 @@ SUITES = [
     "test_saved.py",
     "test_bad_input.py",
     "test_stock.py",
+    "test_retry.py",
+    "test_nesting.py",
     "test_warm.py",
     "test_snapshot.py",
     "test_session.py",

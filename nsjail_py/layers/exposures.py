@@ -198,6 +198,8 @@ def rights(facts: Facts) -> Judgement:
 
 
 def nested(facts: Facts) -> Judgement:
+    if facts.policy.nested_userns:
+        return Judgement(OPEN, "", "all that the kernel lets the root of a user namespace do", "nested_userns = false")
     if facts.on("nested_userns") or not facts.may("unshare"):
         return Judgement(CLOSED, "new user namespaces are refused", "nothing")
     return Judgement(NARROW, "", "it may make user namespaces, and reach more of the kernel in them", "a [syscalls] table")
