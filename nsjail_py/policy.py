@@ -45,7 +45,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     memory: int | None = 512 * 1024**2
     """Bytes of memory of all processes together, files in /work, /tmp and /dev/shm included; swap counts as memory.
     Where the host gives no cgroup, and the result says so: bytes of private memory of each process (RLIMIT_DATA), and of mapped memory of
-    all of them together, looked at so often that no more than some 10 ms of filling goes beyond it."""
+    all of them together, looked at so often that no more than some 10 ms of filling goes beyond it; where looking is dear (many processes,
+    a slow machine), ten times as long as a look takes, and at most a second."""
     processes: int | None = 64
     """Processes and threads alive at one time."""
     open_files: int | None = 256

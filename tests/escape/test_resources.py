@@ -32,6 +32,9 @@ TOUCH = "for i in range(0, len(m), 4096): m[i] = 1\nwon()"
 SOCKETS = "pairs = [socket.socketpair() for _ in range(400)]\nfor end in [end for pair in pairs for end in pair]:\n  end.setblocking(False)\n  try:\n    for _ in range(200): end.send(bytes(65536))\n  except OSError: pass\nwon()"
 TCP = "s = socket.create_server(('127.0.0.1', 0))\nheld, sent = [], 0\nwhile sent < 120 << 20 and len(held) < 600:\n  c = socket.create_connection(s.getsockname())\n  c.setblocking(False)\n  held += [c, s.accept()[0]]\n  try:\n    while sent < 120 << 20: sent += c.send(bytes(65536))\n  except BlockingIOError: pass\nif sent < 120 << 20: raise MemoryError\nwon()"
 
+HELD = {"held": 0.3 if PATIENCE == 1 else 2.5}
+"""Seconds. Where no control group counts, a look at many processes is dear on a slow machine, and up to a second passes before the next."""
+
 # What is nobody's mapped memory needs a control group; where there is none, the result says so.
 MEMORY: dict[str, tuple[str, str, bool]] = {
     "private": ("untrusted", "m = bytearray(120 << 20)\n" + TOUCH, False),
@@ -42,7 +45,7 @@ MEMORY: dict[str, tuple[str, str, bool]] = {
     "shared": ("untrusted", "m = mmap.mmap(-1, 120 << 20)\n" + TOUCH, False),
     "of a process whose first thread has ended": ("untrusted", "def hold():\n  m = mmap.mmap(-1, 120 << 20)\n  for i in range(0, len(m), 4096): m[i] = 1\n  time.sleep(1)\n  won()\n  os._exit(0)\nthreading.Thread(target=hold).start()\nlibc.syscall(60, 0)", False),
     # Won only if all six answer once the last has its share: a process that was killed for another's sake held it only before.
-    "of many processes": ("moderate", "ps = []\nfor _ in range(6):\n  ours, theirs = socket.socketpair()\n  if os.fork() == 0:\n    ours.close()\n    [p.close() for p in ps]\n    try: m = bytearray(20 << 20); theirs.send(b'x'); theirs.recv(1); theirs.send(b'y'); theirs.recv(1)\n    finally: os._exit(0)\n  theirs.close()\n  ps.append(ours)\nhad = [p.recv(1) for p in ps]\n[p.send(b'?') for p in ps]\nif had == [b'x'] * 6 and [p.recv(1) for p in ps] == [b'y'] * 6: won()", False),
+    "of many processes": ("moderate", "ps = []\nfor _ in range(6):\n  ours, theirs = socket.socketpair()\n  if os.fork() == 0:\n    ours.close()\n    [p.close() for p in ps]\n    try: m = bytearray(20 << 20); theirs.send(b'x'); theirs.recv(1); time.sleep(T['held']); theirs.send(b'y'); theirs.recv(1)\n    finally: os._exit(0)\n  theirs.close()\n  ps.append(ours)\nhad = [p.recv(1) for p in ps]\n[p.send(b'?') for p in ps]\nif had == [b'x'] * 6 and [p.recv(1) for p in ps] == [b'y'] * 6: won()", False),
     "in files in memory": ("moderate", "fd = os.memfd_create('m')\nfor _ in range(120): os.write(fd, bytes(1 << 20))\nwon()", True),
     "of System V": ("moderate", "i = call(29, 0, 120 << 20, 0o1600)\nlibc.shmat.restype = ctypes.c_long\na = libc.shmat(i, None, 0)\nlibc.shmctl(i, 0, None)\nlibc.memset(ctypes.c_void_p(a), 1, ctypes.c_size_t(120 << 20))\nwon()", False),
     "in sockets": ("moderate", SOCKETS, True),
@@ -56,9 +59,9 @@ def test_memory(what: str, start: str) -> None:
     """120 MiB of it are had outside, and not under a limit of 48."""
     level, source, unmapped = MEMORY[what]
     attack = Attack(what, source)
-    outside(attack)
+    outside(attack, HELD)
     limits: dict[str, Any] = {"memory": 48 * M, "disk": 8 * M, "open_files": 1000, "cpu_time": 2.0}
-    result = inside(attack, level + start, **limits)
+    result = inside(attack, level + start, HELD, **limits)
     if unmapped and not HAS_CGROUP:
         lacks = {p.name for p in result.protections if p.state == "unavailable"}
         assert "cgroup" in lacks
@@ -71,15 +74,15 @@ def test_memory(what: str, start: str) -> None:
         assert result.peak_memory <= 49 * M
 
 
-TABLES = "size = T['gib'] << 30\nm = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, mmap.PROT_READ)\nm.madvise(15)\nfor at in range(0, size, 2 << 20): m[at]\ntime.sleep(0.3)\nwon()"  # fmt: skip
+TABLES = "size = T['gib'] << 30\nm = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, mmap.PROT_READ)\nm.madvise(15)\nfor at in range(0, size, 2 << 20): m[at]\ntime.sleep(T['held'])\nwon()"  # fmt: skip
 
 
 @STARTED
 def test_page_tables_count(start: str) -> None:
     """A page that is only read is the kernel's own page of zeros: it takes an entry in a table, of which each 2 MiB need 4 KiB."""
     attack = Attack("page tables", TABLES)
-    outside(attack, {"gib": 1})
-    result = inside(attack, f"untrusted{start}", {"gib": 60}, memory=48 * M, cpu_time=5.0)
+    outside(attack, HELD | {"gib": 1})
+    result = inside(attack, f"untrusted{start}", HELD | {"gib": 60}, memory=48 * M, cpu_time=5.0)
     assert b"WON" not in result.stdout and result.verdict is Verdict.memory, result.summary
 
 
@@ -258,9 +261,9 @@ def test_a_run_that_has_nearly_spent_its_time_does_not_have_the_launcher_look_wi
     def worked() -> float:
         return sum(map(int, launcher_stat.read_text().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
-    jail = nsjail_py.Jail("moderate", processes=64, cpu_time=1.0, wall_time=30 * PATIENCE)
+    jail = nsjail_py.Jail("moderate", processes=64, cpu_time=PATIENCE, wall_time=30 * PATIENCE)
     for left in (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064):
-        with jail.start_python(NEARLY_SPENT, args=[str(1 - left)], stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE) as process:
+        with jail.start_python(NEARLY_SPENT, args=[str(PATIENCE - left)], stdin=nsjail_py.PIPE, stdout=nsjail_py.PIPE) as process:
             assert process.stdout
             process.stdout.readline()
             before = worked()
@@ -346,11 +349,14 @@ def test_rolling_forks_go_on_where_nobody_ends_them() -> None:
     assert len(written) == GENERATIONS * CHAINS
 
 
-def test_a_flood_of_denied_calls_ends_the_run() -> None:
+def test_a_flood_of_denied_calls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred thousand; on a slow machine, where each takes milliseconds, fewer."""
+    most = int(plan.MAX_DENIED / PATIENCE)
+    monkeypatch.setattr(plan, "MAX_DENIED", most)
     source = "import ctypes\nl = ctypes.CDLL(None)\nfor i in range(400_000): l.ptrace(0, 0, 0, 0)\nprint('WON')"
-    result = nsjail_py.run_python(source, wall_time=60 * PATIENCE, cpu_time=60 * PATIENCE)
+    result = nsjail_py.run_python(source, hostname=f"flood-{most}", wall_time=60 * PATIENCE, cpu_time=60 * PATIENCE)
     assert result.verdict is Verdict.syscall and b"WON" not in result.stdout
-    assert result.denied["ptrace"] >= 100_000
+    assert result.denied["ptrace"] >= most
 
 
 def test_a_flood_of_many_different_denied_calls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
