@@ -30,6 +30,7 @@ from .policyfile import override, resolve
 from .result import Result, Verdict
 from .selftest_canaries import VARIABLE, Canaries
 from .selftest_promises import FAMILIES, Promise, permits, promises
+from .unpack import decode_json
 
 State = Literal["held", "FAILED", "not promised", "unavailable"]
 MIB = 1 << 20
@@ -146,8 +147,8 @@ def _probe(policy: Policy, canaries: Canaries, attacks: list[str]) -> tuple[dict
         uid = _owner(process.pid)
         result = process.communicate(jsonlib.dumps(target).encode() + b"\n")
     try:
-        answers = msgspec.json.decode(result.stdout, type=dict[str, tuple[bool, str]])
-    except msgspec.DecodeError:
+        answers = decode_json(result.stdout, dict[str, tuple[bool, str]])
+    except ValueError:
         answers = {}
     return {name: Outcome(got, one_line(how[:200])) for name, (got, how) in answers.items()}, result, uid
 

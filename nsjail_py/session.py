@@ -43,7 +43,7 @@ from .result import Result, Verdict
 from .session_inside import CALLER, COUNT, MOST_FIGURES
 from .streams import CHUNK, DEVNULL, PIPE
 from .units import MAX_TIME
-from .unpack import check_json
+from .unpack import decode_json
 
 if TYPE_CHECKING:
     from .jail import Jail
@@ -335,10 +335,8 @@ class Session:
             raise _Broken("what it says makes no sense")
         deadline = _within(head + data) if until is None else until + (head + data) / PACE  # an answer that has begun buys no patience
         try:
-            text = self._read(head, deadline)
-            check_json(text)
-            answer = msgspec.json.decode(text, type=_Answer)
-        except (msgspec.DecodeError, ValueError, RecursionError):
+            answer = decode_json(self._read(head, deadline), _Answer)
+        except ValueError:
             raise _Broken("what it says makes no sense") from None
         if answer.number != self._commands:
             raise _Broken("what it says answers another command")

@@ -8,12 +8,14 @@ import re
 import sys
 from array import array
 from collections import defaultdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from .errors import JailError, JobError
 from .executor_inside import ARRAY, INTEGER, RESULT
+
+T = TypeVar("T")
 
 MOST_VALUES = 4 << 20
 """Of one result. An empty dictionary is one byte there, and eighty here; what a value takes is less than ninety in any case."""
@@ -118,6 +120,15 @@ def check(data: bytes) -> None:
         else:
             width, before = LENGTHS[first]
             at += before + int.from_bytes(data[at + 1 : at + 1 + width], "big")
+
+
+def decode_json(text: bytes, kind: type[T]) -> T:
+    """Raises ValueError for what is too much, too deep or no such kind."""
+    check_json(text)
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def check_json(text: bytes) -> None:

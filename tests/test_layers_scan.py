@@ -239,6 +239,15 @@ def test_what_cannot_be_scanned_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         nsjail_py.run_python("print(1)", scan="refuse")
 
 
+@pytest.mark.parametrize("said", ["'['*100_000", "'{\"findings\":' + '['*100_000", "'{\"unknown\":' + '['*100_000", "'\\x00'"])
+def test_an_answer_that_a_script_makes_its_parser_write_is_read_with_bounds(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsjail_py.layers import scan as module
+
+    monkeypatch.setattr(module.inspect, "getsource", lambda module: f"print({said})")
+    with pytest.raises(nsjail_py.ScriptRefused, match="could not be scanned: the answer is not readable"):
+        nsjail_py.run_python("print(1)", scan="refuse")
+
+
 def test_the_scan_is_done_in_a_jail_by_the_interpreter_of_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hostile text meets no parser of this process."""
     from nsjail_py.layers import examine

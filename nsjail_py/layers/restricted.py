@@ -21,7 +21,7 @@ from nsjail_py.policy import Policy
 from nsjail_py.policyfile import override, resolve
 from nsjail_py.prepared import prepared
 from nsjail_py.result import Result
-from nsjail_py.unpack import check_json
+from nsjail_py.unpack import decode_json
 
 DISTRIBUTION = "RestrictedPython"
 Kind = Literal["expression", "template", "program", "wrapped"]
@@ -105,12 +105,7 @@ def _run(
     if not result.ok:
         return Answer(None, "", result.summary, result)
     try:
-        check_json(result.stdout)
-        said = msgspec.json.decode(result.stdout, type=_Said)
-    except (
-        msgspec.DecodeError,
-        ValueError,
-        RecursionError,
-    ):  # it wrote by itself, too much, or what JSON has no word for (a lone surrogate)
+        said = decode_json(result.stdout, _Said)
+    except ValueError:  # it wrote by itself, too much, or what JSON has no word for (a lone surrogate)
         return Answer(None, "", "the answer is not readable", result)
     return Answer(said.value, said.printed, f"{said.error.type}: {said.error.message}" if said.error else "", result)

@@ -19,6 +19,7 @@ from nsjail_py.coding import as_file
 from nsjail_py.errors import ScriptRefused
 from nsjail_py.oneline import one_line
 from nsjail_py.prepared import prepared
+from nsjail_py.unpack import decode_json
 
 from .rules import HARMLESS_DUNDERS, RULES, SEVERITIES, Rule, Severity
 
@@ -112,10 +113,10 @@ def _scan_jailed(policy: Policy, source: bytes) -> tuple[Finding, ...]:
     job = msgspec.json.encode({"source": base64.b64encode(source).decode(), "rules": rules, "harmless": harmless})
     result = jail.run_python(inspect.getsource(examine), input=job, filename="scan.py")
     try:
-        answer = msgspec.json.decode(result.stdout if result.ok else b"", type=_Answer)
-        return _findings(answer)
-    except (msgspec.DecodeError, KeyError):
-        raise ScriptRefused("script", (), f"it could not be scanned: {result.summary}") from None
+        return _findings(decode_json(result.stdout if result.ok else b"", _Answer))
+    except (ValueError, KeyError):
+        reason = "the answer is not readable" if result.ok else result.summary
+        raise ScriptRefused("script", (), f"it could not be scanned: {reason}") from None
 
 
 def _rules(ignore: Iterable[str]) -> tuple[list[dict[str, object]], list[str]]:
