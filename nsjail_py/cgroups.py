@@ -132,10 +132,7 @@ def claim(launcher: int = 0) -> Claim:
 def release(claim: Claim) -> None:
     """Removes what `claim` made. Groups whose last process is just dying are waited for; one that is still in use stays."""
     for directory in claim.directories.values():
-        for _ in range(TRIES):
-            if _remove(directory):
-                break
-            time.sleep(PAUSE)
+        _remove_patiently(directory)
         if directory.parent.name == PREFIX:
             with contextlib.suppress(OSError):
                 directory.parent.rmdir()
@@ -455,9 +452,21 @@ def _remove(directory: Path) -> bool:
     return True
 
 
+def _remove_patiently(directory: Path) -> None:
+    for _ in range(TRIES):
+        if _remove(directory):
+            return
+        time.sleep(PAUSE)
+
+
 def _remove_stale(parent: Path) -> None:
-    """Directories that a dead caller left behind. Only what has our name, and a process number that we can judge."""
+    """Directories that a dead caller left behind. Only what has our name, and a process number that we can judge. In them may be jails of a
+    launcher that somebody has stopped, so that it did not see the caller's end: nobody keeps their limits of time. cgroups(7)"""
     for directory in parent.glob(f"{PREFIX}.*"):
         words = directory.name.split(".")
         if len(words) == 5 and words[1].isdigit() and words[3] == _view() and _start(int(words[1])) != words[2]:
-            _remove(directory)
+            kills = list(directory.glob("cell-*/cgroup.kill"))  # version 2, from Linux 5.14 on
+            for kill in kills:
+                with contextlib.suppress(OSError):
+                    kill.write_text("1")
+            (_remove_patiently if kills else _remove)(directory)

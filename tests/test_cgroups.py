@@ -329,6 +329,35 @@ def test_only_what_a_dead_process_of_ours_left_is_stale(tmp_path: Path) -> None:
     assert all(path.is_dir() for path in kept)
 
 
+ORPHANS = """
+import time, nsjail_py
+from nsjail_py import launcher
+process = nsjail_py.Jail("untrusted").start(["/bin/sleep", "600"])
+print(launcher.current().pid, process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.elsewhere(launcher.current().claim.kind != "v2", why="only version 2 of control groups ends all that is in one")
+def test_what_a_stopped_launcher_of_a_dead_caller_has_left_running_is_ended_by_the_next_one() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], cwd=ROOT, stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout
+        stopped, program = map(int, caller.stdout.readline().split())
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            caller.kill()
+            caller.wait()
+            time.sleep(0.2)
+            assert Path(f"/proc/{program}").exists(), "nobody has told it"
+            cgroups.release(cgroups.claim())
+            deadline = time.monotonic() + 5 * PATIENCE
+            while Path(f"/proc/{program}").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not Path(f"/proc/{program}").exists()
+        finally:
+            os.kill(stopped, signal.SIGKILL)
+
+
 @pytest.mark.skipif(not IS_ROOT, reason="only root can shift clocks")
 def test_a_claim_under_shifted_clocks_takes_nobodys_group() -> None:
     """There /proc shows another time of start for every process, as if each number had been given away anew."""
