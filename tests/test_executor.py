@@ -32,7 +32,7 @@ from nsjail_py import JailError, JailExecutor, JobError, PolicyError, RunFailed,
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[JailExecutor]:
-    with JailExecutor("untrusted", 2, preload=["numpy"], wall_time=5.0, memory="256M") as pool:
+    with JailExecutor("untrusted", 2, preload=["numpy"], wall_time=5.0 * PATIENCE, memory="256M") as pool:
         yield pool
 
 
