@@ -73,8 +73,10 @@ static const struct count namespaces[] = {
     {"sys/user/max_time_namespaces", "256"}, {"sys/user/max_cgroup_namespaces", "256"},
 };
 static const struct count none[] = {{"sys/user/max_user_namespaces", "0"}};
-/* An ordinary user's groups are his own, and he would be he: in a namespace of its own the program could mount and change them. */
-static const struct count no_groups[] = {{"sys/user/max_cgroup_namespaces", "0"}};
+/* An ordinary user's groups are his own, and the program runs as him: in a namespace that its own root has it could mount and change them. So it
+ * gets no other than the one that the policy may give it, in which it has no right. */
+static const struct count no_groups[] = {{"sys/user/max_cgroup_namespaces", "0"}},
+                          one_group[] = {{"sys/user/max_cgroup_namespaces", "1"}};
 
 static int all_limited(const struct cell *cell, const struct count *table, size_t size) {
 	for (size_t i = 0; i < size; i++) {
@@ -91,8 +93,10 @@ static int all_limited(const struct cell *cell, const struct count *table, size_
 
 int counts_limit(struct cell *cell) {
 #define LIMITED(table) (all_limited(cell, table, sizeof(table) / sizeof *(table)) == 0)
-	if (cell->plan->flags & PLAN_NESTED)
-		return LIMITED(namespaces) && (!cell->rootless || LIMITED(no_groups)) && LIMITED(counts) ? 0 : -1;
+	if (cell->plan->flags & PLAN_NESTED) {
+		const struct count *groups = cell->plan->namespaces & CLONE_NEWCGROUP ? one_group : no_groups;
+		return LIMITED(namespaces) && (!cell->rootless || all_limited(cell, groups, 1) == 0) && LIMITED(counts) ? 0 : -1;
+	}
 	if (LIMITED(none) && LIMITED(counts))
 		return 0;
 #undef LIMITED
