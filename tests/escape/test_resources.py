@@ -273,7 +273,7 @@ def test_a_run_that_has_nearly_spent_its_time_does_not_have_the_launcher_look_wi
                 break
     else:
         pytest.fail("it had spent it all")
-    assert after - before < 0.2
+    assert after - before < 0.4  # it is all of the second without a pause, and two elevenths with it
 
 
 STALLS = {
