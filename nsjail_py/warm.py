@@ -38,6 +38,7 @@ AGEING = 0.8
 """When the next one is begun, as a share of either."""
 START_S = 60.0
 DOUBT_S = 0.5
+"""How long the end of a killed template may come behind that of its jobs."""
 DRAWN_FD = 3
 PROBE = f"""
 import sys
