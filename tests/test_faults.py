@@ -133,7 +133,7 @@ def test_a_job_that_cannot_be_watched_or_answered_is_told(shim: Shim, untroubled
 
 def test_a_job_whose_processes_could_not_be_found_does_not_run(shim: Shim, untroubled: dict[str, Take]) -> None:
     """What it uses is looked at by the number of its init; without one it would seem to use nothing."""
-    point = next(p for p in of_a_job(untroubled["warm"].log) if (p.role, p.name) == ("launcher", "open"))
+    point = next(p for p in of_a_job(untroubled["warm"].log) if (p.role, p.name) == ("launcher", "open:1"))
     taken = take(shim, SCENARIOS["warm"], point, errno.EMFILE, untroubled["warm"].left)
     assert judge(taken, untroubled["warm"], "warm") == "typed", (point, taken.outcomes)
 

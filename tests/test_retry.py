@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE
-from test_stock import Stocked, until
+from test_stock import Stocked, cells, until
 from test_warm import template_of
 
 from nsjail_py import Jail, SetupError, aio, launcher
@@ -86,9 +86,11 @@ def test_a_run_right_behind_the_kill_of_all_jails_in_stock_is_made_unless_its_pr
     """A jail that is being killed may still exec."""
     stocked = Stocked(2)
     for turn in range(8):
-        for init in stocked.waiting:
+        killed = stocked.waiting
+        for init in killed:
             os.kill(init, signal.SIGKILL)
         assert unless_begun(lambda turn=turn: stocked.cat(b"%d" % turn)) in (b"%d" % turn, None)
+        assert until(lambda killed=killed: not killed & set(cells()), seconds=5 * PATIENCE)
         assert stocked.cat(b"more") == b"more"  # for what dies in stock none is made before the next request
         assert until(lambda: len(stocked.waiting) == 2, seconds=5 * PATIENCE)
 

@@ -362,16 +362,16 @@ def _judge_job(taken: Take, base: Take) -> str:
     """Of a call that a template or a job makes: no job runs that lacks anything, and only a template's own end costs another job."""
     point = taken.point
     assert point
-    wrong = [got for got, wanted in zip(taken.outcomes, base.outcomes, strict=True) if got != wanted]
+    different = [(got, wanted) for got, wanted in zip(taken.outcomes, base.outcomes, strict=True) if got != wanted]
+    wrong = [got for got, _ in different]
+    # It has made the four that there are, and no order comes. Its end may overtake that of its last job, which has begun, with all its walls.
+    last_order = (point.role, point.cell, point.name) == ("template", 4, "recvmsg")
     if not wrong:
-        allowed = _by_design(taken) or (point.role == "template" and point.name in SNAPSHOT)
-        allowed |= (point.role, point.cell, point.name) == (
-            "template",
-            4,
-            "recvmsg",
-        )  # it has made the four that there are, and no order comes
+        allowed = last_order or _by_design(taken) or (point.role == "template" and point.name in SNAPSHOT)
         allowed |= point.name == "fflush"  # of what it could not write at a program's end exit(3) tells nobody either
         return "harmless" if allowed else "WRONG: nothing came of it"
+    if last_order and [got.output for got, wanted in different if isinstance(got.end, SetupError) and got.output == wanted.output]:
+        return "lost" if len(wrong) == 1 else f"WRONG: more than one run failed: {[got.end for got in wrong]!r}"
     if any(not isinstance(got.end, SetupError) or got.output for got in wrong):
         return f"WRONG: {[(got.end, got.output) for got in wrong]!r:.200}"
     ends = [got.end for got in wrong if isinstance(got.end, SetupError)]

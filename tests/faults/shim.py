@@ -71,8 +71,17 @@ CANNOT_FAIL = frozenset(
 NULL_ON_FAILURE = frozenset({"fdopendir", "readdir", "opendir", "realloc"})
 DONE_ALL_THE_SAME = frozenset({"close", "closedir", "munmap"})
 """The kernel lets go of a descriptor also when close answers with an error."""
-SUB = {"prctl": "a", "fcntl": "b", "ioctl": "b", "clock_gettime": "a", "setrlimit": "a", "timerfd_create": "a", "epoll_ctl": "b"}
-"""Which argument tells what the call is about."""
+SUB = {
+    "prctl": "a",
+    "fcntl": "b",
+    "ioctl": "b",
+    "clock_gettime": "a",
+    "setrlimit": "a",
+    "timerfd_create": "a",
+    "epoll_ctl": "b",
+    "open": "asks_for_a_number((const char *)a)",
+}
+"""What tells what the call is about."""
 HEAD = struct.Struct("=4IqIIII")
 ENTRY = struct.Struct("=4Iq")
 LOG = 65536
@@ -96,7 +105,7 @@ class Point(NamedTuple):
             from nsjail_py.syscalls import name_of
 
             return name_of(self.sub)
-        return f"{self.call}:{self.sub}" if self.call in SUB else self.call
+        return f"{self.call}:{self.sub}" if self.call in SUB and (self.call, self.sub) != ("open", 0) else self.call
 
     def __str__(self) -> str:
         return f"{self.role}{self.cell or ''} {self.name} {self.nth}"
