@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/sysinfo.h>
 #include <sys/wait.h>
 
 #include "probe.h"
@@ -100,6 +101,11 @@ int probe_notify(void) { return ask(notify, 0); }
 int probe_actions(void) {
 	int answer = ask(actions, 0);
 	return answer < 0 ? 0 : answer;
+}
+
+long long probe_swap(void) {
+	struct sysinfo info;
+	return sysinfo(&info) < 0 ? -errno : (long long)info.totalswap * info.mem_unit;
 }
 
 /* The errno that the child left with. It takes no signal of its parent's, so that nobody else learns of it. */

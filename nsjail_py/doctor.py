@@ -185,10 +185,11 @@ def _core_dumps(host: Host) -> Finding:
 def _memory(host: Host, claim: cgroups.Claim) -> list[Finding]:
     if not host.swap:
         return [Finding("swap", "ok", "none is switched on")]
+    amount = _gibibytes(host.swap) if host.swap > 0 else "of an amount that a filter keeps from us"
     if claim.swap:
-        return [Finding("swap", "ok", f"{_gibibytes(host.swap)}; a jail's use of it is limited")]
+        return [Finding("swap", "ok", f"{amount}; a jail's use of it is limited")]
     remedy = "swapaccount=1 on the kernel's command line" if claim.kind != "none" else "see control groups"
-    return [Finding("swap", "lack", f"{_gibibytes(host.swap)}, and no control group limits a jail's use of it", remedy)]
+    return [Finding("swap", "lack", f"{amount}, and no control group limits a jail's use of it", remedy)]
 
 
 def _labels() -> Finding:

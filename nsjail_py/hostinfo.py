@@ -78,7 +78,7 @@ class Host(msgspec.Struct, frozen=True):
     memory: int
     """Bytes."""
     swap: int
-    """Bytes; 0: none is switched on."""
+    """Bytes; 0: none is switched on; negative: the errno of a filter that keeps it from us."""
     landlock_abi: int
     """0: none."""
     landlock_errata: int
@@ -114,7 +114,6 @@ class Host(msgspec.Struct, frozen=True):
 def probe() -> Host:
     """This host, asked once per process."""
     status = _fields(Path("/proc/self/status"))
-    memory = _fields(Path("/proc/meminfo"))
     kernel = os.uname()
     version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", kernel.release)
     actions = lib.probe_actions()
@@ -127,7 +126,7 @@ def probe() -> Host:
         filtered=status.get("Seccomp", "0") == "2",
         cpus=len(os.sched_getaffinity(0)),
         memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        swap=_kilobytes(memory.get("SwapTotal")),
+        swap=lib.probe_swap(),
         landlock_abi=max(0, lib.probe_landlock_abi()),
         landlock_errata=lib.probe_landlock_errata(),
         seccomp_actions=tuple(name for name, bit in ACTIONS.items() if actions >> bit & 1),
@@ -175,10 +174,6 @@ def error_text(error: int) -> str:
 def _fields(path: Path) -> dict[str, str]:
     pairs = (line.partition(":") for line in read(path).splitlines())
     return {name: value.strip() for name, _, value in pairs}
-
-
-def _kilobytes(text: str | None) -> int:
-    return int(text.split()[0]) * 1024 if text else 0
 
 
 def _is_missing(name: str, error: int) -> bool:

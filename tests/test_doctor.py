@@ -82,9 +82,10 @@ def lacking(**changes: object) -> hostinfo.Host:
         (lambda: doctor._seccomp(lacking(seccomp_actions=("allow",))), "CONFIG_SECCOMP_FILTER"),
         (lambda: doctor._kernel(lacking(calls=(("mount_setattr", errno.ENOSYS),), filtered=False)), "Linux 5.12"),
         (lambda: doctor._memory(lacking(swap=2**30), cgroups.Claim("v1", "root")), "swapaccount=1"),
+        (lambda: doctor._memory(lacking(swap=-errno.EPERM), cgroups.Claim("none", "rootless")), "see control groups"),
         (lambda: doctor._control_groups(cgroups.Claim("none", "rootless", why="not ours", remedy=cgroups.DELEGATE)), "Delegate=yes"),
     ],
-    ids=["Landlock", "seccomp", "an old kernel", "swap", "control groups"],
+    ids=["Landlock", "seccomp", "an old kernel", "swap", "swap that is not told", "control groups"],
 )
 def test_a_host_that_lacks_it_is_told_how_to_get_it(look: Callable[[], list[doctor.Finding]], part: str) -> None:
     lacks = [finding for finding in look() if finding.state == "lack"]

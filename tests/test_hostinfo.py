@@ -48,6 +48,8 @@ def test_the_probe_says_what_the_kernel_says() -> None:
     assert host.filtered == (status("Seccomp") == "2")
     assert set(host.seccomp_actions) >= {"errno", "allow"}
     assert host.memory > 2**20
+    [swap] = [line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("SwapTotal:")]
+    assert host.swap == int(swap) * 1024
     assert 0 <= host.landlock_abi < 100
 
 
