@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import IS_ROOT, PATIENCE
 from msgspec.structs import replace
 
 import nsjail_py
@@ -99,7 +99,7 @@ def test_a_share_of_the_disks_makes_the_same_bytes_take_as_much_longer(way: str,
     os.sync()
     direct = "import mmap, os\nm = mmap.mmap(-1, 1 << 20)\nf = os.open('/work/data', os.O_RDWR | os.O_DIRECT)\n"
     copy = f"for _ in range({size >> 20}): {'os.readv(f, [m])' if way == 'read' else 'os.write(f, m)'}"
-    for path in (place, place / "data"):
+    for path in (place, place / "data") if IS_ROOT else ():
         os.chown(path, 12345, 12345)
     jail = Jail("untrusted", workdir=str(place), wall_time=120 * PATIENCE, cpu_time=60 * PATIENCE)
     free = jail.run_python(direct + copy).check()
