@@ -85,7 +85,7 @@ def outcome(jail: Jail, args: list[str] | None, source: str = "", poke: bool = F
         if poke:
             _poke(process, read)
         with process:
-            result = process.wait(timeout=5 * PATIENCE)
+            result = process.wait(timeout=15 * PATIENCE)  # only what never ends takes it
         end, protections = (str(result.verdict), result.exit_code, result.signal, tuple(result.denied.items())), result.protections
     except (JailError, OSError, subprocess.TimeoutExpired) as error:
         end = error
@@ -191,7 +191,7 @@ def take(shim: Shim, scenario: Callable[[], list[Outcome]], point: Point | None,
     hit, log = shim.hit, shim.log()
     shim.arm(None)
     outcomes += [outcome(Jail("untrusted", stock=0), ["/bin/sh", "-c", "echo last"]) for _ in range(2)]
-    deadline = time.monotonic() + 1.0 * PATIENCE
+    deadline = time.monotonic() + 5.0 * PATIENCE
     while more(rest := left(), most) and time.monotonic() < deadline:
         time.sleep(0.002)
     return Take(point, error, outcomes, log, hit, rest)
