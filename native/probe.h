@@ -31,8 +31,7 @@ enum probe_action {
 };
 int probe_actions(void); /* a bit for each that is there */
 
-long long probe_swap(
-    void); /* bytes of it that are switched on, which a hidden /proc/meminfo does not tell; -errno where a filter refuses */
+long long probe_swap(void); /* bytes that are switched on, also where /proc/meminfo is hidden; -errno where a filter refuses */
 
 /* Both do it for real, in a child of their own that leaves nothing behind. 0, or the errno of the refusal. */
 int probe_userns(int namespaces); /* a user namespace, then, with its rights, more namespaces (CLONE_NEW*) */

@@ -370,7 +370,7 @@ def _judge_job(taken: Take, base: Take) -> str:
         allowed = last_order or _by_design(taken) or (point.role == "template" and point.name in SNAPSHOT)
         allowed |= point.name == "fflush"  # of what it could not write at a program's end exit(3) tells nobody either
         return "harmless" if allowed else "WRONG: nothing came of it"
-    if last_order and [got.output for got, wanted in different if isinstance(got.end, SetupError) and got.output == wanted.output]:
+    if last_order and any(isinstance(got.end, SetupError) and got.output == wanted.output != () for got, wanted in different):
         return "lost" if len(wrong) == 1 else f"WRONG: more than one run failed: {[got.end for got in wrong]!r}"
     if any(not isinstance(got.end, SetupError) or got.output for got in wrong):
         return f"WRONG: {[(got.end, got.output) for got in wrong]!r:.200}"
