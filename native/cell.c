@@ -255,8 +255,10 @@ static int hear_program(struct launcher *launcher, struct run *run) {
 		run_started(launcher, run);
 	} else if (message.kind == CELL_READY && !run->ready) {
 		run->ready = 1;
-		if (cell_is_job(run))
+		if (cell_is_job(run)) {
 			clocks_job(launcher, run);
+			run->report.pid = run_program_pid(run); /* until its program runs it has no children */
+		}
 		run->report.flags |= message.flags;
 		if (count == 1) {
 			run->listener = sent;
@@ -314,6 +316,18 @@ static void ended(struct launcher *launcher, struct run *run, const struct cell_
 	unwatch(launcher, &run->cell);
 }
 
+/* Its job's process waits in its last call, which it will not leave, and nobody else is there. Its end is not waited for: to give back a
+ * copy of an interpreter takes the kernel longer than most jobs run. */
+void cell_left(struct launcher *launcher, struct run *run) {
+	run->ended = 1;
+	run->end_ns = now_ns();
+	run->report.exit_code = 0;
+	program_drain(launcher, run);
+	run_count(launcher, run);
+	run_answer(launcher, run);
+	run_kill(run, CAUSE_NONE);
+}
+
 /* One message of init's; 0 when there is none. */
 static int hear_init(struct launcher *launcher, struct run *run) {
 	struct cell_message message;
@@ -332,7 +346,10 @@ static int hear_init(struct launcher *launcher, struct run *run) {
 		}
 		break;
 	case CELL_FAILED: failed(run, &message); break;
-	case CELL_ENDED: ended(launcher, run, &message); break;
+	case CELL_ENDED:
+		if (!run->ended)
+			ended(launcher, run, &message);
+		break;
 	case CELL_BORN:
 		if (count == 1 && run->init < 0 && cell_is_job(run)) {
 			born(launcher, run, sent);

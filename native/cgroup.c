@@ -10,6 +10,8 @@
 #include <string.h>
 #include <sys/stat.h>
 
+enum { LEFT_MEMORY = 64 << 20 };
+
 /* What is read of a group, from files that are opened while the cell is made: then its end need not wait for that. */
 static const struct {
 	int group;
@@ -243,6 +245,14 @@ static int met_process_limit(const struct launcher *launcher, const struct run *
 	int group = launcher->hello.cgroup_kind == CGROUP_V2 ? GROUP_UNIFIED : GROUP_PIDS;
 	uint64_t limit = number_at(run->groups[group], "pids.max"), peak = run->report.peak_processes;
 	return limit && (!peak || peak >= limit); /* 0 is the word max */
+}
+
+/* Whether one task is left in it, which may be let wait; and what the result says of what was used does not rest on its end. With much memory
+ * it does: its caller may count on that for the next run. */
+int cgroup_only_one(const struct launcher *launcher, const struct run *run) {
+	int group = launcher->hello.cgroup_kind == CGROUP_V2 ? GROUP_UNIFIED : GROUP_PIDS;
+	return run->has_groups && run->groups[group] >= 0 && run->counters[COUNTER_CPU] >= 0 && run->counters[COUNTER_MEMORY] >= 0 &&
+	       number_at(run->groups[group], "pids.current") == 1 && number(run->counters[COUNTER_MEMORY]) <= LEFT_MEMORY;
 }
 
 void cgroup_report(const struct launcher *launcher, struct run *run) {

@@ -23,7 +23,8 @@
 
 enum { TESTS = 9 };
 
-static uint8_t head(struct sock_filter *code, const uint32_t *calls, uint8_t count, uint64_t secret) {
+/* These calls get this answer when their sixth argument is the key; all others, and those without it, are the filter's. */
+static uint8_t head(struct sock_filter *code, const uint32_t *calls, uint8_t count, uint64_t key, uint32_t answer) {
 	const unsigned sixth = offsetof(struct seccomp_data, args[5]);
 	uint8_t next = 0, size = (uint8_t)(count + TESTS - 1), allowed = (uint8_t)(count + 3);
 #define LOAD(offset) code[next++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offset)
@@ -35,10 +36,10 @@ static uint8_t head(struct sock_filter *code, const uint32_t *calls, uint8_t cou
 	for (uint8_t i = 0; i < count; i++)
 		TEST(calls[i], allowed - next - 1, i + 1 < count ? 0 : size - next - 1);
 	LOAD(sixth);
-	TEST((uint32_t)secret, 0, size - next - 1);
+	TEST((uint32_t)key, 0, size - next - 1);
 	LOAD(sixth + 4);
-	TEST((uint32_t)(secret >> 32), 0, size - next - 1);
-	code[next++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+	TEST((uint32_t)(key >> 32), 0, size - next - 1);
+	code[next++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, answer);
 	return next;
 #undef LOAD
 #undef TEST
@@ -48,10 +49,12 @@ int filter_install(struct cell *cell, int *listener) {
 	const struct plan *plan = cell->plan;
 	struct sock_filter code[MAX_LATE + TESTS + plan->filter.count];
 	unsigned short size = 0;
-	if (plan->late.count && cell->stamp) { /* a job has no exec to end the secret */
+	if (!cell->stamp) /* a job: no exec would end the secret, and its last call is no secret */
+		size = head(code, &(uint32_t){SYS_exit_group}, 1, LAST_CALL, SECCOMP_RET_USER_NOTIF);
+	else if (plan->late.count) {
 		if (getrandom(&cell->secret, sizeof cell->secret, 0) != sizeof cell->secret)
 			return -1;
-		size = head(code, at(plan, plan->late.offset), (uint8_t)plan->late.count, cell->secret);
+		size = head(code, at(plan, plan->late.offset), (uint8_t)plan->late.count, cell->secret, SECCOMP_RET_ALLOW);
 	}
 	memcpy(code + size, at(plan, plan->filter.offset), plan->filter.count * sizeof *code);
 	struct sock_fprog program = {.len = (unsigned short)(size + plan->filter.count), .filter = code};

@@ -90,7 +90,7 @@ static void dispatch(struct launcher *launcher, uint64_t tag, uint32_t ready) {
 	case EVENT_INIT: return cell_finish(launcher, run);
 	case EVENT_LISTENER:
 		if (ready & EPOLLIN)
-			return denials_answer(run);
+			return denials_answer(launcher, run);
 		/* Nobody is left under the filter: before Linux 6.11 a receive would then wait for ever, and we with it. It is closed with
 		 * the cell: to take it apart is dear, and somebody waits for the result. */
 		epoll_ctl(launcher->epoll, EPOLL_CTL_DEL, run->listener, NULL);

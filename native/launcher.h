@@ -104,6 +104,7 @@ void cell_drain(struct launcher *launcher, struct run *run);    /* what init has
 void program_heard(struct launcher *launcher, struct run *run); /* a message from the program, or its exec */
 void cell_finish(struct launcher *launcher, struct run *run);   /* init is dead */
 int cell_is_job(const struct run *run);
+void cell_left(struct launcher *launcher, struct run *run);
 void cell_release(struct launcher *launcher, struct run *run);
 
 /* run.c */
@@ -126,6 +127,7 @@ int cgroup_open(const struct launcher *launcher, const struct run *run, int *des
 void cgroup_remove(struct launcher *launcher, struct run *run);
 void cgroup_sweep(struct launcher *launcher); /* the undead, once more */
 int cgroup_cpu(const struct launcher *launcher, const struct run *run, uint64_t *used);
+int cgroup_only_one(const struct launcher *launcher, const struct run *run);
 void cgroup_report(const struct launcher *launcher, struct run *run);
 
 /* clocks.c */
@@ -144,7 +146,7 @@ int tree_memory(pid_t init, uint64_t limit, uint64_t *sum);
 int label_missing(const struct run *run);
 
 /* denials.c */
-void denials_answer(struct run *run);
+void denials_answer(struct launcher *launcher, struct run *run);
 
 /* observe.c */
 int observe(struct run *run);

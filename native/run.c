@@ -67,6 +67,9 @@ static int order_send(const struct launcher *launcher, const struct run *run, co
 	int sent = message_send(NULL, run->program, &message, sizeof message.head + request->inlined, descriptors, count);
 	if (cell_is_job(run) && sent < 0)
 		stamp->exec_ns = 0;
+	/* What it says from now on is looked at when it has ended. That it has let go of its socket would wake us when it begins. */
+	if (cell_is_job(run) && sent >= 0)
+		epoll_ctl(launcher->epoll, EPOLL_CTL_DEL, run->program, NULL);
 	return sent;
 }
 

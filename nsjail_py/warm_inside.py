@@ -146,7 +146,9 @@ def run(source: bytes, main: Any) -> None:
     exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
 
 
-def job(flush_c: Callable[[], None], name: str, source: bytes, arguments: list[bytes], environment: list[bytes]) -> NoReturn:
+def job(
+    flush_c: Callable[[], None], leave: Callable[[], None], name: str, source: bytes, arguments: list[bytes], environment: list[bytes]
+) -> NoReturn:
     """Runs the source as `python NAME ARGUMENTS` would, and ends the process, or raises what an interpreter ends by."""
     if environment != known_environment:
         os.environb.clear()
@@ -165,6 +167,8 @@ def job(flush_c: Callable[[], None], name: str, source: bytes, arguments: list[b
     finish()
     if not interrupted and told():
         flush_c()
+        if not status:
+            leave()
         os._exit(status)
     gc.unfreeze()
     sys.excepthook = lambda *_: None  # the exception has been shown
@@ -273,6 +277,6 @@ if __name__ == "__main__":
     if not awaited:
         rehearse()
     gc.freeze()
-    taken, flush_c = extension.take(), extension.flush
+    taken, flush_c, leave = extension.take(), extension.flush, extension.leave
     del extension
-    job(flush_c, *taken)
+    job(flush_c, leave, *taken)

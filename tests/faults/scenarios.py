@@ -269,6 +269,13 @@ SNAPSHOT = {
     "pwrite": "as open",
 }
 """The same, of a template that is quick and no less jailed."""
+AT_ITS_END = {
+    "fflush": "of what it could not write at a program's end exit(3) tells nobody either",
+    "sigfillset": "a signal may interrupt what comes next",
+    "sigprocmask": "as sigfillset",
+    "exit_group": "the job ends without asking, and is waited for",
+}
+"""The same, of a job that has run; a template only flushes."""
 INIT = {"read": "init looks again at the next signal", "personality": "the default one is taken where it cannot be asked for"}
 RESULT = {
     EXEC: "exec_failed",  # a result by design: the file may not be a program
@@ -368,7 +375,7 @@ def _judge_job(taken: Take, base: Take) -> str:
     last_order = (point.role, point.cell, point.name) == ("template", 4, "recvmsg")
     if not wrong:
         allowed = last_order or _by_design(taken) or (point.role == "template" and point.name in SNAPSHOT)
-        allowed |= point.name == "fflush"  # of what it could not write at a program's end exit(3) tells nobody either
+        allowed |= point.name in AT_ITS_END
         return "harmless" if allowed else "WRONG: nothing came of it"
     if last_order and any(isinstance(got.end, SetupError) and got.output == wanted.output != () for got, wanted in different):
         return "lost" if len(wrong) == 1 else f"WRONG: more than one run failed: {[got.end for got in wrong]!r}"
