@@ -10,9 +10,9 @@ from .errors import PolicyError
 def as_file(source: str | bytes) -> bytes:
     """What an interpreter reads as this text. Where the encoding that it names is none for it, the file names UTF-8 in its place.
     Raises PolicyError for a path."""
-    if isinstance(source, os.PathLike):
-        raise PolicyError(f"source = {source!r}: the text of a script, not its path: Path(...).read_bytes()")
     if not isinstance(source, str):
+        if isinstance(source, os.PathLike):
+            raise PolicyError(f"source = {source!r}: the text of a script, not its path: Path(...).read_bytes()")
         return source
     data = source.encode()
     if b"coding" not in b"".join(data.split(b"\n", 2)[:2]):

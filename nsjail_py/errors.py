@@ -13,10 +13,10 @@ JailError                     everything below
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,17 +62,26 @@ def passes(error: OSError) -> bool:
     return error.errno in SCARCE
 
 
-@contextlib.contextmanager
-def during(step: str) -> Iterator[None]:
+def during(step: str) -> _During:
     """What the system has run out of is a SetupError of this step; any other error stays what it is."""
-    try:
-        yield
-    except OSError as error:
+    return _During(step)
+
+
+class _During:
+    __slots__ = ("_step",)
+
+    def __init__(self, step: str) -> None:
+        self._step = step
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, OSError) or not passes(error):
+            return
         from .advice import SCARCE
 
-        if not passes(error):
-            raise
-        raise SetupError(step, error.errno or 0, str(error.filename or ""), SCARCE[error.errno or 0]) from None
+        raise SetupError(self._step, error.errno or 0, str(error.filename or ""), SCARCE[error.errno or 0]) from None
 
 
 class Unavailable(SetupError):

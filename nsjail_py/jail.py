@@ -132,7 +132,7 @@ class Jail:
             before_run(self.policy, data, filename)
         streams = (stdin, stdout, stderr)
         if self._templates is not None:
-            template = self._templates.take(self._host(), environment(self.policy), self._probe)
+            template = self._templates.take(self._host(), self._probe)
             return self._start_job(template, data, arguments, filename, streams, tuple(pass_fds))
         compiled = for_python(self.policy, self._host())
         argv = [compiled.program, "-s", f"/app/{filename}", *arguments]
@@ -160,7 +160,7 @@ class Jail:
             raise PolicyError('$.backend: a session or an executor has our own launcher only: backend = "native", or single runs')
         template = None
         if self._templates is not None:
-            template = self._templates.take(self._host(), environment(self.policy), self._probe)
+            template = self._templates.take(self._host(), self._probe)
         return self._start_own(template, name, own_script(name), descriptors, streams, lifetime)
 
     def _start_own(
@@ -248,13 +248,13 @@ class Jail:
         page: Page | None = None,
     ) -> Process:
         extra = page.passed if page else ()
-        if any(not 3 <= fd < (extra[0][0] if extra else lib.MAX_FD_NUMBER) for fd in pass_fds) or len(
-            set(pass_fds)
-        ) > lib.MAX_FDS - 3 - len(extra):
-            raise PolicyError(f"pass_fds: at most {lib.MAX_FDS - 3} descriptors with numbers from 3 to {lib.MAX_FD_NUMBER - 1}")
         numbers = sorted(set(pass_fds))
-        for number in numbers:
-            no_directory(number)
+        if numbers:
+            highest = (extra[0][0] if extra else lib.MAX_FD_NUMBER) - 1
+            if numbers[0] < 3 or numbers[-1] > highest or len(numbers) > lib.MAX_FDS - 3 - len(extra):
+                raise PolicyError(f"pass_fds: at most {lib.MAX_FDS - 3} descriptors with numbers from 3 to {lib.MAX_FD_NUMBER - 1}")
+            for number in numbers:
+                no_directory(number)
         if compiled.policy.backend != "native":
             from .oci_backend import OciProcess
 

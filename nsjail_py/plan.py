@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import os
 import resource
 import struct
@@ -229,53 +228,48 @@ class OrderFile(NamedTuple):
     mode: int = 0o444
 
 
-ORDER = struct.Struct("=6I8I")
-"""`struct order` of native/plan.h. An order is written for each run: without the detours that a plan may take."""
-ORDER_FILE = struct.Struct("=4I")
-"""`struct order_file`."""
+ORDER_SIZE, FILE_SIZE = ffi.sizeof("struct order"), ffi.sizeof("struct order_file")
+"""Of native/plan.h. An order is written for each run: without the detours that a plan may take."""
 
 
 def compile_order(
     program: str,
-    argv: Sequence[str | bytes],
+    argv: Sequence[str],
     environment: dict[str, str],
     files: Sequence[OrderFile] = (),
     descriptors: Sequence[int] = (0, 1, 2),
 ) -> bytes:
     """One run, as bytes. descriptors: the number inside of each descriptor that is sent along, in order."""
-    texts = [os.fsencode(text) for text in (program, *argv, *(f"{name}={value}" for name, value in environment.items()))]
-    texts += [os.fsencode(file.name) for file in files]
-    strings = b"\0".join(texts) + b"\0"
-    if strings.count(b"\0") != len(texts):
-        raise PolicyError(f"{next(text for text in texts if bytes(1) in text)!r} has a NUL character in it, which no system call takes")
-    argv_at, environment_at = ORDER.size, ORDER.size + 8 * (len(argv) + 1)
+    texts = [program, *argv, *map("=".join, environment.items()), *[file.name for file in files]]
+    strings = os.fsencode("\0".join(texts))
+    sizes = list(map(len, strings.split(b"\0")))
+    if len(sizes) != len(texts):
+        raise PolicyError(f"{next(text for text in texts if chr(0) in text)!r} has a NUL character in it, which no system call takes")
+    argv_at, environment_at = ORDER_SIZE, ORDER_SIZE + 8 * (len(argv) + 1)
     files_at = environment_at + 8 * (len(environment) + 1)
-    descriptors_at = files_at + ORDER_FILE.size * len(files)
+    descriptors_at = files_at + FILE_SIZE * len(files)
     first = descriptors_at + 4 * len(descriptors)
-    offsets = list(itertools.accumulate((len(text) + 1 for text in texts), initial=first))
+    offsets = []
+    size = first
+    for length in sizes:
+        offsets.append(size)
+        size += length + 1
     argv_end, environment_end = 1 + len(argv), 1 + len(argv) + len(environment)
-    size = offsets[-1] + sum(len(file.data) for file in files)
+    shown = []
+    for name, file in zip(offsets[environment_end:], files, strict=True):
+        shown += [name, file.mode, size, len(file.data)]
+        size += len(file.data)
     if size > lib.MAX_BLOCK:
         raise PolicyError(f"arguments, environment and files together have {size} bytes; at most {lib.MAX_BLOCK} can be passed")
-    contents = itertools.accumulate((len(file.data) for file in files), initial=offsets[-1])
-    return b"".join(
-        (
-            ORDER.pack(
-                *(lib.ORDER_MAGIC, lib.FORMAT_VERSION, size, 0, first, 0),
-                *(argv_at, len(argv), environment_at, len(environment)),
-                *(files_at, len(files), descriptors_at, len(descriptors)),
-            ),
-            struct.pack(f"={len(argv) + 1}Q", *offsets[1:argv_end], 0),
-            struct.pack(f"={len(environment) + 1}Q", *offsets[argv_end:environment_end], 0),
-            *(
-                ORDER_FILE.pack(name, file.mode, content, len(file.data))
-                for name, file, content in zip(offsets[environment_end:], files, contents, strict=False)
-            ),
-            struct.pack(f"={len(descriptors)}I", *descriptors),
-            strings,
-            *(file.data for file in files),
-        )
+    fixed = struct.pack(
+        f"=14I{len(argv) + len(environment) + 2}Q{len(shown) + len(descriptors)}I",
+        *(lib.ORDER_MAGIC, lib.FORMAT_VERSION, size, 0, first, 0),
+        *(argv_at, len(argv), environment_at, len(environment)),
+        *(files_at, len(files), descriptors_at, len(descriptors)),
+        *(*offsets[1:argv_end], 0, *offsets[argv_end:environment_end], 0),
+        *(*shown, *descriptors),
     )
+    return b"".join((fixed, strings, b"\0", *[file.data for file in files]))
 
 
 class Sealed:

@@ -34,6 +34,23 @@ LINGER_S = 1.0
 """How long the end of a killed run waits for its output to be in the caller's files: a pipe that nobody reads may never take it."""
 
 
+NO_OUTPUT = {"stdout": b"", "stderr": b""}
+NOT_CUT = {"stdout": False, "stderr": False}
+
+
+class _Waiting:
+    __slots__ = ("_process",)
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def __enter__(self) -> None:
+        self._process.waits(1)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.waits(-1)
+
+
 class Process:
     """A run that has been started: like subprocess.Popen, but in a jail, and its end is a Result. From any thread.
 
@@ -133,18 +150,16 @@ class Process:
                 self.hear()
             return self.reported or self._counted
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> _Waiting:
         """What somebody waits for stays open: else its number may be another file's. The last to wait closes it when the run is over."""
+        return _Waiting(self)
+
+    def waits(self, change: int) -> None:
+        """One more that waits, or one less."""
         with self.lock:
-            self._waiting += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self._waiting -= 1
-                if self.reported and not self._waiting:
-                    self.let_go()
+            self._waiting += change
+            if change < 0 and self.reported and not self._waiting:
+                self.let_go()
 
     def let_go(self) -> None:
         """Closes our end, which kills a run that goes on."""
@@ -154,7 +169,7 @@ class Process:
 
     def _close_pipes(self) -> None:
         for file in (self.stdin, self.stdout, self.stderr):
-            if file is not None:
+            if file is not None and not file.closed:
                 with contextlib.suppress(OSError):
                     file.close()
 
@@ -307,20 +322,21 @@ class Process:
 
     def _context(self) -> Context:
         done = self._exchange
-        context = Context(
+        output, cut = (NO_OUTPUT, NOT_CUT) if done is None else (done.output, done.cut)
+        return Context(
             self.compiled.policy,
             self.launcher.claim.mode,
             self.compiled.mounts,
             self.compiled.protections,
+            bytes(output["stdout"]),
+            bytes(output["stderr"]),
+            cut["stdout"],
+            cut["stderr"],
             begin_ns=self._begin_ns,
             heard_ns=self._heard_ns,
             file_cut=self._bound.exceeded,
             program=self.compiled.program,
         )
-        if done is None:
-            return context
-        stdout, stderr = (bytes(done.output[name]) for name in ("stdout", "stderr"))
-        return context._replace(stdout=stdout, stderr=stderr, stdout_cut=done.cut["stdout"], stderr_cut=done.cut["stderr"])
 
     def __enter__(self) -> Self:
         return self

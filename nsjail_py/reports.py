@@ -110,8 +110,9 @@ def protections(report: Any, context: Context) -> tuple[Protection, ...]:
 def refused_label(report: Any, context: Context) -> bool:
     """Whether exec was refused for the sake of a label. It comes with exec, and so does the security module's no; that the program may be
     executed at all was seen before."""
-    labelled = any(one.name in ("apparmor", "selinux") and one.state == "applied" for one in context.protections)
-    return labelled and STEP_NAMES[report.step] == "exec" and report.error in (errno.EACCES, errno.EPERM)
+    if STEP_NAMES[report.step] != "exec" or report.error not in (errno.EACCES, errno.EPERM):
+        return False
+    return any(one.name in ("apparmor", "selinux") and one.state == "applied" for one in context.protections)
 
 
 def setup_error(step: str, report: Any, context: Context) -> SetupError:

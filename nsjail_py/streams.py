@@ -12,6 +12,7 @@ import stat
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from typing import IO, TYPE_CHECKING, Any
 
 from .carrier import Bound, Carrier, stays_outside
@@ -132,7 +133,7 @@ class Ends:
     def files(self) -> list[IO[bytes] | None]:
         """Our ends as files, which own them from now on."""
         opened: list[IO[bytes] | None] = [
-            None if fd is None else os.fdopen(fd, "wb" if number == 0 else "rb", 0) for number, fd in enumerate(self.ours)
+            None if fd is None else FileIO(fd, "wb" if number == 0 else "rb") for number, fd in enumerate(self.ours)
         ]
         self.ours = [None, None, None]
         return opened

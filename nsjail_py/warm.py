@@ -183,22 +183,22 @@ class Templates:
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._current: Template | None = None
 
-    def take(self, host: Host, environment: dict[str, str], probe: Any) -> Template:
+    def take(self, host: Host, probe: Any) -> Template:
         """The template for one job more."""
         while True:
             with self._lock:
                 if self._closed:
                     raise JailError(CLOSED)
                 current = self._current
-                if current is not None and current.alive and current.used < 1:
+                if current is not None and current.alive and (used := current.used) < 1:
                     current.jobs += 1
-                    ageing = current.used > AGEING and not current.succeeded
+                    ageing = used > AGEING and not current.succeeded
                     current.succeeded |= ageing
                     break
-            self._renew(current, host, environment, probe)
+            self._renew(current, host, probe)
         if ageing:
             with contextlib.suppress(RuntimeError):  # no thread: whoever comes when this one is spent makes the next
-                threading.Thread(target=self._succeed, args=(current, host, environment, probe), name="jail-template").start()
+                threading.Thread(target=self._succeed, args=(current, host, probe), name="jail-template").start()
         return current
 
     def _succeed(self, *arguments: Any) -> None:
@@ -206,12 +206,14 @@ class Templates:
         with contextlib.suppress(Exception):
             self._renew(*arguments)
 
-    def _renew(self, old: Template | None, host: Host, environment: dict[str, str], probe: Any) -> None:
+    def _renew(self, old: Template | None, host: Host, probe: Any) -> None:
         """Another in the place of `old`, unless somebody else has just made one."""
         with self._making:
             if self._closed or self._current is not old:
                 return
-            fresh = Template(self.policy, self.preload, host, environment)
+            from .jail import environment
+
+            fresh = Template(self.policy, self.preload, host, environment(self.policy))
             try:
                 _unique(probe(fresh), probe(fresh))
                 with self._lock:
