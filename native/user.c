@@ -72,7 +72,7 @@ static const struct count namespaces[] = {
     {"sys/user/max_net_namespaces", "256"},  {"sys/user/max_ipc_namespaces", "256"},    {"sys/user/max_uts_namespaces", "256"},
     {"sys/user/max_time_namespaces", "256"}, {"sys/user/max_cgroup_namespaces", "256"},
 };
-static const struct count none[] = {{"sys/user/max_user_namespaces", "0"}};
+static const struct count no_users[] = {{"sys/user/max_user_namespaces", "0"}};
 /* An ordinary user's groups are his own, and the program runs as him: in a namespace that its own root has it could mount and change them. So it
  * gets no other than the one that the policy may give it, in which it has no right. */
 static const struct count no_groups[] = {{"sys/user/max_cgroup_namespaces", "0"}},
@@ -97,7 +97,7 @@ int counts_limit(struct cell *cell) {
 		const struct count *groups = cell->plan->namespaces & CLONE_NEWCGROUP ? one_group : no_groups;
 		return LIMITED(namespaces) && (!cell->rootless || all_limited(cell, groups, 1) == 0) && LIMITED(counts) ? 0 : -1;
 	}
-	if (LIMITED(none) && LIMITED(counts))
+	if (LIMITED(no_users) && LIMITED(counts))
 		return 0;
 #undef LIMITED
 	cell->flags |= REPORT_NO_NESTED;

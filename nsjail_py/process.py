@@ -45,10 +45,10 @@ class _Waiting:
         self._process = process
 
     def __enter__(self) -> None:
-        self._process.waits(1)
+        self._process._waits(1)
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.waits(-1)
+        self._process._waits(-1)
 
 
 class Process:
@@ -154,7 +154,7 @@ class Process:
         """What somebody waits for stays open: else its number may be another file's. The last to wait closes it when the run is over."""
         return _Waiting(self)
 
-    def waits(self, change: int) -> None:
+    def _waits(self, change: int) -> None:
         """One more that waits, or one less."""
         with self.lock:
             self._waiting += change

@@ -106,7 +106,7 @@ class Result(Struct, frozen=True):
     """Seconds from the request to the start of the program."""
     timeline: dict[str, float]
     """Where the time went, in microseconds, one step after the other: `request` until the launcher had it, `cell` until the program
-    ran, `run`, `clear` until nothing of it was left, `report` until it was heard here."""
+    ran, `run`, `clear` until all of it was counted, `report` until it was heard here."""
     mode: str
     """`root`, `delegated` or `rootless`."""
     policy: str
