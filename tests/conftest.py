@@ -114,6 +114,12 @@ def _children(pid: int | str) -> list[str]:
     return found
 
 
+def descendants(pid: int) -> list[int]:
+    """The children of a process, and theirs; none of one that is gone."""
+    children = list(map(int, _children(pid)))
+    return children + [below for child in children for below in descendants(child)]
+
+
 def _dead(pid: str) -> bool:
     """Whether nothing but an entry is left of it, which its new parent has not taken away yet."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import IS_ROOT, PATIENCE
+from conftest import IS_ROOT, PATIENCE, descendants
 
 import nsjail_py
 from nsjail_py import cgroups, launcher
@@ -397,14 +397,6 @@ def test_only_what_the_policy_names_is_in_the_environment(tmp_path: Path) -> Non
     done = python(tmp_path, "import os; print(sorted(os.environ.items()))", env=environment)
     wanted = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "LANG": "de", "USER": "jail", "TMPDIR": "/tmp"}
     assert done.stdout.decode().strip() == str(sorted((wanted | {"OWN": "1", "BOTH": "policy", "PASSED": "x=y"}).items()))
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return children + [below for child in children for below in descendants(child)]
 
 
 def state(pid: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, descendants
 
 from nsjail_py import PIPE, Jail, launcher
 
@@ -24,16 +24,6 @@ def jail() -> Iterator[Jail]:
     """Its jobs may have threads and children."""
     with Jail("moderate", preload=["ctypes", "threading"], wall_time=20 * PATIENCE) as jail:
         yield jail
-
-
-def children(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def descendants(pid: int) -> list[int]:
-    return [one for child in children(pid) for one in (child, *descendants(child))]
 
 
 def resident(pid: int) -> int:
