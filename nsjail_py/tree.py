@@ -28,7 +28,7 @@ from .prepared import prepared
 if TYPE_CHECKING:
     from .treebuild import Builder
 
-FORMAT = 8
+FORMAT = 9
 """Raised whenever the same inputs give another tree."""
 UNWANTED = frozenset({"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "site-packages", "dist-packages"})
 """Directories of a standard library that nothing inside needs; packages come from the list of imports only."""
@@ -41,6 +41,8 @@ BY_NAME = ("libgcc_s.so.1", "libnss_files.so.2")
 """Libraries that the C library opens by itself when a thread is cancelled, or a user is looked up (before glibc 2.34)."""
 COMMON = ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libresolv.so.2", "libstdc++.so.6", *BY_NAME)
 """What comes with a C and a C++ compiler, and most programs need no more."""
+LOCALE = "/usr/lib/locale/C.utf8"
+"""What LANG names inside; without it programs that ask for their locale are refused one. musl has it built in."""
 ETC = {
     "passwd": "jail:x:1000:1000::/work:/usr/sbin/nologin\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
     "group": "jail:x:1000:\nnogroup:x:65534:\n",
@@ -252,7 +254,7 @@ def _inside(path: str, site: str, chosen: Iterable[object]) -> str:
 
 
 def _digest(value: object) -> str:
-    return sha256(ascii((FORMAT, ETC, links(), value)).encode()).hexdigest()[:32]  # JSON holds no name that is not UTF-8
+    return sha256(ascii((FORMAT, ETC, links(), stamp(LOCALE), value)).encode()).hexdigest()[:32]  # JSON holds no name that is not UTF-8
 
 
 def links() -> dict[str, str]:

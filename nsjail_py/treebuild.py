@@ -32,6 +32,7 @@ def build(store: Path, path: Path, mountpoints: tuple[str, ...], fill: Callable[
             fill(builder)
             for name, text in tree.ETC.items():
                 builder.write(f"/etc/{name}", text)
+            builder.locale()
             for point in mountpoints:
                 builder.mountpoint(point)
             for here, _, _ in os.walk(work):  # whatever the caller's umask is
@@ -91,6 +92,11 @@ class Builder:
                 self.copy(source, path, named=True)
         if cache := ldcache.of(elf.found_by_cache(named.values())):
             self.write("/etc/ld.so.cache", cache)
+
+    def locale(self) -> None:
+        for here, _, names in os.walk(tree.LOCALE):
+            for name in names:
+                self.copy(f"{here}/{name}", f"{here}/{name}")
 
     def compile(self, interpreter: Interpreter) -> None:
         """Modules that have no compiled form get one: inside, nobody could write it. Those that cannot be compiled stay as they are."""

@@ -393,9 +393,9 @@ def test_a_step_that_fails_is_named_with_its_errno(tmp_path: Path) -> None:
 def test_only_what_the_policy_names_is_in_the_environment(tmp_path: Path) -> None:
     policy = override(UNTRUSTED, env={"OWN": "1", "BOTH": "policy"}, env_pass=("PASSED", "BOTH", "ABSENT", "LANG"))
     save(policy, tmp_path / "python", PYTHON)
-    environment = {"PASSED": "x=y", "BOTH": "caller", "SECRET": "s3cret", "LANG": "de"}
+    environment = {"PASSED": "x=y", "BOTH": "caller", "SECRET": "s3cret", "LANG": "C.utf8"}
     done = python(tmp_path, "import os; print(sorted(os.environ.items()))", env=environment)
-    wanted = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "LANG": "de", "USER": "jail", "TMPDIR": "/tmp"}
+    wanted = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "LANG": "C.utf8", "USER": "jail", "TMPDIR": "/tmp"}
     assert done.stdout.decode().strip() == str(sorted((wanted | {"OWN": "1", "BOTH": "policy", "PASSED": "x=y"}).items()))
 
 

@@ -35,6 +35,14 @@ def test_matplotlib_leaves_a_picture_in_the_work_directory(tmp_path: Path) -> No
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.elsewhere(not Path("/usr/lib/locale/C.utf8").exists(), why="the C library has C.UTF-8 elsewhere, or built in")
+def test_the_locale_that_the_environment_names_is_there() -> None:
+    source = "import locale, sys; print(locale.setlocale(locale.LC_ALL, ''), sys.flags.utf8_mode, open('/dev/null').encoding)"
+    assert nsjail_py.run_python(source).check().stdout == b"C.UTF-8 0 UTF-8\n"
+    assert nsjail_py.run(["/usr/bin/wc", "-m"], input="\N{EURO SIGN}\n".encode()).check().stdout == b"2\n"
+    assert nsjail_py.run(["/usr/bin/perl", "-e", "1"]).check().stderr == b""
+
+
 def test_only_what_is_imported_is_visible() -> None:
     result = nsjail_py.run_python("import numpy; import pandas", imports=("numpy",))
     assert b"No module named 'pandas'" in result.stderr

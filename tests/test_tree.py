@@ -118,9 +118,9 @@ def test_a_distribution_that_is_not_listed_is_not_there():
     assert b"No module named 'numpy'" in result.stderr
 
 
-def test_a_program_comes_with_its_libraries_only(store):
+def test_a_program_comes_with_its_libraries_and_its_locale_only(store):
     found = tree.program_tree(TRUE)
-    names = {path.name for path in files(found.path) if path.parent.name != "etc"}
+    names = {path.name for path in files(found.path) if path.parent.name != "etc" and tree.LOCALE not in str(path)}
     assert "true" in names
     assert all(name == "true" or ".so" in name for name in names)
 
