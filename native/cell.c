@@ -115,6 +115,14 @@ static void abandon(struct launcher *launcher, struct run *run) {
 	unwatch(launcher, &run->init);
 }
 
+/* A template makes one job after the other, and as many may be asked for as there are runs. Only root may have more room than everybody; where
+ * there is less, the job that does not fit is an error. unix(7), socket(7) */
+static void room_for_jobs(int socket) {
+	const int size = MAX_RUNS * 2048;
+	if (setsockopt(socket, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) < 0)
+		setsockopt(socket, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
+}
+
 /* A step that fails here: errno is set, and no process is left. */
 enum step cell_make(struct launcher *launcher, struct run *run) {
 	int init[2], program[2];
@@ -128,6 +136,8 @@ enum step cell_make(struct launcher *launcher, struct run *run) {
 		return STEP_CLONE;
 	}
 	run->program = program[0];
+	if (run->template)
+		room_for_jobs(run->program);
 	int job = cell_is_job(run);
 	launcher->stamps[run->index] = (struct stamp){0};
 	run->pid = job ? job_clone(launcher, run, init[1], program[1]) : cell_clone(launcher, run, init[1], program[1]);

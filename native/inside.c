@@ -72,7 +72,7 @@ _Noreturn void cell_main(struct cell *cell) {
 	cell->failures = cell->launcher;
 	step(cell, STEP_DESCRIPTORS, descriptors_keep(kept, 4 + GROUPS)); /* of the launcher's: other cells', other callers' */
 	step(cell, STEP_SESSION, session_new());
-	step(cell, STEP_KEYRING, keyring_new());
+	step(cell, STEP_KEYRING, plan->flags & PLAN_TEMPLATE ? keyring_none() : keyring_new());
 	step(cell, STEP_PERSONALITY, personality_new());
 	step(cell, STEP_PRIORITY, priority_give_up(cell));
 	if (cell->rootless)

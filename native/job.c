@@ -40,6 +40,18 @@ _Noreturn static void become_reaper(struct cell *cell, int reaper, pid_t program
 	fail(cell, STEP_REAPER, errno);
 }
 
+/* Into our groups by the files that the launcher has opened: its right counts. The files go at once. */
+static int groups_join(const struct cell *cell) {
+	int files[GROUPS], count = GROUPS;
+	int result = launcher_ask(cell->orders, CELL_NEED_GROUPS, CELL_GROUPS, files, &count);
+	for (int i = 0; i < count; i++) {
+		if (result == 0 && write(files[i], "0", 1) != 1)
+			result = -1;
+		keep_errno_close(files[i]);
+	}
+	return result;
+}
+
 /* program is called in the job's process, and does not return. */
 _Noreturn void job_init(struct cell *cell, int reaper, void (*program)(void)) {
 	const struct plan *plan = cell->plan;
@@ -67,23 +79,14 @@ _Noreturn void job_init(struct cell *cell, int reaper, void (*program)(void)) {
 	pid_t pid = fork();
 	step(cell, STEP_PROGRAM_PROCESS, pid);
 	if (pid == 0) {
+		cell->failures = cell->orders;
+		/* First of all: the copy that it becomes is memory of its own. */
+		step(cell, STEP_CGROUP_JOIN, groups_join(cell));
 		program();
 		__builtin_trap();
 	}
 	become_nobody(cell);
 	become_reaper(cell, reaper, pid);
-}
-
-/* Into our groups by the files that the launcher has opened: its right counts. The files go at once. */
-static int groups_join(const struct cell *cell) {
-	int files[GROUPS], count = GROUPS;
-	int result = launcher_ask(cell->orders, CELL_NEED_GROUPS, CELL_GROUPS, files, &count);
-	for (int i = 0; i < count; i++) {
-		if (result == 0 && write(files[i], "0", 1) != 1)
-			result = -1;
-		keep_errno_close(files[i]);
-	}
-	return result;
 }
 
 /* Returns when nothing but the order is missing. listener: of the denied calls; -1 without a filter. */
@@ -93,7 +96,6 @@ void job_program(struct cell *cell, int *listener) {
 	cell->secret = 0;
 	cell->ruleset = -1;
 	step(cell, STEP_PROGRAM_PROCESS, children_are_waited_for());
-	step(cell, STEP_CGROUP_JOIN, groups_join(cell));
 	if (plan->namespaces & CLONE_NEWCGROUP)
 		step(cell, STEP_CGROUP_NAMESPACE, unshare(CLONE_NEWCGROUP));
 	step(cell, STEP_SESSION, session_new());

@@ -79,6 +79,7 @@ int put_map(pid_t pid, const char *file, uint32_t from, uint32_t to);
 /* session.c */
 int session_new(void);
 int keyring_new(void);
+int keyring_none(void);
 int personality_new(void);
 
 /* priority.c */

@@ -131,6 +131,7 @@ static void settle(struct launcher *launcher) {
 	sigemptyset(&none_blocked);
 	must(sigprocmask(SIG_SETMASK, &none_blocked, NULL));
 	must(session_new());
+	keyring_none(); /* for cells that can have none of their own; where we cannot either, they fail, and say so */
 	prctl(PR_SET_NAME, "nsjail-launcher");
 	must(prctl(PR_SET_DUMPABLE, 0));
 	setrlimit(RLIMIT_CORE, &core); /* what cells are to have; a hard limit of 0 is the user's own, who cannot raise it */

@@ -72,6 +72,7 @@ ROWS: dict[tuple[str, int], str] = {
     ): "the profile is in complain mode, unconfined, or stacked on one that is, and would refuse nothing: aa-enforce it",
     ("app files", E.ENOSPC): "the script is larger than the disk limit",
     ("work directory", E.EACCES): "the work directory cannot be entered by the jail's user",
+    ("template", E.EAGAIN): "more runs at one time than the warm interpreter can be told of: ask for fewer",
     ("template", ANY): "the warm interpreter ended: the next run starts another",
     ("setup time", ANY): "making the jail took more than 30 s: a source on a file system that hangs?",
     ("lost", E.EPERM): "a system call filter killed it (systemd unit: SystemCallFilter= as `nsjail-py systemd unit` has it)",

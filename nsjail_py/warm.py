@@ -33,6 +33,8 @@ HERE = Path(__file__).parent
 NEEDED = ("recvmsg", "sendmsg", "fstat", "fcntl", "dup3", "prlimit64")
 """What a job that waits calls under its own filter, the last of its own limits."""
 MOST_JOBS = 1000
+JOB_SIZE = 1 << 20
+"""What process 1 of a job and its namespaces are for the kernel, which counts them for the template; twice that."""
 OLDEST_S = 600.0
 AGEING = 0.8
 """When the next one is begun, as a share of either."""
@@ -146,9 +148,11 @@ def _end(its: launcher.Launcher, channel: socket.socket, number: int) -> None:
 
 
 def _own(policy: Policy) -> Policy:
-    """The template's own jail: no filter and no Landlock, which its jobs would inherit, no clock, and room for their processes and for
-    descriptors on the way: a new job sends its own under this limit, where others count as well (native/template.c)."""
-    limits = replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None, open_files=None, processes=None)
+    """The template's own jail: no filter and no Landlock, which its jobs would inherit, no clock, and room for their processes, for what
+    these cost the kernel, and for descriptors on the way: a new job sends its own under this limit, where others count as well
+    (native/template.c)."""
+    memory = policy.limits.memory and policy.limits.memory + MOST_JOBS * JOB_SIZE
+    limits = replace(policy.limits, wall_time=None, cpu_time=None, idle_time=None, open_files=None, processes=None, memory=memory)
     return replace(policy, syscalls=None, landlock=False, limits=limits)
 
 

@@ -233,6 +233,7 @@ ALWAYS = {
     "getrlimit": "fewer runs at a time, and then they are refused",
     "setrlimit:7": "as getrlimit",
     "sched_getaffinity": "the processor clock looks less often; the total is compared at the end",
+    "setsockopt": "a template can be told of fewer jobs at one time; one that it cannot be told of is an error",
     "epoll_ctl:2": "closing takes it out as well, and what is still heard of it has an old generation",
     "unlinkat": "a control group that cannot be removed is swept later",
     "fdopendir": "as unlinkat",
