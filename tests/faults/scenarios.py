@@ -372,13 +372,14 @@ def _judge_job(taken: Take, base: Take) -> str:
     assert point
     different = [(got, wanted) for got, wanted in zip(taken.outcomes, base.outcomes, strict=True) if got != wanted]
     wrong = [got for got, _ in different]
-    # It has made the four that there are, and no order comes. Its end may overtake that of its last job, which has begun, with all its walls.
-    last_order = (point.role, point.cell, point.name) == ("template", 4, "recvmsg")
+    # Its end may overtake that of its last job, which has begun, with all its walls. When it has made the four that there are, no order comes.
+    its_end = (point.role, point.name) == ("template", "recvmsg")
+    last_order = its_end and point.cell == 4
     if not wrong:
         allowed = last_order or _by_design(taken) or (point.role == "template" and point.name in SNAPSHOT)
         allowed |= point.name in AT_ITS_END
         return "harmless" if allowed else "WRONG: nothing came of it"
-    if last_order and any(isinstance(got.end, SetupError) and got.output == wanted.output != () for got, wanted in different):
+    if its_end and any(isinstance(got.end, SetupError) and got.output == wanted.output != () for got, wanted in different):
         return "lost" if len(wrong) == 1 else f"WRONG: more than one run failed: {[got.end for got in wrong]!r}"
     if any(not isinstance(got.end, SetupError) or got.output for got in wrong):
         return f"WRONG: {[(got.end, got.output) for got in wrong]!r:.200}"
